@@ -1,0 +1,655 @@
+package plugin
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/rpc"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// brokerTimeout is how long Accept and Dial wait for the other side, and how
+// long a stream that was dialled waits to be accepted.
+const brokerTimeout = 5 * time.Second
+
+// MuxBroker hands out streams between the host and the plugin by number.
+// [Plugin].Server and [Plugin].Client are given one each, for the two ends of
+// their connection. One side takes a number from NextId, sends it to the other
+// in an ordinary call, and accepts the stream that the other side dials:
+//
+//	id := broker.NextId()
+//	go broker.AcceptAndServe(id, &Callbacks{})
+//	err := client.Call("Plugin.Work", WorkArgs{Callbacks: id}, &reply)
+//
+// For what is passed most there are pairs that need no more than the number:
+// ServeReader and DialReader, ServeWriter and DialWriter, ServeRPC and DialRPC.
+//
+// All methods may be called concurrently. A MuxBroker lives as long as its
+// connection; the zero MuxBroker is not usable.
+type MuxBroker struct {
+	session *session
+	ids     atomic.Uint32
+
+	mu        sync.Mutex // guards the fields below
+	accepting map[uint32]chan *stream
+	parked    map[uint32]*stream // dialled before they were accepted
+}
+
+func newMuxBroker(s *session) *MuxBroker {
+	return &MuxBroker{session: s, accepting: make(map[uint32]chan *stream), parked: make(map[uint32]*stream)}
+}
+
+// NextId returns a number that names a stream. Numbers made by the host, those
+// made by the plugin, and those that go-plugin makes on either side never
+// meet; after 1,073,741,823 a side begins again with its first.
+func (b *MuxBroker) NextId() uint32 {
+	const bits = 1<<30 - 1
+	for {
+		if n := b.ids.Add(1) & bits; n != 0 {
+			if b.session.host {
+				return n | 1<<31
+			}
+			return n | 1<<30
+		}
+	}
+}
+
+// Accept is [MuxBroker.AcceptContext] with five seconds.
+func (b *MuxBroker) Accept(id uint32) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	defer cancel()
+	return b.AcceptContext(ctx, id)
+}
+
+// AcceptContext waits until the other side dials id, and returns the stream.
+// A stream that was dialled up to five seconds ago is returned at once. It
+// fails when ctx ends, with an error that wraps ctx.Err(), when the connection
+// ends, and when somebody else is accepting the same id.
+func (b *MuxBroker) AcceptContext(ctx context.Context, id uint32) (net.Conn, error) {
+	st, err := b.accept(ctx, id)
+	if err != nil {
+		return nil, fmt.Errorf("plugin: accepting stream %d: %w", id, err)
+	}
+	return st, nil
+}
+
+func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
+	b.mu.Lock()
+	st := b.parked[id]
+	delete(b.parked, id)
+	if st != nil {
+		b.mu.Unlock()
+		return st.acknowledge(id)
+	}
+	if b.accepting[id] != nil {
+		b.mu.Unlock()
+		return nil, errors.New("it is being accepted already")
+	}
+	dialled := make(chan *stream, 1)
+	b.accepting[id] = dialled
+	b.mu.Unlock()
+
+	var err error
+	select {
+	case st := <-dialled:
+		return st.acknowledge(id)
+	case <-ctx.Done():
+		err = fmt.Errorf("the other side has not dialled it: %w", contextError(ctx))
+	case <-b.session.ended():
+		err = b.session.explain(net.ErrClosed)
+	}
+	b.mu.Lock()
+	waiting := b.accepting[id] == dialled
+	if waiting {
+		delete(b.accepting, id)
+	}
+	b.mu.Unlock()
+	if !waiting { // it came in the same moment
+		return (<-dialled).acknowledge(id)
+	}
+	return nil, err
+}
+
+// acknowledge tells the side that dialled that its stream has been accepted.
+func (st *stream) acknowledge(id uint32) (*stream, error) {
+	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
+		abort(st)
+		return nil, err
+	}
+	return st, nil
+}
+
+// Dial is [MuxBroker.DialContext] with five seconds.
+func (b *MuxBroker) Dial(id uint32) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	defer cancel()
+	return b.DialContext(ctx, id)
+}
+
+// DialContext opens a stream to the side that accepts id, and waits until it
+// does. It fails when ctx ends, with an error that wraps ctx.Err(), when the
+// connection ends, and when the other side closes the stream without having
+// accepted it, as it does after five seconds.
+func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error) {
+	st, err := b.dial(ctx, id)
+	if err != nil {
+		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
+	}
+	return st, nil
+}
+
+// dial opens the stream in a goroutine of the session's, because writing may
+// block for as long as the other process is stopped.
+func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
+	type result struct {
+		st  *stream
+		err error
+	}
+	done := make(chan result, 1)
+	open := func() {
+		st, err := b.open(ctx, id)
+		done <- result{st, err}
+	}
+	if !b.session.spawn(open) {
+		return nil, net.ErrClosed
+	}
+	select {
+	case r := <-done:
+		return r.st, r.err
+	case <-ctx.Done():
+		b.session.spawn(func() {
+			if r := <-done; r.err == nil {
+				abort(r.st)
+			}
+		})
+		return nil, fmt.Errorf("the other side has not accepted it: %w", contextError(ctx))
+	}
+}
+
+func (b *MuxBroker) open(ctx context.Context, id uint32) (*stream, error) {
+	st, err := b.session.open()
+	if err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { abort(st) })
+	var ack [4]byte
+	if _, err = st.Write(binary.LittleEndian.AppendUint32(nil, id)); err == nil {
+		_, err = io.ReadFull(st, ack[:])
+	}
+	switch got := binary.LittleEndian.Uint32(ack[:]); {
+	case !stop():
+		err = contextError(ctx)
+	case err == io.EOF:
+		err = errors.New("the other side closed it and did not accept it")
+	case err == nil && got != id:
+		err = fmt.Errorf("the other side accepted %d", got)
+	}
+	if err != nil {
+		abort(st)
+		return nil, err
+	}
+	return st, nil
+}
+
+// Run takes in the streams that the other side dials, until the connection
+// ends. The package runs it for every broker that it hands out.
+func (b *MuxBroker) Run() {
+	for {
+		st, err := b.session.accept()
+		if err != nil {
+			break
+		}
+		// Ends with the id, its time-out or the session, which waits for it.
+		b.session.spawn(func() { b.receive(st) })
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	clear(b.parked)
+}
+
+// receive reads what a stream was dialled as and gives it to who accepts that.
+func (b *MuxBroker) receive(st *stream) {
+	var id [4]byte
+	_ = st.SetReadDeadline(time.Now().Add(brokerTimeout))
+	if _, err := io.ReadFull(st, id[:]); err != nil {
+		abort(st)
+		return
+	}
+	_ = st.SetReadDeadline(time.Time{})
+	if !b.deliver(binary.LittleEndian.Uint32(id[:]), st) {
+		abort(st)
+	}
+}
+
+// deliver reports false if nobody can take the stream because there is one
+// with its id already.
+func (b *MuxBroker) deliver(id uint32, st *stream) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if dialled := b.accepting[id]; dialled != nil {
+		delete(b.accepting, id)
+		dialled <- st
+		return true
+	}
+	if b.parked[id] != nil {
+		return false
+	}
+	b.parked[id] = st
+	time.AfterFunc(brokerTimeout, func() {
+		b.mu.Lock()
+		late := b.parked[id] == st
+		if late {
+			delete(b.parked, id)
+		}
+		b.mu.Unlock()
+		if late {
+			abort(st)
+		}
+	})
+	return true
+}
+
+// Close ends the whole connection: every stream on it, and every wait.
+func (b *MuxBroker) Close() error {
+	b.session.close()
+	return nil
+}
+
+// AcceptAndServe accepts id, as Accept does, and serves the methods of v under
+// the name "Plugin" until the other side hangs up. Which methods can be called
+// says the package's documentation. An error while accepting is logged.
+func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
+	st, err := b.Accept(id)
+	if err != nil {
+		b.session.logger.Error("a service was not dialled", "error", err)
+		return
+	}
+	b.serve(st.(*stream), v)
+}
+
+// serve serves the methods of v, or tells every caller why it cannot.
+func (b *MuxBroker) serve(st *stream, v any) {
+	svc, err := newService(v)
+	if err != nil {
+		b.session.logger.Error("a service cannot be called", "error", err)
+		svc = &service{err: err}
+	}
+	b.session.serve(st, map[string]*service{"Plugin": svc})
+}
+
+// ServeRPC serves the methods of v to the other side, which gets a client for
+// them from DialRPC with the number that is returned, within five seconds.
+func (b *MuxBroker) ServeRPC(v any) uint32 {
+	return b.whenDialled("service", func(st *stream) { b.serve(st, v) })
+}
+
+// DialRPC returns a client for what the other side serves as id, be it with
+// ServeRPC or with AcceptAndServe. Methods are called as "Plugin.Name".
+// Closing the client ends the serving; it should be closed. The error is that
+// of Dial.
+func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
+	conn, err := b.Dial(id)
+	if err != nil {
+		return nil, err
+	}
+	return newRPCClient(conn, b.session.spawn), nil
+}
+
+// whenDialled returns a number, and runs f with the stream once it is dialled.
+func (b *MuxBroker) whenDialled(what string, f func(*stream)) uint32 {
+	id := b.NextId()
+	b.session.spawn(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+		defer cancel()
+		st, err := b.accept(ctx, id)
+		if err != nil {
+			b.session.logger.Debug("a "+what+" was not dialled", "stream", id, "error", err)
+			return
+		}
+		// Runs the caller's own code, so nothing waits for it. It ends with
+		// the stream, or when that code returns.
+		go f(st)
+	})
+	return id
+}
+
+// The streams of ServeReader and ServeWriter. Bytes flow one way, from the
+// source to the sink, in frames: a length of four bytes, little-endian, and as
+// many bytes. A frame of length zero ends them; behind it comes a verdict: how
+// the source ended. The sink answers with a verdict of its own when it has
+// taken everything, or as soon as it takes no more. A verdict is a length like
+// a frame's and a streamEnd in gob, or length zero for a good end. Both sides
+// begin by saying which they are.
+
+const (
+	sourceTag = "mux>" // what a source sends first
+	sinkTag   = "mux<" // what a sink sends first
+
+	maxFrame   = 64 << 10
+	maxVerdict = 1 << 20
+)
+
+// streamEnd is an error on its way to the other side.
+type streamEnd struct {
+	Text string
+	Is   []string
+}
+
+// ServeReader lets the other side read from r, which it does through the
+// reader that DialReader returns there for the number that is returned here.
+// It has five seconds to dial. From then on r is read as the other side reads,
+// until r ends or fails, which the other side is told, or the other side
+// closes its reader. r is not closed, and a Read of r that is under way is
+// waited for by nobody.
+func (b *MuxBroker) ServeReader(r io.Reader) uint32 {
+	return b.whenDialled("reader", func(st *stream) {
+		src, err := newSource(st)
+		if err == nil {
+			err = src.end(src.copyFrom(r))
+		}
+		if err != nil {
+			b.session.logger.Debug("a served reader was not read to its end", "error", err)
+		}
+	})
+}
+
+// DialReader returns a reader for what the other side serves with ServeReader.
+// It reads the same bytes, and then fails as that reader failed, with an error
+// that keeps its identity as the errors of [Call] do; io.EOF is returned only
+// where that reader returned it. Close frees what the other side holds, also
+// before the end; it must be called. Read and Close may be called
+// concurrently. The error is that of Dial; both ends must use this library.
+func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
+	st, err := b.Dial(id)
+	if err != nil {
+		return nil, err
+	}
+	k, err := newSink(st.(*stream))
+	if err != nil {
+		return nil, fmt.Errorf("plugin: reading from stream %d: %w", id, err)
+	}
+	return k, nil
+}
+
+// ServeWriter lets the other side write to w, which it does through the writer
+// that DialWriter returns there for the number that is returned here. It has
+// five seconds to dial. If w fails, the other side is told. w is not closed,
+// and a Write to w that is under way is waited for by nobody.
+func (b *MuxBroker) ServeWriter(w io.Writer) uint32 {
+	return b.whenDialled("writer", func(st *stream) {
+		k, err := newSink(st)
+		if err == nil {
+			err = k.copyTo(w)
+		}
+		if err != nil {
+			b.session.logger.Debug("a served writer was not written to the end", "error", err)
+		}
+	})
+}
+
+// DialWriter returns a writer for what the other side serves with ServeWriter.
+// An error of that writer is returned by a later Write, or by Close, and keeps
+// its identity as the errors of [Call] do. Close waits until that writer has
+// taken everything; it must be called. Write and Close may be called
+// concurrently. The error is that of Dial; both ends must use this library.
+func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
+	st, err := b.Dial(id)
+	if err != nil {
+		return nil, err
+	}
+	src, err := newSource(st.(*stream))
+	if err != nil {
+		return nil, fmt.Errorf("plugin: writing to stream %d: %w", id, err)
+	}
+	return src, nil
+}
+
+// introduce says which side this is, and checks that the other is the other.
+func introduce(st *stream, own, other string) error {
+	_ = st.SetReadDeadline(time.Now().Add(brokerTimeout))
+	_, err := io.WriteString(st, own)
+	got := make([]byte, len(other))
+	if err == nil {
+		_, err = io.ReadFull(st, got)
+	}
+	_ = st.SetReadDeadline(time.Time{})
+	switch {
+	case string(got) == own:
+		err = errors.New("the other side does the same: a reader goes with a reader, a writer with a writer")
+	case err == nil && string(got) != other:
+		err = errors.New("the other side is not one of ServeReader, DialReader, ServeWriter and DialWriter; these need this library on both sides")
+	case err != nil:
+		err = fmt.Errorf("the other side did not introduce itself, as this library does: %w", err)
+	}
+	if err != nil {
+		abort(st)
+	}
+	return err
+}
+
+// source is the end of a stream that sends.
+type source struct {
+	st    *stream
+	ended chan struct{} // closed when the sink's verdict is here
+	err   error         // that verdict; to be read when ended is closed
+
+	mu    sync.Mutex // serialises writing; guards the fields below
+	frame []byte
+	done  bool
+}
+
+func newSource(st *stream) (*source, error) {
+	if err := introduce(st, sourceTag, sinkTag); err != nil {
+		return nil, err
+	}
+	src := &source{st: st, ended: make(chan struct{})}
+	// Ends with the verdict, or with the stream.
+	if !st.session.spawn(src.await) {
+		return nil, net.ErrClosed
+	}
+	return src, nil
+}
+
+// await waits for the sink's verdict. It ends a Write that waits for room.
+func (src *source) await() {
+	err := readVerdict(src.st)
+	if err == io.EOF {
+		err = io.ErrClosedPipe
+	}
+	src.err = err
+	close(src.ended)
+	abort(src.st)
+}
+
+// Write sends p in frames.
+func (src *source) Write(p []byte) (n int, err error) {
+	src.mu.Lock()
+	defer src.mu.Unlock()
+	for n < len(p) && err == nil {
+		size := min(len(p)-n, maxFrame)
+		src.frame = append(append(src.frame[:0], 0, 0, 0, 0), p[n:n+size]...)
+		if err = src.send(size); err == nil {
+			n += size
+		}
+	}
+	return n, err
+}
+
+// send sends src.frame, which holds size bytes behind its length.
+func (src *source) send(size int) error {
+	if src.done {
+		return io.ErrClosedPipe
+	}
+	binary.LittleEndian.PutUint32(src.frame, uint32(size))
+	_, err := src.st.Write(src.frame)
+	select {
+	case <-src.ended:
+		if src.err == nil {
+			return io.ErrClosedPipe
+		}
+		return src.err
+	default:
+		return err
+	}
+}
+
+// copyFrom sends what r holds, and returns why it stopped reading r.
+func (src *source) copyFrom(r io.Reader) (err error) {
+	defer recoverTo(&err)
+	src.mu.Lock()
+	defer src.mu.Unlock()
+	src.frame = make([]byte, 4+maxFrame)
+	for {
+		src.frame = src.frame[:4+maxFrame]
+		n, err := r.Read(src.frame[4:])
+		if n > 0 {
+			src.frame = src.frame[:4+n]
+			if src.send(n) != nil {
+				return nil // the verdict says why
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// Close ends the bytes and waits until the sink has taken all of them.
+func (src *source) Close() error { return src.end(nil) }
+
+// end tells the sink how the bytes ended, and returns its verdict.
+func (src *source) end(how error) error {
+	src.mu.Lock()
+	if !src.done {
+		src.done = true
+		// If this cannot be sent, the verdict says why.
+		_, _ = src.st.Write(appendVerdict(make([]byte, 4), how))
+	}
+	src.mu.Unlock()
+	<-src.ended
+	return src.err
+}
+
+// sink is the end of a stream that receives.
+type sink struct {
+	st *stream
+
+	mu   sync.Mutex // guards left and err; held by the one reader
+	left int        // bytes of the frame that have not been read
+	err  error      // how the bytes ended
+
+	closing sync.Once
+}
+
+func newSink(st *stream) (*sink, error) {
+	if err := introduce(st, sinkTag, sourceTag); err != nil {
+		return nil, err
+	}
+	return &sink{st: st}, nil
+}
+
+// Read reads what the source has sent.
+func (k *sink) Read(p []byte) (int, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.err == nil && k.left == 0 {
+		k.nextFrame()
+	}
+	if k.err != nil {
+		return 0, k.err
+	}
+	n, err := k.st.Read(p[:min(len(p), k.left)])
+	k.left -= n
+	if err != nil {
+		k.err = cutShort(err, true)
+	}
+	return n, k.err
+}
+
+// nextFrame reads the length of the next frame, or how the bytes ended.
+func (k *sink) nextFrame() {
+	var head [4]byte
+	if _, err := io.ReadFull(k.st, head[:]); err != nil {
+		k.err = cutShort(err, true)
+		return
+	}
+	k.left = int(binary.LittleEndian.Uint32(head[:]))
+	switch {
+	case k.left > maxFrame:
+		k.err = errors.New("plugin: what was received is no frame of a stream")
+		abort(k.st)
+	case k.left == 0:
+		if k.err = readVerdict(k.st); k.err == nil {
+			k.err = io.EOF
+			k.close(nil)
+		}
+	}
+}
+
+// copyTo writes everything to w and tells the source how that went.
+func (k *sink) copyTo(w io.Writer) error {
+	copying := func() (err error) {
+		defer recoverTo(&err)
+		_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{k}, make([]byte, maxFrame))
+		return err
+	}
+	err := copying()
+	k.close(err)
+	return err
+}
+
+// Close tells the source that nothing more will be read.
+func (k *sink) Close() error {
+	k.close(io.ErrClosedPipe)
+	return nil
+}
+
+func (k *sink) close(verdict error) {
+	k.closing.Do(func() {
+		// If this cannot be sent, the source learns it from the stream's end.
+		_, _ = k.st.Write(appendVerdict(nil, verdict))
+		abort(k.st)
+	})
+}
+
+func appendVerdict(b []byte, err error) []byte {
+	var text bytes.Buffer
+	if err != nil {
+		_ = gob.NewEncoder(&text).Encode(streamEnd{errorText(err), errorNames(err)})
+	}
+	b = binary.LittleEndian.AppendUint32(b, uint32(text.Len()))
+	return append(b, text.Bytes()...)
+}
+
+func readVerdict(r io.Reader) error {
+	var head [4]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return err
+	}
+	size := binary.LittleEndian.Uint32(head[:])
+	if size == 0 {
+		return nil
+	}
+	if size > maxVerdict {
+		return errors.New("plugin: what was received is no end of a stream")
+	}
+	text := make([]byte, size)
+	if _, err := io.ReadFull(r, text); err != nil {
+		return cutShort(err, true)
+	}
+	var end streamEnd
+	if err := gob.NewDecoder(bytes.NewReader(text)).Decode(&end); err != nil {
+		return fmt.Errorf("plugin: what was received is no end of a stream: %w", err)
+	}
+	return &remoteError{rpc.ServerError(end.Text), knownErrors(end.Is)}
+}

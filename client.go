@@ -1,0 +1,680 @@
+package plugin
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"maps"
+	"net"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+const (
+	defaultStartTimeout  = time.Minute
+	defaultKillTimeout   = 2 * time.Second
+	defaultLogBufferSize = 64 << 10
+
+	// reapTimeout is how long Kill waits for the end of what it has killed.
+	reapTimeout = 900 * time.Millisecond
+)
+
+// ClientConfig describes a plugin to a host. NewClient copies it, and nothing
+// in it is changed but Cmd.Process and Cmd.ProcessState, so that one
+// ClientConfig can be used again to start the plugin again. Either Cmd or
+// Reattach must be set.
+type ClientConfig struct {
+	// HandshakeConfig must be the plugin's.
+	HandshakeConfig
+
+	// Plugins are the plugins that can be dispensed where
+	// HandshakeConfig.ProtocolVersion is negotiated.
+	Plugins PluginSet
+
+	// VersionedPlugins are the plugins that can be dispensed by the protocol
+	// version that is negotiated: the highest that both sides have.
+	VersionedPlugins map[int]PluginSet
+
+	// Cmd is the command that starts the plugin. A copy of it is started.
+	// Cmd.Stdin is os.Stdin if nil. Cmd.Stdout and Cmd.Stderr must be nil: see
+	// SyncStdout, SyncStderr and Stderr. In the environment, the variables of
+	// the handshake win over Cmd.Env, and those over the host's own.
+	Cmd *exec.Cmd
+
+	// Reattach describes a plugin that runs already.
+	Reattach *ReattachConfig
+
+	// SecureConfig, if not nil, is what the binary must be.
+	SecureConfig *SecureConfig
+
+	// TLSConfig, if not nil, is used on the connection. The plugin needs a
+	// ServeConfig.TLSProvider that goes with it.
+	TLSConfig *tls.Config
+
+	// Managed makes CleanupClients kill the plugin.
+	Managed bool
+
+	// MinPort and MaxPort are the TCP ports among which a plugin picks one on
+	// Windows. If both are zero, any free one is taken. Elsewhere plugins use
+	// Unix sockets.
+	MinPort, MaxPort uint
+
+	// StartTimeout is how long the plugin may take until its handshake. Zero
+	// means one minute.
+	StartTimeout time.Duration
+
+	// KillTimeout is how long Kill gives the plugin to end by itself before it
+	// is killed. Zero means two seconds.
+	KillTimeout time.Duration
+
+	// Stderr, if not nil, gets the bytes that the process writes to its
+	// stderr, which also go to Logger, line by line.
+	Stderr io.Writer
+
+	// SyncStdout and SyncStderr get what the plugin writes to os.Stdout and
+	// os.Stderr while it serves. Where one is nil, the lines go to Logger at
+	// Debug; io.Discard drops them.
+	SyncStdout io.Writer
+	SyncStderr io.Writer
+
+	// AllowedProtocols are the protocols that the plugin may speak. Nil means
+	// ProtocolNetRPC, which is the only one that works.
+	AllowedProtocols []Protocol
+
+	// Logger gets what the plugin logs, under the name of its binary, and what
+	// this library logs. Nil means hclog.Default() named "plugin".
+	Logger hclog.Logger
+
+	// PluginLogBufferSize is where a longer line of the plugin's output is cut
+	// before it is logged, in bytes. Zero means 64 KiB.
+	PluginLogBufferSize int
+
+	// AutoMTLS encrypts the connection, with certificates that are made for
+	// this start, so that nobody but this host can connect and nobody but the
+	// plugin can answer. The plugin needs no setting. TLSConfig is ignored
+	// then, and Reattach is not possible.
+	AutoMTLS bool
+
+	// SkipHostEnv keeps the host's environment from the plugin: it gets Cmd.Env
+	// and the handshake.
+	SkipHostEnv bool
+
+	// UnixSocketConfig says where the plugin's socket is made and who may
+	// connect. Nil means the directory for temporary files, and this user.
+	UnixSocketConfig *UnixSocketConfig
+
+	// Detach lets the plugin live on when the host ends without having killed
+	// it, so that another host can reattach. Calling ReattachConfig does so,
+	// too. Otherwise the plugin ends with its host.
+	Detach bool
+}
+
+// UnixSocketConfig is about the plugin's Unix socket.
+type UnixSocketConfig struct {
+	// Group, a name or number, is a group whose members may connect, too. The
+	// host must be allowed to give files to it. Empty means no group.
+	Group string
+
+	// TempDir is where the private directory for the socket is made. It must
+	// exist. Empty means os.TempDir().
+	TempDir string
+}
+
+// ReattachConfig describes a plugin that runs, for a host that has not started
+// it. Get one from [Client.ReattachConfig] or [ServeTestConfig].
+type ReattachConfig struct {
+	// Protocol is ProtocolNetRPC, also if empty.
+	Protocol Protocol
+	// ProtocolVersion is the version that was negotiated.
+	ProtocolVersion int
+	// Addr is where the plugin listens.
+	Addr net.Addr
+	// Pid is its process. If that process is not the plugin at Addr, it is
+	// never signalled.
+	Pid int
+	// Test says that the plugin runs in test mode: Kill only disconnects.
+	Test bool
+}
+
+// SecureConfig describes a binary by its checksum.
+type SecureConfig struct {
+	// Checksum is what Hash must sum the binary up to.
+	Checksum []byte
+	// Hash is the algorithm, as from sha256.New(). If it is a hash.Cloner, as
+	// those of the standard library are, it is not changed, and several
+	// goroutines may use one SecureConfig.
+	Hash hash.Hash
+}
+
+// Check reports whether the file's checksum is the right one. It may be called
+// again and again.
+func (s *SecureConfig) Check(filePath string) (bool, error) {
+	if len(s.Checksum) == 0 {
+		return false, ErrSecureConfigNoChecksum
+	}
+	if s.Hash == nil {
+		return false, ErrSecureConfigNoHash
+	}
+	f, err := os.Open(filePath)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	return s.check(f)
+}
+
+func (s *SecureConfig) check(r io.Reader) (bool, error) {
+	h := s.Hash
+	if c, ok := h.(hash.Cloner); ok {
+		clone, err := c.Clone()
+		if err != nil {
+			return false, err
+		}
+		h = clone.(hash.Hash)
+	}
+	h.Reset()
+	if _, err := io.Copy(h, r); err != nil {
+		return false, err
+	}
+	return bytes.Equal(h.Sum(nil), s.Checksum), nil
+}
+
+// validate says what is wrong with a configuration.
+func (c *ClientConfig) validate() error {
+	switch {
+	case c.SecureConfig != nil && c.Reattach != nil:
+		return ErrSecureConfigAndReattach
+	case (c.Cmd == nil) == (c.Reattach == nil):
+		return errors.New("plugin: exactly one of ClientConfig.Cmd and ClientConfig.Reattach must be set")
+	case len(c.Plugins) == 0 && len(c.VersionedPlugins) == 0:
+		return errors.New("plugin: ClientConfig has no plugins: set Plugins or VersionedPlugins")
+	case c.MinPort > c.MaxPort && c.MaxPort != 0:
+		return fmt.Errorf("plugin: ClientConfig.MinPort, %d, is above MaxPort, %d", c.MinPort, c.MaxPort)
+	case c.Reattach != nil && c.AutoMTLS:
+		return errors.New("plugin: ClientConfig.AutoMTLS cannot be used with Reattach: only the host that started the plugin has the certificates")
+	case c.Reattach != nil && c.Reattach.Addr == nil:
+		return errors.New("plugin: ReattachConfig has no Addr")
+	case c.Reattach != nil:
+		return nil
+	case c.MagicCookieKey == "" || c.MagicCookieValue == "":
+		return errors.New("plugin: ClientConfig has no magic cookie: set HandshakeConfig.MagicCookieKey and MagicCookieValue")
+	case c.Cmd.Stdout != nil || c.Cmd.Stderr != nil:
+		return errors.New("plugin: ClientConfig.Cmd has Stdout or Stderr set: the plugin needs them to report to its host; see SyncStdout and Stderr")
+	}
+	return nil
+}
+
+// Client is a plugin as its host has it: it starts the process, connects to
+// it, and ends it. Use one for each process. All methods may be called
+// concurrently.
+type Client struct {
+	config ClientConfig
+	sets   map[int]PluginSet
+	logger hclog.Logger
+
+	life       context.Context // ends when Kill is called
+	end        context.CancelCauseFunc
+	starting   once[ready]
+	connecting once[*RPCClient]
+	done       chan struct{}
+	finished   sync.Once
+
+	mu    sync.Mutex // guards the fields below
+	proc  *process   // nil until it has been started
+	asked bool       // this client has ended the plugin
+	err   error      // how the plugin ended, if not asked to
+}
+
+// ready is what is known of a plugin that can be connected to.
+type ready struct {
+	handshake
+	tls *tls.Config // nil for none
+}
+
+// once does something once; whoever asks again gets the same result.
+type once[T any] struct {
+	mu   sync.Mutex // guards done
+	done chan struct{}
+	v    T
+	err  error
+}
+
+// do runs f if it is the first to be called; otherwise it waits for that one,
+// or for the end of ctx.
+func (o *once[T]) do(ctx context.Context, f func() (T, error)) (T, error) {
+	o.mu.Lock()
+	first := o.done == nil
+	if first {
+		o.done = make(chan struct{})
+	}
+	o.mu.Unlock()
+	if first {
+		o.v, o.err = f()
+		close(o.done)
+	}
+	select {
+	case <-o.done:
+		return o.v, o.err
+	case <-ctx.Done():
+		var none T
+		return none, contextError(ctx)
+	}
+}
+
+// result returns what f returned, or the zero value if that is not there yet.
+func (o *once[T]) result() (v T) {
+	o.mu.Lock()
+	done := o.done
+	o.mu.Unlock()
+	if done == nil {
+		return v
+	}
+	select {
+	case <-done:
+		return o.v
+	default:
+		return v
+	}
+}
+
+var errKilled = errors.New("plugin: Kill was called")
+
+// managed holds the clients that CleanupClients kills.
+var managed struct {
+	mu      sync.Mutex // guards clients
+	clients map[*Client]struct{}
+}
+
+// CleanupClients kills all plugins whose ClientConfig has Managed set, at
+// once, and returns when all are gone: call it before the host exits.
+func CleanupClients() {
+	managed.mu.Lock()
+	clients := slices.Collect(maps.Keys(managed.clients))
+	managed.mu.Unlock()
+	var killing sync.WaitGroup
+	for _, c := range clients {
+		killing.Go(c.Kill)
+	}
+	killing.Wait()
+}
+
+// NewClient returns a client for a plugin that it does not start yet: see
+// Start, and Client, which starts it, too. What is wrong with config is said
+// there. When the plugin is no longer needed, call Kill, or CleanupClients if
+// config has Managed set.
+func NewClient(config *ClientConfig) *Client {
+	c := &Client{config: *config, done: make(chan struct{})}
+	cfg := &c.config
+	c.sets = allVersions(cfg.ProtocolVersion, cfg.Plugins, cfg.VersionedPlugins)
+	cfg.StartTimeout = cmp.Or(cfg.StartTimeout, defaultStartTimeout)
+	cfg.KillTimeout = cmp.Or(cfg.KillTimeout, defaultKillTimeout)
+	cfg.PluginLogBufferSize = cmp.Or(cfg.PluginLogBufferSize, defaultLogBufferSize)
+	if cfg.AllowedProtocols == nil {
+		cfg.AllowedProtocols = []Protocol{ProtocolNetRPC}
+	}
+	c.logger = cfg.Logger
+	if c.logger == nil {
+		c.logger = hclog.Default().Named("plugin")
+	}
+	if cfg.Cmd != nil {
+		c.logger = c.logger.Named(pluginName(cfg.Cmd.Path))
+	}
+	c.life, c.end = context.WithCancelCause(context.Background())
+	if cfg.Managed {
+		managed.mu.Lock()
+		if managed.clients == nil {
+			managed.clients = make(map[*Client]struct{})
+		}
+		managed.clients[c] = struct{}{}
+		managed.mu.Unlock()
+	}
+	return c
+}
+
+// Start is [Client.StartContext] without a context of its own.
+func (c *Client) Start() (net.Addr, error) { return c.StartContext(context.Background()) }
+
+// StartContext starts the plugin, or finds the one to reattach to, and returns
+// its address when it has said that it is ready. If ctx ends before, the
+// plugin is not started; so it is if Kill is called. Calling it again returns
+// the same result, also an error; to try again, make a new client.
+//
+// A plugin that does not start is a [*StartError]; where it is a matter of
+// versions, errors.As finds a [*VersionError] in it. [ErrProcessNotFound],
+// [ErrChecksumsDoNotMatch], [ErrSecureConfigNoChecksum],
+// [ErrSecureConfigNoHash] and [ErrSecureConfigAndReattach] are returned as
+// they are.
+func (c *Client) StartContext(ctx context.Context) (net.Addr, error) {
+	r, err := c.starting.do(ctx, func() (ready, error) {
+		ctx, cancel := context.WithCancelCause(ctx)
+		defer cancel(nil)
+		defer context.AfterFunc(c.life, func() { cancel(context.Cause(c.life)) })()
+		r, err := c.start(ctx)
+		if err != nil {
+			c.finish(nil)
+		}
+		return r, err
+	})
+	return r.addr, err
+}
+
+func (c *Client) start(ctx context.Context) (r ready, err error) {
+	if c.life.Err() != nil {
+		return r, errKilled
+	}
+	if err := c.config.validate(); err != nil {
+		return r, err
+	}
+	if c.config.Reattach != nil {
+		return c.reattach(ctx)
+	}
+	p, err := launch(&c.config, c.logger, versionList(c.sets))
+	if err != nil {
+		return r, err
+	}
+	c.own(p)
+	c.logger.Debug("started", "pid", p.Pid)
+	h, err := p.awaitHandshake(ctx, c.config.StartTimeout)
+	if err == nil {
+		r, err = c.accept(h, p)
+	}
+	if err == nil {
+		return r, nil
+	}
+	// What it did by itself it has done by now; the rest is our doing.
+	failed := &StartError{Path: p.name, Err: err}
+	select {
+	case <-p.gone:
+		failed.State = p.state
+	default:
+		c.mu.Lock()
+		c.asked = true
+		c.mu.Unlock()
+		p.kill()
+		waitFor(reapTimeout, c.done)
+	}
+	failed.Stdout, failed.Stderr = p.head.String(), p.log.tail.String()
+	failed.hint = startHint(failed, &c.config.HandshakeConfig)
+	return ready{}, failed
+}
+
+// own makes p the client's process and watches it.
+func (c *Client) own(p *process) {
+	c.mu.Lock()
+	c.proc = p
+	c.mu.Unlock()
+	go c.watch(p) // ends with the process, or when Kill gives that up
+}
+
+// accept says whether this host can use a plugin with that handshake, and how.
+func (c *Client) accept(h handshake, p *process) (r ready, err error) {
+	if h.protocol == ProtocolGRPC {
+		return r, errors.New("it speaks gRPC, and this library speaks net/rpc alone: the plugin must be served with this library, or with the net/rpc half of go-plugin")
+	}
+	if h.protocol != ProtocolNetRPC || !slices.Contains(c.config.AllowedProtocols, h.protocol) {
+		return r, fmt.Errorf("it speaks the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
+	}
+	if _, known := c.sets[h.version]; !known {
+		return r, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
+	}
+	r = ready{h, c.config.TLSConfig}
+	if c.config.AutoMTLS {
+		if h.cert == nil {
+			return r, errors.New("it has not answered with a certificate, as AutoMTLS needs: was it served with a ServeConfig.TLSProvider?")
+		}
+		r.tls, err = mutualTLS(p.cert, h.cert)
+	}
+	return r, err
+}
+
+// reattach finds the plugin that runs already.
+func (c *Client) reattach(ctx context.Context) (r ready, err error) {
+	rc := c.config.Reattach
+	h := handshake{version: rc.ProtocolVersion, addr: rc.Addr, protocol: cmp.Or(rc.Protocol, ProtocolNetRPC)}
+	if c.sets[h.version] == nil && h.version == 0 && len(c.sets) == 1 {
+		h.version = sortedKeys(c.sets)[0] // go-plugin's configs do not tell
+	}
+	if r, err = c.accept(h, nil); err != nil {
+		return r, fmt.Errorf("plugin: reattaching: %w", err)
+	}
+	var p *process
+	if !rc.Test {
+		if p, err = findProcess(rc); err != nil {
+			return ready{}, err
+		}
+	}
+	conn, err := new(net.Dialer).DialContext(ctx, rc.Addr.Network(), rc.Addr.String())
+	if err != nil {
+		c.logger.Debug("the plugin to reattach to does not listen", "error", err)
+		return ready{}, ErrProcessNotFound
+	}
+	_ = conn.Close()
+	if p != nil {
+		c.own(p)
+	}
+	return r, nil
+}
+
+// Client starts the plugin, if that has not been done, and connects to it. It
+// returns the same connection, or error, every time. The errors are those of
+// Start, and why there is no connection.
+func (c *Client) Client() (ClientProtocol, error) {
+	if _, err := c.Start(); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(c.life, c.config.StartTimeout)
+	defer cancel()
+	rc, err := c.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return rc, nil
+}
+
+func (c *Client) connect(ctx context.Context) (*RPCClient, error) {
+	return c.connecting.do(ctx, func() (*RPCClient, error) {
+		rc, err := c.dial(ctx)
+		if err == nil {
+			return rc, nil
+		}
+		// A plugin that has just died is the reason.
+		if waitFor(drainTimeout/2, c.done) && c.Err() != nil {
+			err = c.Err()
+		}
+		return nil, fmt.Errorf("plugin: connecting: %w", err)
+	})
+}
+
+func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
+	h := c.starting.result()
+	conn, err := new(net.Dialer).DialContext(ctx, h.addr.Network(), h.addr.String())
+	if err != nil {
+		return nil, err
+	}
+	if h.tls != nil {
+		secure := tls.Client(conn, h.tls)
+		if err := secure.HandshakeContext(ctx); err != nil {
+			_ = conn.Close()
+			return nil, err
+		}
+		conn = secure
+	}
+	rc, err := newConnection(conn, c.sets[h.version], c.logger, c.whyLost)
+	if err != nil {
+		return nil, err
+	}
+	return rc, rc.SyncStreams(c.orLog(c.config.SyncStdout), c.orLog(c.config.SyncStderr))
+}
+
+// orLog returns w, or a writer that logs each line.
+func (c *Client) orLog(w io.Writer) io.Writer {
+	if w != nil {
+		return w
+	}
+	return &lineWriter{max: c.config.PluginLogBufferSize, emit: func(line []byte, left int) {
+		c.logger.Debug(printable(string(line)) + cutMark(left))
+	}}
+}
+
+// whyLost says why the connection was lost; nil if it was meant to be.
+func (c *Client) whyLost() error {
+	c.mu.Lock()
+	asked := c.asked
+	c.mu.Unlock()
+	if asked {
+		return nil
+	}
+	if !waitFor(2*time.Second, c.done) {
+		return errors.New("plugin: the connection was lost, though the process lives")
+	}
+	return c.Err()
+}
+
+// finish closes done; err is how the plugin ended.
+func (c *Client) finish(err error) {
+	c.finished.Do(func() {
+		c.mu.Lock()
+		if !c.asked {
+			c.err = err
+		}
+		c.mu.Unlock()
+		close(c.done)
+	})
+}
+
+// watch waits for the end of the process and of its output.
+func (c *Client) watch(p *process) {
+	p.wait()
+	if rc := c.connecting.result(); rc != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/2)
+		rc.waitOutput(ctx)
+		cancel()
+	}
+	c.logger.Debug("the process has ended", "pid", p.Pid, "state", p.state)
+	c.finish(p.exitError())
+}
+
+// Kill asks the plugin to quit and waits until its process is gone, which it
+// forces after ClientConfig.KillTimeout. All that the plugin wrote before has
+// been delivered then. It returns after KillTimeout and a second at the
+// latest, may be called at any time, also while Start runs, which it
+// interrupts, and more than once. A plugin in test mode is only disconnected.
+func (c *Client) Kill() {
+	c.end(errKilled)
+	_, startErr := c.starting.do(context.Background(), func() (ready, error) {
+		return ready{}, errKilled
+	})
+	c.mu.Lock()
+	c.asked = true
+	p := c.proc
+	c.mu.Unlock()
+	if p != nil && startErr == nil {
+		c.quit(p)
+	}
+	if rc := c.connecting.result(); rc != nil {
+		rc.session.close()
+	}
+	if p == nil {
+		c.finish(nil)
+	}
+	managed.mu.Lock()
+	delete(managed.clients, c)
+	managed.mu.Unlock()
+}
+
+// quit ends a process that has started.
+func (c *Client) quit(p *process) {
+	ctx, cancel := context.WithTimeout(context.Background(), c.config.KillTimeout)
+	defer cancel()
+	if !isClosed(p.gone) {
+		rc, err := c.connect(ctx)
+		if err == nil {
+			err = rc.quit(ctx)
+		}
+		if err == nil {
+			select {
+			case <-p.gone:
+			case <-ctx.Done():
+			}
+		}
+		if !isClosed(p.gone) {
+			c.logger.Warn("the plugin does not end by itself and is killed", "pid", p.Pid, "error", err)
+			p.kill()
+		}
+	}
+	waitFor(reapTimeout, c.done)
+	p.abandon()
+}
+
+// Done is closed when the plugin has ended and all of its output has been
+// delivered; also when it could not be started, and when Kill was called
+// before it was.
+func (c *Client) Done() <-chan struct{} { return c.done }
+
+// Err returns how the plugin ended: nil until Done is closed, nil if this
+// client has ended it, and otherwise an [*ExitError].
+func (c *Client) Err() error {
+	if !isClosed(c.done) {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// Exited reports whether the process has ended. It is false before Start.
+func (c *Client) Exited() bool { return isClosed(c.done) }
+
+// ID returns the process's id, or "" before Start.
+func (c *Client) ID() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.proc == nil {
+		return ""
+	}
+	return strconv.Itoa(c.proc.Pid)
+}
+
+// Protocol starts the plugin, if that has not been done, and returns what it
+// speaks, or ProtocolInvalid if it does not start.
+func (c *Client) Protocol() Protocol {
+	if _, err := c.Start(); err != nil {
+		return ProtocolInvalid
+	}
+	return c.starting.result().protocol
+}
+
+// NegotiatedVersion returns the protocol version that both sides have agreed
+// on, or 0 before Start.
+func (c *Client) NegotiatedVersion() int { return c.starting.result().version }
+
+// ReattachConfig returns what another host needs to use the plugin, or nil
+// before Start. A plugin that this client has started is detached by it: it
+// lives on when this host ends without having killed it. To learn the pid
+// without that, use ID.
+func (c *Client) ReattachConfig() *ReattachConfig {
+	h := c.starting.result()
+	c.mu.Lock()
+	p := c.proc
+	c.mu.Unlock()
+	if h.addr == nil {
+		return nil
+	}
+	if c.config.Reattach != nil {
+		same := *c.config.Reattach
+		return &same
+	}
+	p.detach()
+	return &ReattachConfig{Protocol: h.protocol, ProtocolVersion: h.version, Addr: h.addr, Pid: p.Pid}
+}

@@ -1,0 +1,405 @@
+package plugin
+
+import (
+	"bufio"
+	"context"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"slices"
+	"sync"
+)
+
+// This file is the messages of an RPC stream: gob values, each with the
+// definitions of types that it needs ahead of it. Package gob keeps what it
+// has defined for as long as a stream lives, and loses step when a value
+// fails; here a value that fails leaves nothing behind but definitions.
+
+const (
+	// maxMessage is the most that one message may hold, in bytes.
+	maxMessage = 1 << 30
+	// maxQueued is how much may wait to be written before new calls wait, too.
+	maxQueued = 1 << 20
+	// keepBuffer is the largest buffer that is kept for the next message.
+	keepBuffer = 2 << 20
+	// maxDepth is how deep an argument or reply with interfaces may nest.
+	maxDepth = 10000
+)
+
+// gobWriter encodes messages for one stream. Those of concurrent senders are
+// written together: one of them writes what has gathered until nothing is left.
+type gobWriter struct {
+	conn io.Writer
+
+	mu      sync.Mutex // guards the fields below
+	buf     gobBuffer  // what enc has encoded and nobody has begun to write
+	spare   []byte     // the buffer that was written last, to be used again
+	enc     *gob.Encoder
+	known   map[reflect.Type]bool // types in interfaces that are defined already
+	walks   map[reflect.Type]bool // whether values of a type may hold interfaces
+	writing bool                  // somebody is in flush, or about to be
+	moved   chan struct{}         // closed when buf has been taken to be written; nil if nobody waits
+	err     error                 // why nothing can be written any more
+}
+
+// gobBuffer is the writer that a gobWriter's encoder writes to.
+type gobBuffer []byte
+
+func (b *gobBuffer) Write(p []byte) (int, error) {
+	*b = append(*b, p...)
+	return len(p), nil
+}
+
+// writeError says that a message was not sent because the stream is lost.
+type writeError struct{ error }
+
+func (e *writeError) Unwrap() error { return e.error }
+
+// newGobWriter returns a writer of messages with headers like header. The
+// definition of their type goes first, so that dropping a message later never
+// drops it.
+func newGobWriter(conn io.Writer, header any) *gobWriter {
+	w := &gobWriter{conn: conn, known: make(map[reflect.Type]bool), walks: make(map[reflect.Type]bool)}
+	w.enc = gob.NewEncoder(&w.buf)
+	w.define(reflect.TypeOf(header))
+	return w
+}
+
+// encode adds a message. If it reports flush, the caller has to see that flush
+// is called. A body that gob cannot encode leaves nothing behind but the
+// definitions of types that the encoder believes to be sent now.
+func (w *gobWriter) encode(header, body any) (flush bool, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err != nil {
+		return false, &writeError{w.err}
+	}
+	if err := w.defineInside(reflect.ValueOf(body), 0); err != nil {
+		return false, err
+	}
+	start := len(w.buf)
+	if err := w.append(header); err != nil {
+		return false, err
+	}
+	middle := len(w.buf)
+	err = w.append(body)
+	if size := len(w.buf) - middle; err == nil && size > maxMessage {
+		err = fmt.Errorf("it takes %d bytes, and a message holds %d at most: pass what is large as a stream (see MuxBroker.ServeReader)", size, maxMessage)
+	}
+	if err != nil {
+		w.buf = append(w.buf[:start:start], definitions(w.buf[middle:])...)
+	}
+	flush = len(w.buf) > 0 && !w.writing
+	w.writing = w.writing || flush
+	return flush, err
+}
+
+// append encodes v behind what is in buf. What panics on the way, in gob or in
+// a GobEncode, is an error.
+func (w *gobWriter) append(v any) (err error) {
+	defer recoverTo(&err)
+	return w.enc.Encode(v)
+}
+
+// define adds the definition of t, but no value.
+func (w *gobWriter) define(t reflect.Type) {
+	start := len(w.buf)
+	// If gob cannot encode such a value, whoever has one will be told.
+	_ = w.append(reflect.Zero(t).Interface())
+	w.buf = append(w.buf[:start:start], definitions(w.buf[start:])...)
+}
+
+// defineInside defines the types of all that v holds in interfaces. The
+// encoder would put the definitions of some of them inside the message, where
+// they are lost if it is dropped, or skipped by the one who decodes it.
+func (w *gobWriter) defineInside(v reflect.Value, depth int) (err error) {
+	if !v.IsValid() || !w.mayHoldInterfaces(v.Type()) {
+		return nil
+	}
+	if depth++; depth > maxDepth {
+		return errors.New("it is nested too deeply, or holds itself")
+	}
+	switch v.Kind() {
+	case reflect.Pointer:
+		err = w.defineInside(v.Elem(), depth)
+	case reflect.Interface:
+		if v.IsNil() {
+			return nil
+		}
+		t := v.Elem().Type()
+		for t.Kind() == reflect.Pointer {
+			t = t.Elem()
+		}
+		if !w.known[t] {
+			w.known[t] = true
+			w.define(t)
+		}
+		err = w.defineInside(v.Elem(), depth)
+	case reflect.Slice, reflect.Array:
+		for i := 0; i < v.Len() && err == nil; i++ {
+			err = w.defineInside(v.Index(i), depth)
+		}
+	case reflect.Map:
+		for it := v.MapRange(); err == nil && it.Next(); {
+			if err = w.defineInside(it.Key(), depth); err == nil {
+				err = w.defineInside(it.Value(), depth)
+			}
+		}
+	case reflect.Struct:
+		for i := 0; i < v.NumField() && err == nil; i++ {
+			if v.Type().Field(i).IsExported() {
+				err = w.defineInside(v.Field(i), depth)
+			}
+		}
+	}
+	return err
+}
+
+// mayHoldInterfaces reports whether a value of type t may hold an interface.
+func (w *gobWriter) mayHoldInterfaces(t reflect.Type) bool {
+	holds, seen := w.walks[t]
+	if seen {
+		return holds
+	}
+	visited := make(map[reflect.Type]bool)
+	var visit func(t reflect.Type) bool
+	visit = func(t reflect.Type) bool {
+		if visited[t] {
+			return false
+		}
+		visited[t] = true
+		switch t.Kind() {
+		case reflect.Interface:
+			return true
+		case reflect.Pointer, reflect.Slice, reflect.Array:
+			return visit(t.Elem())
+		case reflect.Map:
+			return visit(t.Key()) || visit(t.Elem())
+		case reflect.Struct:
+			for i := range t.NumField() {
+				if f := t.Field(i); f.IsExported() && visit(f.Type) {
+					return true
+				}
+			}
+		}
+		return false
+	}
+	w.walks[t] = visit(t)
+	return w.walks[t]
+}
+
+// flush writes all that is encoded, also what is added while it does.
+func (w *gobWriter) flush() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for len(w.buf) > 0 && w.err == nil {
+		out := w.buf
+		w.buf, w.spare = w.spare[:0], nil
+		w.wake()
+		w.mu.Unlock()
+		_, err := w.conn.Write(out)
+		w.mu.Lock()
+		if cap(out) <= keepBuffer {
+			w.spare = out
+		}
+		if w.err == nil {
+			w.err = err
+		}
+	}
+	w.writing = false
+	w.wake()
+}
+
+// wake lets those look again who wait for room. w.mu is held.
+func (w *gobWriter) wake() {
+	if w.moved != nil {
+		close(w.moved)
+		w.moved = nil
+	}
+}
+
+// fail ends all writing; the first reason is kept.
+func (w *gobWriter) fail(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err == nil {
+		w.err = err
+	}
+	w.buf, w.spare = nil, nil
+	w.wake()
+}
+
+// waitRoom waits while so much is queued that more should not be added.
+func (w *gobWriter) waitRoom(ctx context.Context) error {
+	return w.wait(ctx, func() bool { return len(w.buf) < maxQueued })
+}
+
+// drain waits until all that is encoded has been written.
+func (w *gobWriter) drain(ctx context.Context) error {
+	return w.wait(ctx, func() bool { return !w.writing })
+}
+
+func (w *gobWriter) wait(ctx context.Context, ready func() bool) error {
+	for {
+		w.mu.Lock()
+		if ready() || w.err != nil {
+			w.mu.Unlock()
+			return nil
+		}
+		if w.moved == nil {
+			w.moved = make(chan struct{})
+		}
+		moved := w.moved
+		w.mu.Unlock()
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// gobReader reads the messages of one stream, each whole before gob sees it.
+type gobReader struct {
+	src  *bufio.Reader
+	buf  []byte // a value, with the definitions of types ahead of it
+	read int    // how much of buf the decoder has read
+	dec  *gob.Decoder
+}
+
+func newGobReader(conn io.Reader) *gobReader {
+	r := &gobReader{src: bufio.NewReader(conn)}
+	r.dec = gob.NewDecoder((*gobSource)(r))
+	return r
+}
+
+// gobSource is the reader that a gobReader's decoder reads from.
+type gobSource gobReader
+
+func (r *gobSource) Read(p []byte) (int, error) {
+	n := copy(p, r.buf[r.read:])
+	r.read += n
+	if n == 0 && len(p) > 0 {
+		return 0, io.EOF
+	}
+	return n, nil
+}
+
+func (r *gobSource) ReadByte() (byte, error) {
+	var b [1]byte
+	_, err := r.Read(b[:])
+	return b[0], err
+}
+
+// next reads the next value. It returns io.EOF where the stream ends between
+// values, and allocates no more than was in fact sent.
+func (r *gobReader) next() error {
+	buf := r.buf[:0]
+	r.buf, r.read = nil, 0
+	if cap(buf) > keepBuffer {
+		buf = nil
+	}
+	for {
+		start := len(buf)
+		first, err := r.src.Peek(1)
+		if err != nil {
+			return cutShort(err, start > 0)
+		}
+		// A gob count is one byte below 128, or a negated length and as many
+		// bytes, the most significant one first.
+		head := 1
+		if first[0] > 127 {
+			head += -int(int8(first[0]))
+		}
+		if head > 9 {
+			return errors.New("plugin: what was received is not gob")
+		}
+		count, err := r.src.Peek(head)
+		if err != nil {
+			return cutShort(err, true)
+		}
+		size, _ := gobUint(count)
+		if size == 0 || size > maxMessage || uint64(start)+size > 2*maxMessage {
+			return fmt.Errorf("plugin: a message of %d bytes was received; 1 to %d are allowed", size, maxMessage)
+		}
+		for left := head + int(size); left > 0; {
+			n := min(left, 1<<20)
+			buf = slices.Grow(buf, n)
+			got, err := io.ReadFull(r.src, buf[len(buf):len(buf)+n])
+			buf, left = buf[:len(buf)+got], left-got
+			if err != nil {
+				return cutShort(err, true)
+			}
+		}
+		if !isDefinition(buf[start+head:]) {
+			r.buf = buf
+			return nil
+		}
+	}
+}
+
+// cutShort turns the end of a stream into an error, unless it is where a
+// stream may end.
+func cutShort(err error, inside bool) error {
+	if err == io.EOF && inside {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// decode decodes the value that next has read into v, or drops it if v is nil.
+func (r *gobReader) decode(v any) (err error) {
+	defer recoverTo(&err)
+	return r.dec.Decode(v)
+}
+
+// gobUint reads an unsigned integer at the beginning of b, as package gob
+// documents it, and returns what follows it. It returns 0 if there is none.
+func gobUint(b []byte) (n uint64, rest []byte) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	if b[0] <= 127 {
+		return uint64(b[0]), b[1:]
+	}
+	size := -int(int8(b[0]))
+	if size > 8 || size >= len(b) {
+		return 0, nil
+	}
+	for _, c := range b[1 : 1+size] {
+		n = n<<8 | uint64(c)
+	}
+	return n, b[1+size:]
+}
+
+// isDefinition reports whether a message without its length defines a type:
+// then it begins with a negative type id.
+func isDefinition(message []byte) bool {
+	id, _ := gobUint(message)
+	return id&1 == 1
+}
+
+// definitions returns those of the messages in b that define types.
+func definitions(b []byte) []byte {
+	var defs []byte
+	for len(b) > 0 {
+		size, rest := gobUint(b)
+		if size > uint64(len(rest)) {
+			break
+		}
+		if isDefinition(rest) {
+			defs = append(defs, b[:len(b)-len(rest)+int(size)]...)
+		}
+		b = rest[size:]
+	}
+	return defs
+}
+
+// recoverTo turns a panic of the caller into its error.
+func recoverTo(err *error) {
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("panic: %v", p)
+	}
+}

@@ -1,0 +1,257 @@
+package plugin
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base64"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// CoreProtocolVersion is the version of the handshake and of what runs on the
+// connection after it. go-plugin has the same.
+const CoreProtocolVersion = 1
+
+const (
+	// EnvUnixSocketDir names the environment variable with the directory in
+	// which the plugin makes its Unix socket. The host sets it.
+	EnvUnixSocketDir = "PLUGIN_UNIX_SOCKET_DIR"
+
+	// EnvUnixSocketGroup names the environment variable with the group, by
+	// name or number, that may connect to the plugin's Unix socket. The host
+	// sets it from UnixSocketConfig.Group.
+	EnvUnixSocketGroup = "PLUGIN_UNIX_SOCKET_GROUP"
+
+	envMinPort    = "PLUGIN_MIN_PORT"
+	envMaxPort    = "PLUGIN_MAX_PORT"
+	envVersions   = "PLUGIN_PROTOCOL_VERSIONS"
+	envClientCert = "PLUGIN_CLIENT_CERT"
+	envMultiplex  = "PLUGIN_MULTIPLEX_GRPC" // go-plugin's, of no use here
+
+	// envHost is this library's own: it tells a plugin how to notice that its
+	// host is gone. See lifeline.
+	envHost = "PLUGIN_HOST_LIFELINE"
+)
+
+// protocolEnv is every variable of the protocol but the cookie. None of them
+// is passed on from one plugin to another.
+var protocolEnv = []string{
+	EnvUnixSocketDir, EnvUnixSocketGroup, envMinPort, envMaxPort,
+	envVersions, envClientCert, envMultiplex, envHost,
+}
+
+// HandshakeConfig is what a host and its plugins must agree on. Both embed it;
+// programs usually share one in a package that both import.
+type HandshakeConfig struct {
+	// ProtocolVersion is the version of the interfaces in Plugins: raise it
+	// when a change to them is not compatible. It is not needed where all
+	// plugins are in VersionedPlugins.
+	ProtocolVersion uint
+
+	// MagicCookieKey and MagicCookieValue are an environment variable and its
+	// value. The host sets it, and a plugin that does not find it says that it
+	// is a plugin and exits. This is a courtesy to whoever starts a plugin by
+	// hand and keeps a host from using the plugin of another program; it is no
+	// secret and protects nothing. Neither may be empty.
+	MagicCookieKey   string
+	MagicCookieValue string
+}
+
+// handshake is what a plugin says on its stdout when it is ready.
+type handshake struct {
+	version  int
+	addr     net.Addr
+	protocol Protocol
+	cert     []byte // DER; nil without AutoMTLS
+}
+
+func (h handshake) String() string {
+	return fmt.Sprintf("%d|%d|%s|%s|%s|%s", CoreProtocolVersion, h.version,
+		h.addr.Network(), h.addr.String(), h.protocol, base64.RawStdEncoding.EncodeToString(h.cert))
+}
+
+// isHandshake reports whether a line of a plugin's stdout is meant as its
+// handshake: it begins with digits and a bar.
+func isHandshake(line []byte) bool {
+	digits := 0
+	for digits < len(line) && '0' <= line[digits] && line[digits] <= '9' {
+		digits++
+	}
+	return digits > 0 && digits < len(line) && line[digits] == '|'
+}
+
+// parseHandshake reads the handshake line of a plugin, ours or go-plugin's.
+// Fields behind those known are ignored.
+func parseHandshake(line string) (h handshake, err error) {
+	fields := strings.Split(strings.TrimSpace(line), "|")
+	if core := fields[0]; core != strconv.Itoa(CoreProtocolVersion) {
+		return h, fmt.Errorf("it speaks version %q of the core protocol, and this host version %d: rebuild it with a current version of the library", core, CoreProtocolVersion)
+	}
+	if len(fields) < 4 {
+		return h, fmt.Errorf("its handshake has %d fields, and at least 4 are needed (core version|app version|network|address)", len(fields))
+	}
+	if h.version, err = strconv.Atoi(fields[1]); err != nil {
+		return h, fmt.Errorf("its handshake has a version that is no number: %q", fields[1])
+	}
+	if h.addr, err = parseAddr(fields[2], fields[3]); err != nil {
+		return h, fmt.Errorf("its handshake has no usable address: %w", err)
+	}
+	h.protocol = ProtocolNetRPC
+	if len(fields) > 4 && fields[4] != "" {
+		h.protocol = Protocol(fields[4])
+	}
+	// Some old plugins have another, short field in the certificate's place.
+	const shortestCert = 50
+	if len(fields) > 5 && len(fields[5]) > shortestCert {
+		if h.cert, err = base64.RawStdEncoding.DecodeString(fields[5]); err == nil {
+			_, err = x509.ParseCertificate(h.cert)
+		}
+		if err != nil {
+			return h, fmt.Errorf("its handshake has a certificate that cannot be read: %w", err)
+		}
+	}
+	return h, nil
+}
+
+// parseAddr reads an address without asking anybody, a name server say.
+func parseAddr(network, address string) (net.Addr, error) {
+	switch network {
+	case "unix":
+		if address == "" {
+			return nil, errors.New("the socket's path is empty")
+		}
+		return &net.UnixAddr{Name: address, Net: "unix"}, nil
+	case "tcp":
+		host, port, err := net.SplitHostPort(address)
+		if err != nil {
+			return nil, err
+		}
+		n, err := strconv.ParseUint(port, 10, 16)
+		if err != nil {
+			return nil, fmt.Errorf("%q has no valid port", address)
+		}
+		addr := &net.TCPAddr{Port: int(n)}
+		if host == "localhost" {
+			host = "127.0.0.1"
+		}
+		if host != "" {
+			ip, err := netip.ParseAddr(host)
+			if err != nil {
+				return nil, fmt.Errorf("%q is no IP address", host)
+			}
+			addr.IP, addr.Zone = ip.AsSlice(), ip.Zone()
+		}
+		return addr, nil
+	}
+	return nil, fmt.Errorf("the network is %q, and must be unix or tcp", network)
+}
+
+// allVersions returns every version with its plugins. Where both arguments
+// have the same version, versioned wins.
+func allVersions(version uint, plugins PluginSet, versioned map[int]PluginSet) map[int]PluginSet {
+	all := make(map[int]PluginSet, len(versioned)+1)
+	for v, set := range versioned {
+		all[v] = set
+	}
+	if _, known := all[int(version)]; plugins != nil && !known {
+		all[int(version)] = plugins
+	}
+	return all
+}
+
+// negotiate picks the version that a plugin serves: the highest that the host
+// lists, too; else its own lowest, which an old host without a list may know,
+// and by which any other host can say what does not match.
+func negotiate(own map[int]PluginSet, hostList string) int {
+	versions := sortedKeys(own)
+	for _, v := range slices.Backward(versions) {
+		if slices.Contains(strings.Split(hostList, ","), strconv.Itoa(v)) {
+			return v
+		}
+	}
+	return versions[0]
+}
+
+// versionList is the host's list of versions as it is sent to the plugin.
+func versionList(sets map[int]PluginSet) string {
+	var list []string
+	for _, v := range sortedKeys(sets) {
+		list = append(list, strconv.Itoa(v))
+	}
+	return strings.Join(list, ",")
+}
+
+// newCertificate makes a certificate for AutoMTLS, used by one process for one
+// run. P-256 is used because it is the fastest to make that go-plugin takes.
+func newCertificate() (tls.Certificate, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	now := time.Now()
+	template := &x509.Certificate{
+		SerialNumber:          serial,
+		Subject:               pkix.Name{CommonName: "localhost"},
+		DNSNames:              []string{"localhost"},
+		NotBefore:             now.Add(-time.Minute),
+		NotAfter:              now.AddDate(30, 0, 0),
+		KeyUsage:              x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
+		BasicConstraintsValid: true,
+		IsCA:                  true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, nil
+}
+
+// mutualTLS is the configuration of either side: it shows own, and trusts
+// other, a certificate in DER, and nobody else.
+func mutualTLS(own tls.Certificate, other []byte) (*tls.Config, error) {
+	cert, err := x509.ParseCertificate(other)
+	if err != nil {
+		return nil, err
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(cert)
+	return &tls.Config{
+		Certificates: []tls.Certificate{own},
+		ClientAuth:   tls.RequireAndVerifyClientCert,
+		ClientCAs:    pool,
+		RootCAs:      pool,
+		ServerName:   "localhost",
+		MinVersion:   tls.VersionTLS12,
+	}, nil
+}
+
+// certPEM is a certificate as the host sends it to the plugin.
+func certPEM(der []byte) string {
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+}
+
+// parseCertPEM returns the first certificate in text, in DER.
+func parseCertPEM(text string) ([]byte, error) {
+	block, _ := pem.Decode([]byte(text))
+	if block == nil || block.Type != "CERTIFICATE" {
+		return nil, errors.New("there is no certificate in PEM in it")
+	}
+	return block.Bytes, nil
+}

@@ -1,0 +1,293 @@
+package plugin
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+const (
+	// tailSize is how much of the end of a plugin's stderr is kept, in bytes.
+	tailSize = 8 << 10
+	// crashSize is how much of a panic and its trace is kept, in bytes.
+	crashSize = 64 << 10
+)
+
+// lineWriter cuts what is written to it into lines.
+type lineWriter struct {
+	max  int                         // a longer line is cut there
+	emit func(line []byte, left int) // gets a line, and how many bytes of it were left out
+
+	mu   sync.Mutex // serialises writing; guards the fields below
+	line []byte
+	left int
+}
+
+// Write never fails.
+func (w *lineWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for rest := p; len(rest) > 0; {
+		part, after, ended := bytes.Cut(rest, []byte{'\n'})
+		room := min(len(part), w.max-len(w.line))
+		w.line = append(w.line, part[:room]...)
+		w.left += len(part) - room
+		if ended {
+			w.end()
+		}
+		rest = after
+	}
+	return len(p), nil
+}
+
+// Close emits a last line that was not ended.
+func (w *lineWriter) Close() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.line) > 0 {
+		w.end()
+	}
+	return nil
+}
+
+// end emits the line. A panic in emit, which calls the host's logger, costs
+// that line.
+func (w *lineWriter) end() {
+	var err error
+	defer recoverTo(&err)
+	line, left := bytes.TrimSuffix(w.line, []byte{'\r'}), w.left
+	w.line, w.left = w.line[:0], 0
+	w.emit(line, left)
+}
+
+// cutMark says that a line was cut.
+func cutMark(left int) string {
+	if left == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" [%d more bytes]", left)
+}
+
+// stderrLog makes log records of the lines of a plugin's stderr, and keeps
+// what may be needed to say why the plugin died. Its methods are called by one
+// goroutine.
+type stderrLog struct {
+	logger hclog.Logger
+	tail   tail
+
+	crash    []byte // the panic or fatal error that was printed last, with its trace
+	inCrash  bool   // the lines belong to it
+	inTraces bool   // its message is over
+}
+
+func (l *stderrLog) line(line []byte, left int) {
+	level, message, args, ok := parseRecord(line)
+	if left > 0 {
+		ok = false // what is left of a record is not one
+	}
+	if ok {
+		l.logger.Log(level, message, args...)
+		return
+	}
+	level = textLevel(line)
+	if level == hclog.NoLevel {
+		level = hclog.Debug
+		if l.crashing(line) {
+			level = hclog.Error
+		}
+	}
+	l.logger.Log(level, printable(string(line))+cutMark(left))
+}
+
+// crashing reports whether a line belongs to a panic or a fatal error, and
+// keeps it if so.
+func (l *stderrLog) crashing(line []byte) bool {
+	switch {
+	case bytes.HasPrefix(line, []byte("panic: ")), bytes.HasPrefix(line, []byte("fatal error: ")):
+		if !l.inCrash {
+			l.crash = nil
+		}
+		l.inCrash, l.inTraces = true, false
+	case l.inCrash && bytes.HasPrefix(line, []byte("goroutine ")):
+		l.inTraces = true
+	case l.inCrash && l.inTraces && !isTrace(line):
+		l.inCrash = false
+	}
+	if room := crashSize - len(l.crash); l.inCrash && len(line) < room {
+		l.crash = append(append(l.crash, line...), '\n')
+	}
+	return l.inCrash
+}
+
+// isTrace reports whether a line can be part of what the Go runtime prints
+// behind a panic's message.
+func isTrace(line []byte) bool {
+	for _, prefix := range []string{"\t", "goroutine ", "created by ", "panic", "[", "...", "runtime", "exit status"} {
+		if bytes.HasPrefix(line, []byte(prefix)) {
+			return true
+		}
+	}
+	fields := bytes.Fields(line)
+	return len(fields) == 0 || bytes.HasSuffix(line, []byte(")")) ||
+		len(fields) == 2 && bytes.HasPrefix(fields[1], []byte("0x")) // a register
+}
+
+// parseRecord reads a line of hclog's or slog's JSON. The values keep their
+// order.
+func parseRecord(line []byte) (level hclog.Level, message string, args []any, ok bool) {
+	if len(line) == 0 || line[0] != '{' {
+		return
+	}
+	dec := json.NewDecoder(bytes.NewReader(line))
+	dec.UseNumber()
+	if _, err := dec.Token(); err != nil {
+		return
+	}
+	var timestamp, levelText, messageText any
+	for dec.More() {
+		key, err := dec.Token()
+		if err != nil {
+			return
+		}
+		var value any
+		if dec.Decode(&value) != nil {
+			return
+		}
+		switch key {
+		case "@message", "msg":
+			messageText = value
+		case "@level", "level":
+			levelText = value
+		case "@timestamp", "time":
+			timestamp = value
+		default:
+			args = append(args, printable(key.(string)), value)
+		}
+	}
+	if _, err := dec.Token(); err != nil || dec.InputOffset() != int64(len(bytes.TrimRight(line, " \t"))) {
+		return
+	}
+	message, ok = messageText.(string)
+	level = parseLevel(levelText)
+	if t, isText := timestamp.(string); isText {
+		if at, err := time.Parse(time.RFC3339Nano, t); err == nil {
+			t = at.Format(hclog.TimeFormat)
+		}
+		args = append(args, "timestamp", t)
+	}
+	return level, printable(message), args, ok && level != hclog.NoLevel
+}
+
+// parseLevel reads hclog's levels, and slog's, which may have an offset, as in
+// DEBUG-4; slog's levels are four apart.
+func parseLevel(v any) hclog.Level {
+	text, _ := v.(string)
+	name, offset := text, 0
+	if i := strings.IndexAny(text, "+-"); i > 0 {
+		n, err := strconv.Atoi(text[i:])
+		if err != nil {
+			return hclog.NoLevel
+		}
+		name, offset = text[:i], n
+	}
+	level := hclog.LevelFromString(name)
+	if level == hclog.NoLevel || level == hclog.Off || offset == 0 {
+		return level
+	}
+	steps := offset / 4
+	if offset < 0 && offset%4 != 0 {
+		steps-- // a level between two is the lower one
+	}
+	return max(hclog.Trace, min(hclog.Error, level+hclog.Level(steps)))
+}
+
+// textLevel is the level that is written at the front of a line, or behind the
+// date and time of package log.
+func textLevel(line []byte) hclog.Level {
+	for _, layout := range []string{"0000/00/00 ", "00:00:00", ".000000", " "} {
+		if matches(line, layout) {
+			line = line[len(layout):]
+		}
+	}
+	for level := hclog.Trace; level <= hclog.Error; level++ {
+		if bytes.HasPrefix(line, []byte("["+strings.ToUpper(level.String())+"]")) {
+			return level
+		}
+	}
+	return hclog.NoLevel
+}
+
+// matches reports whether line begins like layout, where 0 is any digit.
+func matches(line []byte, layout string) bool {
+	if len(line) < len(layout) {
+		return false
+	}
+	for i := range len(layout) {
+		digit := '0' <= line[i] && line[i] <= '9'
+		if line[i] != layout[i] && !(layout[i] == '0' && digit) {
+			return false
+		}
+	}
+	return true
+}
+
+// printable returns s with everything escaped that could do something to a
+// terminal or a log file, except tabs and the ends of lines.
+func printable(s string) string {
+	bad := func(r rune) bool {
+		return r == utf8.RuneError || r != '\t' && r != '\n' && !strconv.IsPrint(r)
+	}
+	if strings.IndexFunc(s, bad) < 0 {
+		return s
+	}
+	var b strings.Builder
+	for rest := s; len(rest) > 0; {
+		r, size := utf8.DecodeRuneInString(rest)
+		if bad(r) {
+			quoted := strconv.Quote(rest[:size])
+			b.WriteString(quoted[1 : len(quoted)-1])
+		} else {
+			b.WriteString(rest[:size])
+		}
+		rest = rest[size:]
+	}
+	return b.String()
+}
+
+// tail keeps the end of what is written to it.
+type tail struct {
+	mu  sync.Mutex // guards buf
+	buf []byte
+}
+
+// Write never fails.
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.buf = append(t.buf, p[max(0, len(p)-tailSize):]...)
+	if over := len(t.buf) - tailSize; over > tailSize {
+		t.buf = append(t.buf[:0], t.buf[over:]...)
+	}
+	return len(p), nil
+}
+
+// String returns the last lines, 8 KiB at most.
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	b := t.buf
+	if over := len(b) - tailSize; over > 0 {
+		b = b[over:]
+		if _, after, found := bytes.Cut(b, []byte{'\n'}); found {
+			b = after
+		}
+	}
+	return string(b)
+}

@@ -1,0 +1,327 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/rpc"
+	"os"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+)
+
+// Plugin is implemented once for each interface that plugins can implement; a
+// program shares that implementation with its plugins. The two methods are
+// called on opposite sides.
+type Plugin interface {
+	// Server is called in the plugin each time the host dispenses it. It
+	// returns a value whose methods serve the host's calls, as described for
+	// net/rpc's Register; a method may take a context.Context first. See
+	// [Call].
+	Server(*MuxBroker) (any, error)
+
+	// Client is called in the host. It returns an implementation of the
+	// interface that calls those methods, as "Plugin.Name", through the
+	// client that it is given. Closing that client ends what Server returned.
+	Client(*MuxBroker, *rpc.Client) (any, error)
+}
+
+// PluginSet is plugins by the names under which they are dispensed.
+type PluginSet map[string]Plugin
+
+// Protocol is what is spoken on the connection.
+type Protocol string
+
+const (
+	// ProtocolInvalid is the protocol of a plugin that could not be started.
+	ProtocolInvalid Protocol = ""
+	// ProtocolNetRPC is what this library speaks.
+	ProtocolNetRPC Protocol = "netrpc"
+	// ProtocolGRPC is spoken by plugins made with go-plugin's gRPC half. They
+	// are refused with an error that says so, also where it is allowed.
+	ProtocolGRPC Protocol = "grpc"
+)
+
+// ClientProtocol is the host's end of a connection, an [*RPCClient].
+type ClientProtocol interface {
+	io.Closer
+
+	// Dispense returns an instance of the plugin with that name.
+	Dispense(string) (any, error)
+
+	// Ping checks that the plugin answers.
+	Ping() error
+}
+
+// ServerProtocol is the plugin's end of connections, an [*RPCServer].
+type ServerProtocol interface {
+	// Init is called once, before everything else.
+	Init() error
+
+	// Config returns what the host needs to know beforehand, if anything.
+	Config() string
+
+	// Serve serves connections until the listener is closed.
+	Serve(net.Listener)
+}
+
+// Dispense asks a connection for an instance of a plugin, and returns it with
+// its type. If it is of another type, the error names both.
+//
+//	greeter, err := plugin.Dispense[Greeter](client, "greeter")
+func Dispense[T any](c ClientProtocol, name string) (T, error) {
+	var none T
+	v, err := c.Dispense(name)
+	if err != nil {
+		return none, err
+	}
+	t, ok := v.(T)
+	if !ok {
+		return none, fmt.Errorf("plugin %q is a %T and not a %v", name, v, reflect.TypeFor[T]())
+	}
+	return t, nil
+}
+
+// Discover returns the files in dir that match the pattern glob, as
+// [path.Match] has it, and can be executed: absolute paths, sorted. On Windows
+// a file can be executed if it ends in .exe, .com, .bat or .cmd. A dir that
+// does not exist has none; a malformed pattern is an error.
+func Discover(glob, dir string) ([]string, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("plugin: discovering plugins: %w", err)
+	}
+	names, err := fs.Glob(os.DirFS(dir), filepath.ToSlash(glob))
+	if err != nil {
+		return nil, fmt.Errorf("plugin: discovering plugins like %q: %w", glob, err)
+	}
+	var found []string
+	for _, name := range names {
+		path := filepath.Join(dir, filepath.FromSlash(name))
+		if info, err := os.Stat(path); err == nil && executable(info) {
+			found = append(found, path)
+		}
+	}
+	slices.Sort(found)
+	return found, nil
+}
+
+func executable(info fs.FileInfo) bool {
+	if runtime.GOOS == "windows" {
+		ext := strings.ToLower(filepath.Ext(info.Name()))
+		return info.Mode().IsRegular() && slices.Contains([]string{".exe", ".com", ".bat", ".cmd"}, ext)
+	}
+	return info.Mode().IsRegular() && info.Mode().Perm()&0o111 != 0
+}
+
+// BasicError is an error that gob can encode, for a reply that holds one. An
+// error that a method returns needs no such thing.
+type BasicError struct {
+	Message string
+}
+
+// NewBasicError returns err with its text alone, or nil if err is nil.
+func NewBasicError(err error) *BasicError {
+	if err == nil {
+		return nil
+	}
+	return &BasicError{err.Error()}
+}
+
+// Error returns the text.
+func (e *BasicError) Error() string { return e.Message }
+
+var (
+	// ErrProcessNotFound is returned by Start where [ClientConfig].Reattach
+	// names a plugin that is not there any more.
+	ErrProcessNotFound = errors.New("plugin: there is no such plugin to reattach to")
+
+	// ErrChecksumsDoNotMatch is returned by Start where the binary is not the
+	// one that [SecureConfig] describes.
+	ErrChecksumsDoNotMatch = errors.New("plugin: the checksum of the binary is not the expected one")
+
+	// ErrSecureConfigNoChecksum is returned for a [SecureConfig] without Checksum.
+	ErrSecureConfigNoChecksum = errors.New("plugin: SecureConfig has no Checksum")
+
+	// ErrSecureConfigNoHash is returned for a [SecureConfig] without Hash.
+	ErrSecureConfigNoHash = errors.New("plugin: SecureConfig has no Hash")
+
+	// ErrSecureConfigAndReattach is returned by Start where both are set.
+	ErrSecureConfigAndReattach = errors.New("plugin: SecureConfig cannot be used with Reattach: what runs already cannot be checked")
+)
+
+// ExitError says how a plugin ended that its host did not end. It is returned
+// by [Client.Err], and found by errors.As in the error of every call that was
+// in flight.
+type ExitError struct {
+	// Path is the plugin's binary.
+	Path string
+	// State is how the process ended; nil for a plugin that was reattached to.
+	State *os.ProcessState
+	// Stderr is the last that the plugin wrote there, 8 KiB at most.
+	Stderr string
+	// Panic is the message and the trace of the panic or fatal error that the
+	// plugin died of, if it did.
+	Panic string
+}
+
+// Error says what happened in one line, as in
+// "plugin greeter: panic: boom (exit status 2)".
+func (e *ExitError) Error() string {
+	what, _, _ := strings.Cut(e.Panic, "\n")
+	if what == "" {
+		what = "the process ended unasked"
+		if last := lastLine(e.Stderr); last != "" {
+			what += fmt.Sprintf(", its last words being %q", last)
+		}
+	}
+	return fmt.Sprintf("plugin %s: %s%s", pluginName(e.Path), what, inBrackets(e.State))
+}
+
+func inBrackets(state *os.ProcessState) string {
+	if state == nil {
+		return ""
+	}
+	return " (" + state.String() + ")"
+}
+
+func lastLine(text string) string {
+	text = strings.TrimSpace(text)
+	return text[strings.LastIndexByte(text, '\n')+1:]
+}
+
+// pluginName is what a plugin is called in logs and errors.
+func pluginName(path string) string {
+	return strings.TrimSuffix(filepath.Base(path), ".exe")
+}
+
+// StartError says why a plugin could not be started.
+type StartError struct {
+	// Path is the plugin's binary.
+	Path string
+	// State is how the process ended, if it ended by itself.
+	State *os.ProcessState
+	// Stdout is the first that the plugin wrote there instead of a handshake.
+	Stdout string
+	// Stderr is the last that the plugin wrote there, 8 KiB at most.
+	Stderr string
+	// Err is what went wrong, or was being waited for.
+	Err error
+
+	hint string
+}
+
+// Error has all that is known, and what may be the cause.
+func (e *StartError) Error() string {
+	text := fmt.Sprintf("plugin %s did not start: %v%s", pluginName(e.Path), e.Err, inBrackets(e.State))
+	if e.hint != "" {
+		text += ": " + e.hint
+	}
+	for _, out := range []struct{ name, text string }{{"stdout", e.Stdout}, {"stderr", e.Stderr}} {
+		if s := strings.TrimSpace(out.text); s != "" {
+			text += "\n" + out.name + ": " + printable(strings.ReplaceAll(s, "\n", "\n\t"))
+		}
+	}
+	return text
+}
+
+// Unwrap returns Err.
+func (e *StartError) Unwrap() error { return e.Err }
+
+// VersionError says that a plugin and its host have no protocol version in
+// common. Start returns it in a [*StartError].
+type VersionError struct {
+	// Plugin is the version that the plugin offers.
+	Plugin int
+	// Host is the versions that the host has.
+	Host []int
+}
+
+// Error names all versions.
+func (e *VersionError) Error() string {
+	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: one of them is too old", e.Plugin, e.Host)
+}
+
+// errorText is the text of an error as it is sent: net/rpc takes an empty one
+// for success.
+func errorText(err error) string {
+	if text := err.Error(); text != "" {
+		return text
+	}
+	return fmt.Sprintf("plugin: an error of type %T, without a text", err)
+}
+
+// remoteError is an error that the other side returned.
+type remoteError struct {
+	rpc.ServerError
+	is []error // what it is there, as known here
+}
+
+func (e *remoteError) Unwrap() []error { return append([]error{e.ServerError}, e.is...) }
+
+// The errors that keep their identity on the way, by name.
+var (
+	namedMu sync.RWMutex // guards named
+	named   = map[string]error{
+		"io.EOF":                   io.EOF,
+		"io.ErrUnexpectedEOF":      io.ErrUnexpectedEOF,
+		"fs.ErrNotExist":           fs.ErrNotExist,
+		"fs.ErrExist":              fs.ErrExist,
+		"fs.ErrPermission":         fs.ErrPermission,
+		"fs.ErrInvalid":            fs.ErrInvalid,
+		"fs.ErrClosed":             fs.ErrClosed,
+		"os.ErrDeadlineExceeded":   os.ErrDeadlineExceeded,
+		"context.Canceled":         context.Canceled,
+		"context.DeadlineExceeded": context.DeadlineExceeded,
+	}
+)
+
+// RegisterError makes errors keep their identity on the way from one side to
+// the other: where a method returns one of them, or an error that wraps it,
+// errors.Is finds it in what [Call] returns. The host and the plugin must
+// register the same errors; they are told apart by their texts, so of two with
+// one text the first stays. Register what your plugins' shared package
+// declares in that package's init function; an error stays registered.
+//
+// RegisterError may be called concurrently. It panics if an error is nil.
+func RegisterError(errs ...error) {
+	namedMu.Lock()
+	defer namedMu.Unlock()
+	for _, err := range errs {
+		name := "registered: " + err.Error()
+		if named[name] == nil {
+			named[name] = err
+		}
+	}
+}
+
+// errorNames returns the names of those errors that err is.
+func errorNames(err error) (names []string) {
+	namedMu.RLock()
+	defer namedMu.RUnlock()
+	for name, known := range named {
+		if errors.Is(err, known) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// knownErrors returns the errors with those names that are known here.
+func knownErrors(names []string) (errs []error) {
+	namedMu.RLock()
+	defer namedMu.RUnlock()
+	for _, name := range names {
+		if err := named[name]; err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errs
+}

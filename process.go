@@ -1,0 +1,632 @@
+package plugin
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+const (
+	// drainTimeout is how long the output of a process that has ended is
+	// waited for: a process that it has started may hold it open.
+	drainTimeout = 500 * time.Millisecond
+	// pollInterval is how often a process that is nobody's child is looked at.
+	pollInterval = 50 * time.Millisecond
+	// headSize is how much of what is printed instead of a handshake is kept.
+	headSize = 4 << 10
+	// maxHandshake is how long the handshake line may be.
+	maxHandshake = 64 << 10
+	// maxSocketPath is the longest path that every system takes for a socket,
+	// and socketName what a plugin's socket adds to its directory's.
+	maxSocketPath = 103
+	socketName    = len("/plugin-4194304-ffffffff")
+	// socketPrefix begins the names of plugins' sockets and their directories.
+	socketPrefix = "plugin-"
+)
+
+// process is a plugin's process. Of one that is not this host's child there is
+// no more than the first four fields and gone.
+type process struct {
+	*os.Process
+	name      string
+	addr      net.Addr      // of a plugin that was reattached to
+	abandoned chan struct{} // closed when its end is not waited for any more
+
+	cmd      *exec.Cmd // a copy of given
+	given    *exec.Cmd // the caller's
+	logger   hclog.Logger
+	dir      string          // private, for the socket; "" for none
+	cert     tls.Certificate // the host's, under AutoMTLS
+	lifeline *os.File        // the plugin ends when this is closed; nil if it is detached
+	letGo    sync.Once       // closes lifeline, detaches the plugin, or closes abandoned
+
+	output [2]*os.File      // where stdout and stderr are read
+	copied [2]chan struct{} // closed when that has ended
+	shaken chan string      // gets the handshake line
+	shook  bool             // it has come; for stdout's reader alone
+	head   bytes.Buffer     // what came before it; to be read when gone is closed
+	log    stderrLog        // to be read when gone is closed
+
+	gone  chan struct{}    // closed when the process has ended and its output is here
+	state *os.ProcessState // to be read when gone is closed
+}
+
+// givenMu guards Process and ProcessState of the callers' commands, which
+// clients with one ClientConfig share.
+var givenMu sync.Mutex
+
+// launch starts a plugin. What it has opened is freed when the process ends.
+func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *process, err error) {
+	cmd := *config.Cmd
+	cmd.Process, cmd.ProcessState = nil, nil
+	p := &process{
+		name: cmd.Path, cmd: &cmd, given: config.Cmd, logger: logger,
+		shaken: make(chan string, 1), gone: make(chan struct{}),
+		log: stderrLog{logger: logger},
+	}
+	var passed []*os.File // to the process, and closed here
+	defer func() {
+		for _, f := range passed {
+			_ = f.Close()
+		}
+		if err != nil {
+			p.free()
+		}
+	}()
+	failed := func(err error) error {
+		e := &StartError{Path: p.name, Err: err}
+		e.hint = startHint(e, &config.HandshakeConfig)
+		return e
+	}
+
+	var checked *os.File
+	if config.SecureConfig != nil {
+		if checked, err = config.SecureConfig.open(&cmd); checked != nil {
+			passed = append(passed, checked)
+		}
+		if errors.As(err, new(*fs.PathError)) {
+			return nil, failed(err)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	env := []string{
+		config.MagicCookieKey + "=" + config.MagicCookieValue,
+		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
+		fmt.Sprintf("%s=%d", envMaxPort, config.MaxPort),
+		envVersions + "=" + versions,
+	}
+	if config.AutoMTLS {
+		if p.cert, err = newCertificate(); err != nil {
+			return nil, failed(err)
+		}
+		env = append(env, envClientCert+"="+certPEM(p.cert.Certificate[0]))
+	}
+	if runtime.GOOS != "windows" {
+		sockets := config.UnixSocketConfig
+		if sockets == nil {
+			sockets = &UnixSocketConfig{}
+		}
+		if p.dir, err = sockets.makeDir(&cmd); err != nil {
+			return nil, failed(err)
+		}
+		env = append(env, EnvUnixSocketDir+"="+p.dir)
+		if sockets.Group != "" {
+			env = append(env, EnvUnixSocketGroup+"="+sockets.Group)
+		}
+	}
+	life, end, err := p.hold(config.Detach)
+	if err != nil {
+		return nil, failed(err)
+	}
+	if end != nil {
+		passed = append(passed, end)
+	}
+	env = append(env, envHost+"="+life)
+	if checked != nil {
+		p.pin(checked)
+	}
+	cmd.Env = environment(config, env)
+	if cmd.Stdin == nil {
+		cmd.Stdin = os.Stdin
+	}
+	for i, to := range []*io.Writer{&cmd.Stdout, &cmd.Stderr} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			return nil, failed(err)
+		}
+		p.output[i], *to = r, w
+		passed = append(passed, w)
+	}
+	if cmd.WaitDelay == 0 {
+		cmd.WaitDelay = drainTimeout // for a Stdin that is copied
+	}
+	started := make(chan struct{})
+	defer close(started)
+	if cancel := cmd.Cancel; cancel != nil {
+		// It uses the caller's command, which has to have its Process.
+		cmd.Cancel = func() error { <-started; return cancel() }
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, failed(err)
+	}
+	p.Process = cmd.Process
+	givenMu.Lock()
+	p.given.Process, p.given.ProcessState = cmd.Process, nil
+	givenMu.Unlock()
+	p.copyOutput(config)
+	return p, nil
+}
+
+// open opens the binary that cmd runs and checks it.
+func (s *SecureConfig) open(cmd *exec.Cmd) (*os.File, error) {
+	if len(s.Checksum) == 0 {
+		return nil, ErrSecureConfigNoChecksum
+	}
+	if s.Hash == nil {
+		return nil, ErrSecureConfigNoHash
+	}
+	path := cmd.Path
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(cmd.Dir, path)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	same, err := s.check(f)
+	if err == nil && !same {
+		err = ErrChecksumsDoNotMatch
+	}
+	return f, err
+}
+
+// pin makes the command run the open file f, whatever becomes of its path.
+// The process finds it under a name like the binary's, among its descriptors.
+func (p *process) pin(f *os.File) {
+	if runtime.GOOS != "linux" {
+		return
+	}
+	if _, err := os.Stat("/proc/self/fd"); err != nil {
+		return
+	}
+	link := filepath.Join(p.dir, filepath.Base(p.cmd.Path))
+	fd := p.pass(f)
+	if os.Symlink(fmt.Sprintf("/proc/self/fd/%d", fd), link) == nil {
+		p.cmd.Path = link
+	}
+}
+
+// pass hands f to the process and returns its descriptor there.
+func (p *process) pass(f *os.File) int {
+	p.cmd.ExtraFiles = append(slices.Clip(p.cmd.ExtraFiles), f)
+	return 2 + len(p.cmd.ExtraFiles)
+}
+
+// makeDir makes a directory for the socket of the plugin that cmd runs.
+func (u *UnixSocketConfig) makeDir(cmd *exec.Cmd) (dir string, err error) {
+	bases := []string{u.TempDir}
+	if u.TempDir == "" {
+		bases = []string{os.TempDir(), "/tmp"}
+	}
+	for _, base := range bases {
+		if base, err = filepath.Abs(base); err != nil {
+			return "", err
+		}
+		if dir, err = os.MkdirTemp(base, socketPrefix+"*"); err != nil {
+			return "", err
+		}
+		if len(dir)+socketName <= maxSocketPath {
+			break
+		}
+		_ = os.Remove(dir)
+		err = fmt.Errorf("the path of its socket would be too long, in %s: set UnixSocketConfig.TempDir to a shorter one", base)
+	}
+	if err != nil {
+		return "", err
+	}
+	if uid, ok := runsAs(cmd); ok {
+		err = os.Chown(dir, uid, -1)
+	}
+	if u.Group != "" && err == nil {
+		err = giveToGroup(dir, u.Group, 0o770)
+	}
+	if err != nil {
+		_ = os.Remove(dir)
+		return "", err
+	}
+	return dir, nil
+}
+
+// runsAs returns the user that a command runs as, if it is told. The field is
+// not there on every system.
+func runsAs(cmd *exec.Cmd) (uid int, ok bool) {
+	if cmd == nil || cmd.SysProcAttr == nil {
+		return 0, false
+	}
+	cred := reflect.ValueOf(cmd.SysProcAttr).Elem().FieldByName("Credential")
+	if !cred.IsValid() || cred.IsNil() {
+		return 0, false
+	}
+	return int(cred.Elem().FieldByName("Uid").Uint()), true
+}
+
+// giveToGroup gives a file to a group, by name or number.
+func giveToGroup(path, group string, mode os.FileMode) error {
+	gid, err := strconv.Atoi(group)
+	if err != nil {
+		g, err := user.LookupGroup(group)
+		if err != nil {
+			return err
+		}
+		if gid, err = strconv.Atoi(g.Gid); err != nil {
+			return err
+		}
+	}
+	if err := os.Chown(path, -1, gid); err != nil {
+		return err
+	}
+	return os.Chmod(path, mode)
+}
+
+// hold makes the plugin's life depend on this process, and returns what tells
+// the plugin so. On Unix that is a pipe of which it reads the returned end: it
+// comes to an end with this process, however that ends.
+func (p *process) hold(detach bool) (life string, end *os.File, err error) {
+	if detach {
+		return lifeDetached, nil, nil
+	}
+	if runtime.GOOS == "windows" {
+		return lifePid + strconv.Itoa(os.Getpid()), nil, nil
+	}
+	end, p.lifeline, err = os.Pipe()
+	if err != nil {
+		return "", nil, err
+	}
+	return lifePipe + strconv.Itoa(p.pass(end)), end, nil
+}
+
+// detach lets the plugin outlive this process.
+func (p *process) detach() {
+	p.letGo.Do(func() {
+		if p.lifeline != nil {
+			_, _ = p.lifeline.Write([]byte{1})
+			_ = p.lifeline.Close()
+		}
+	})
+}
+
+// environment is the plugin's: the host's, then the command's, then the
+// handshake's. A handshake that the host was itself started with stays here.
+func environment(config *ClientConfig, handshake []string) []string {
+	var env []string
+	if !config.SkipHostEnv {
+		env = os.Environ()
+	}
+	env = slices.DeleteFunc(append(env, config.Cmd.Env...), func(v string) bool {
+		name, _, _ := strings.Cut(v, "=")
+		return slices.Contains(protocolEnv, name)
+	})
+	return append(env, handshake...)
+}
+
+// copyOutput starts reading what the process prints, until it ends or is
+// closed by free. It goes into the host's own logger and writer, so nothing
+// waits for it without a bound.
+func (p *process) copyOutput(config *ClientConfig) {
+	size := config.PluginLogBufferSize
+	lines := []*lineWriter{{max: max(size, maxHandshake), emit: p.stdoutLine}, {max: size, emit: p.log.line}}
+	raw := io.Discard
+	if config.Stderr != nil {
+		raw = &heedless{w: config.Stderr, logger: p.logger}
+	}
+	writers := []io.Writer{lines[0], io.MultiWriter(&p.log.tail, lines[1], raw)}
+	for i := range p.output {
+		p.copied[i] = make(chan struct{})
+		go func() {
+			defer close(p.copied[i])
+			_, _ = io.Copy(writers[i], p.output[i])
+			_ = lines[i].Close()
+		}()
+	}
+}
+
+// stdoutLine takes a line of the process's own stdout. That is the handshake,
+// once; what is printed before is a mistake of the plugin's, but no fatal one.
+func (p *process) stdoutLine(line []byte, left int) {
+	text := printable(string(line)) + cutMark(left)
+	switch {
+	case p.shook:
+		p.logger.Debug(text)
+	case isHandshake(line):
+		p.shook = true
+		if left > 0 {
+			line = line[:0]
+		}
+		p.shaken <- string(line)
+	default:
+		p.logger.Warn("the plugin printed to stdout before its handshake", "line", text)
+		if room := headSize - p.head.Len(); room > 0 {
+			p.head.WriteString(text[:min(room, len(text))])
+			p.head.WriteByte('\n')
+		}
+	}
+}
+
+// awaitHandshake waits until the plugin says that it is ready.
+func (p *process) awaitHandshake(ctx context.Context, timeout time.Duration) (h handshake, err error) {
+	late := time.NewTimer(timeout)
+	defer late.Stop()
+	var line string
+	select {
+	case line = <-p.shaken:
+	case <-ctx.Done():
+		return h, contextError(ctx)
+	case <-late.C:
+		return h, fmt.Errorf("it has not sent its handshake within %v: %w", timeout, context.DeadlineExceeded)
+	case <-p.copied[0]:
+		select {
+		case line = <-p.shaken:
+		default:
+			if waitFor(drainTimeout, p.gone) {
+				return h, errors.New("it exited without a handshake")
+			}
+			return h, errors.New("it closed its stdout without a handshake")
+		}
+	}
+	if line == "" {
+		return h, fmt.Errorf("its handshake is longer than %d bytes", maxHandshake)
+	}
+	return parseHandshake(line)
+}
+
+// findProcess finds a process to reattach to.
+func findProcess(rc *ReattachConfig) (*process, error) {
+	proc, err := os.FindProcess(rc.Pid)
+	if err != nil || rc.Pid <= 0 {
+		return nil, ErrProcessNotFound
+	}
+	p := &process{
+		Process: proc, name: fmt.Sprintf("with pid %d", rc.Pid), addr: rc.Addr, logger: hclog.NewNullLogger(),
+		gone: make(chan struct{}), abandoned: make(chan struct{}),
+	}
+	if !p.alive() {
+		return nil, ErrProcessNotFound
+	}
+	return p, nil
+}
+
+// alive reports whether a process that need not be our child still runs.
+func (p *process) alive() bool {
+	if p.Signal(syscall.Signal(0)) != nil {
+		return false
+	}
+	// What nobody has waited for is still there for signals. Where there is no
+	// /proc, it counts as running.
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.Pid))
+	if err != nil {
+		return true
+	}
+	_, after, _ := bytes.Cut(stat, []byte(") "))
+	return !bytes.HasPrefix(after, []byte("Z"))
+}
+
+// mine reports whether the process is surely the plugin. Our child is. Another
+// one is if the socket, which was alive when the process was looked up, has
+// its pid in its name, as this library's plugins give it.
+func (p *process) mine() bool {
+	if p.cmd != nil {
+		return true
+	}
+	_, name := filepath.Split(p.addr.String())
+	return strings.HasPrefix(name, socketPrefix+strconv.Itoa(p.Pid)+"-")
+}
+
+// kill ends the process, unless it may be somebody else's.
+func (p *process) kill() {
+	if p.mine() {
+		_ = p.Kill()
+	} else {
+		p.logger.Warn("it is not known whether the process is the plugin, so it is left alone", "pid", p.Pid)
+	}
+}
+
+// wait waits for the end of the process and its output, and frees all it had.
+func (p *process) wait() {
+	defer close(p.gone)
+	if p.cmd == nil {
+		for p.alive() && !waitFor(pollInterval, p.abandoned) {
+		}
+		p.removeSocket()
+		return
+	}
+	// The error is about the exit, which state tells, and about copying stdin.
+	_ = p.cmd.Wait()
+	waitFor(drainTimeout, p.copied[:]...)
+	p.free()
+	waitFor(drainTimeout/5, p.copied[:]...)
+	p.state = p.cmd.ProcessState
+	givenMu.Lock()
+	defer givenMu.Unlock()
+	if p.given.Process == p.Process {
+		p.given.ProcessState = p.state
+	}
+}
+
+// abandon ends the waiting for a process that is not our child.
+func (p *process) abandon() {
+	if p.cmd == nil {
+		p.letGo.Do(func() { close(p.abandoned) })
+	}
+}
+
+// free gives back what the host holds for the process.
+func (p *process) free() {
+	p.letGo.Do(func() {
+		if p.lifeline != nil {
+			_ = p.lifeline.Close()
+		}
+	})
+	for _, r := range p.output {
+		if r != nil {
+			_ = r.Close()
+		}
+	}
+	if p.dir != "" {
+		_ = os.RemoveAll(p.dir)
+	}
+}
+
+// removeSocket removes what a plugin that was reattached to may have left.
+func (p *process) removeSocket() {
+	if _, unix := p.addr.(*net.UnixAddr); !unix || !p.mine() {
+		return
+	}
+	_ = os.Remove(p.addr.String())
+	if dir := filepath.Dir(p.addr.String()); strings.HasPrefix(filepath.Base(dir), socketPrefix) {
+		_ = os.Remove(dir)
+	}
+}
+
+// exitError says how the process ended. It is called when gone is closed.
+func (p *process) exitError() *ExitError {
+	e := &ExitError{Path: p.name, State: p.state, Stderr: p.log.tail.String()}
+	if p.state != nil && !p.state.Success() {
+		e.Panic = strings.TrimSpace(string(p.log.crash))
+	}
+	return e
+}
+
+// waitFor waits until all channels are closed, but not longer than that.
+func waitFor(timeout time.Duration, chans ...chan struct{}) bool {
+	late := time.NewTimer(timeout)
+	defer late.Stop()
+	for _, ch := range chans {
+		select {
+		case <-ch:
+		case <-late.C:
+			return false
+		}
+	}
+	return true
+}
+
+func isClosed(ch chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
+	}
+}
+
+// startHint says what may be the cause, where that can be known.
+func startHint(e *StartError, h *HandshakeConfig) string {
+	var coreText = errors.As(e.Err, new(*VersionError))
+	switch {
+	case coreText:
+		return ""
+	case e.State != nil && strings.Contains(e.Stderr, "is a plugin"):
+		return fmt.Sprintf("it did not accept the cookie %s: it is a plugin of another program, or its HandshakeConfig is another one", h.MagicCookieKey)
+	case e.Stdout != "":
+		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
+	}
+	info, err := os.Stat(e.Path)
+	switch {
+	case errors.Is(e.Err, exec.ErrNotFound), err != nil && errors.Is(e.Err, fs.ErrNotExist):
+		return "there is no such file"
+	case err != nil:
+		return ""
+	case info.IsDir():
+		return "it is a directory"
+	case errors.Is(e.Err, fs.ErrPermission) && !executable(info):
+		return "it is not executable: chmod +x"
+	case errors.Is(e.Err, fs.ErrNotExist):
+		return fmt.Sprintf("the file is there, but its interpreter is not%s", interpreter(e.Path))
+	case errors.Is(e.Err, syscall.ENOEXEC):
+		if kind := binaryKind(e.Path); kind != "" {
+			return fmt.Sprintf("it is built for %s, and this host runs on %s/%s", kind, runtime.GOOS, runtime.GOARCH)
+		}
+		return fmt.Sprintf("it is no program for %s/%s", runtime.GOOS, runtime.GOARCH)
+	}
+	return ""
+}
+
+// head reads the beginning of a file.
+func fileHead(path string) []byte {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	head := make([]byte, 1024)
+	n, _ := io.ReadFull(f, head)
+	return head[:n]
+}
+
+// interpreter names a script's interpreter.
+func interpreter(path string) string {
+	line, _, _ := bytes.Cut(fileHead(path), []byte{'\n'})
+	if name, script := bytes.CutPrefix(line, []byte("#!")); script {
+		return ": " + printable(strings.TrimSpace(string(name)))
+	}
+	return ""
+}
+
+// binaryKind says which system and processor a binary is built for, as far as
+// it tells: see the ELF, Mach-O and PE specifications for the numbers.
+func binaryKind(path string) string {
+	head := fileHead(path)
+	if len(head) < 64 {
+		return ""
+	}
+	le := binary.LittleEndian
+	switch {
+	case bytes.HasPrefix(head, []byte("\x7fELF")):
+		machine := le.Uint16(head[18:])
+		if head[5] == 2 { // big-endian
+			machine = binary.BigEndian.Uint16(head[18:])
+		}
+		arch := map[uint16]string{3: "386", 8: "mips", 20: "ppc", 21: "ppc64", 22: "s390x", 40: "arm", 62: "amd64", 183: "arm64", 243: "riscv64", 258: "loong64"}[machine]
+		return "Linux or another Unix on " + known(arch, int(machine))
+	case bytes.HasPrefix(head, []byte("\xcf\xfa\xed\xfe")):
+		cpu := le.Uint32(head[4:])
+		return "macOS on " + known(map[uint32]string{0x01000007: "amd64", 0x0100000c: "arm64"}[cpu], int(cpu))
+	case bytes.HasPrefix(head, []byte("MZ")):
+		at := int(le.Uint32(head[60:]))
+		if at+6 > len(head) || at < 0 {
+			return "Windows"
+		}
+		machine := le.Uint16(head[at+4:])
+		return "Windows on " + known(map[uint16]string{0x14c: "386", 0x8664: "amd64", 0xaa64: "arm64"}[machine], int(machine))
+	}
+	return ""
+}
+
+func known(arch string, number int) string {
+	if arch == "" {
+		return fmt.Sprintf("processor %#x", number)
+	}
+	return arch
+}

@@ -1,0 +1,612 @@
+package plugin
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"go/token"
+	"io"
+	"maps"
+	"net/rpc"
+	"reflect"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// This file is one RPC stream: net/rpc's protocol over gob, with what net/rpc
+// itself cannot do. A stock net/rpc peer on the other end notices nothing.
+//
+//   - Messages are read and checked whole before gob sees them, so that one
+//     bad value costs one call and not the stream.
+//   - A call can be cancelled: a request for a service that does not exist,
+//     with a sequence number that no call has, tells our server and is
+//     answered by a stock server with an error that nobody waits for.
+//   - A response's header has one more field, which a stock decoder skips: the
+//     names of the errors that the returned error is.
+
+const (
+	// cancelBit is set in the sequence number of a request to cancel a call.
+	cancelBit = 1 << 63
+	// cancelMethod is what such a request asks for.
+	cancelMethod = "Context.Cancel"
+)
+
+// response is an rpc.Response with the names of the errors that Error is.
+type response struct {
+	ServiceMethod string
+	Seq           uint64
+	Error         string
+	Is            []string
+}
+
+// Call calls a method through c, like c.Call, and returns when ctx ends, if
+// the method has not returned before. It then returns ctx.Err(), in which
+// errors.Is also finds context.Cause(ctx), and leaves reply alone; a reply
+// that comes later is dropped.
+//
+// Where both sides use this library and the served method takes a context,
+// that context ends with ctx. Any other method runs to its end, unheard.
+//
+// An error that the method returned is found as an [rpc.ServerError] by
+// errors.As. Where both sides use this library, errors.Is also finds those
+// errors of the standard library that plugins return most (io.EOF,
+// io.ErrUnexpectedEOF, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
+// fs.ErrInvalid, fs.ErrClosed, os.ErrDeadlineExceeded, context.Canceled and
+// context.DeadlineExceeded), and those given to [RegisterError] on both sides.
+//
+// When the other side is gone, a call that was in flight fails with an error
+// in which errors.Is finds io.ErrUnexpectedEOF and, on the host, errors.As
+// finds an [*ExitError]; a later one fails with [rpc.ErrShutdown].
+//
+// A context that cannot end costs nothing. Any *rpc.Client will do, but the
+// errors and the cancelling need one that this package made: the one given to
+// [Plugin].Client or returned by [MuxBroker.DialRPC]. With another, args must
+// not be changed before its call has ended, even if ctx ends sooner.
+//
+// Call may be called concurrently.
+func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply any) error {
+	if ctx.Err() != nil {
+		return contextError(ctx)
+	}
+	v, ok := codecs.Load(c)
+	if !ok {
+		return callForeign(ctx, c, serviceMethod, args, reply)
+	}
+	codec := v.(*clientCodec)
+	if err := codec.w.waitRoom(ctx); err != nil {
+		return contextError(ctx)
+	}
+	k := &call{args: args, reply: reply}
+	done := make(chan *rpc.Call, 1)
+	c.Go(serviceMethod, k, k, done)
+	select {
+	case rc := <-done:
+		return k.result(rc.Error)
+	case <-ctx.Done():
+	}
+	if codec.abandon(k, ctx) {
+		return contextError(ctx)
+	}
+	// The whole reply is here already: it is only being decoded.
+	rc := <-done
+	return k.result(rc.Error)
+}
+
+// callForeign is Call for a client whose codec is not ours. Its reply goes
+// into a value of its own, because nothing can stop that codec from writing
+// there later; its request is written by a goroutine of its own, because
+// nothing can stop that codec from blocking there. That goroutine ends when
+// the request is written or the connection fails.
+func callForeign(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply any) error {
+	if ctx.Done() == nil {
+		return c.Call(serviceMethod, args, reply)
+	}
+	into, own := reply, reflect.Value{}
+	if v := reflect.ValueOf(reply); v.Kind() == reflect.Pointer && !v.IsNil() {
+		own = reflect.New(v.Type().Elem())
+		into = own.Interface()
+	}
+	done := make(chan *rpc.Call, 1)
+	go c.Go(serviceMethod, args, into, done)
+	select {
+	case rc := <-done:
+		if rc.Error == nil && own.IsValid() {
+			reflect.ValueOf(reply).Elem().Set(own.Elem())
+		}
+		return rc.Error
+	case <-ctx.Done():
+		return contextError(ctx)
+	}
+}
+
+// contextError is why ctx ended: ctx.Err(), and the cause, if there is another.
+func contextError(ctx context.Context) error {
+	err, cause := ctx.Err(), context.Cause(ctx)
+	if cause == err {
+		return err
+	}
+	return &causedError{err, cause}
+}
+
+// causedError is an error together with what caused it; it is both.
+type causedError struct{ err, cause error }
+
+func (e *causedError) Error() string   { return e.err.Error() + ": " + e.cause.Error() }
+func (e *causedError) Unwrap() []error { return []error{e.err, e.cause} }
+
+// call is what Call gives to an *rpc.Client of ours both as the arguments and
+// as the reply, so that the codec knows it when it sees it.
+type call struct {
+	args, reply any
+	seq         uint64
+	answered    bool     // before ctx ended: reply may be written
+	err         error    // the reply could not be decoded
+	is          []string // names of the errors that the method's error is
+}
+
+func (k *call) result(err error) error {
+	if err == nil {
+		return k.err
+	}
+	if se, ok := err.(rpc.ServerError); ok && len(k.is) > 0 {
+		return &remoteError{se, knownErrors(k.is)}
+	}
+	return err
+}
+
+// codecs finds the codec of an *rpc.Client made here: *rpc.Client to
+// *clientCodec. An entry leaves when its stream ends.
+var codecs sync.Map
+
+// clientCodec is the rpc.ClientCodec of every client that this package makes.
+type clientCodec struct {
+	conn  io.ReadWriteCloser
+	spawn func(func()) bool // starts a goroutine that the session waits for
+	w     *gobWriter
+	r     *gobReader
+	head  response // the header that was read last
+
+	mu     sync.Mutex // guards the fields below
+	client *rpc.Client
+	calls  map[uint64]*call // made by Call and not yet answered
+	closed bool             // the user has called Close
+	ended  bool             // reading has ended
+}
+
+// newRPCClient returns a client for the service on the other end of conn.
+// Goroutines that write are started with spawn.
+func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client {
+	codec := &clientCodec{
+		conn: conn, spawn: spawn,
+		w: newGobWriter(conn, rpc.Request{}), r: newGobReader(conn),
+		calls: make(map[uint64]*call),
+	}
+	client := rpc.NewClientWithCodec(codec)
+	codec.mu.Lock()
+	defer codec.mu.Unlock()
+	if !codec.ended {
+		codec.client = client
+		codecs.Store(client, codec)
+	}
+	return client
+}
+
+// WriteRequest encodes a request and has it written by a goroutine, which
+// takes along what others add meanwhile. It does not wait for that: net/rpc
+// holds a lock while it calls, and nobody could end the wait.
+func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
+	k, ours := body.(*call)
+	if ours {
+		body, k.args = k.args, nil
+		k.seq = req.Seq
+		c.mu.Lock()
+		ended := c.ended
+		if !ended {
+			c.calls[k.seq] = k
+		}
+		c.mu.Unlock()
+		if ended {
+			return rpc.ErrShutdown
+		}
+	}
+	err := c.send(req, body)
+	if err == nil {
+		return nil
+	}
+	if ours {
+		c.mu.Lock()
+		delete(c.calls, k.seq)
+		c.mu.Unlock()
+	}
+	var lost *writeError
+	if errors.As(err, &lost) {
+		return rpc.ErrShutdown
+	}
+	return fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w", req.ServiceMethod, body, err)
+}
+
+func (c *clientCodec) send(req *rpc.Request, body any) error {
+	flush, err := c.w.encode(req, body)
+	if flush && !c.spawn(c.w.flush) {
+		return &writeError{rpc.ErrShutdown}
+	}
+	return err
+}
+
+// abandon gives up on a call whose context has ended and tells the other side.
+// It reports false if the answer is here.
+func (c *clientCodec) abandon(k *call, ctx context.Context) bool {
+	c.mu.Lock()
+	waiting := c.calls[k.seq] == k
+	delete(c.calls, k.seq)
+	ended := c.ended
+	c.mu.Unlock()
+	if waiting && !ended {
+		// If this cannot be sent, the connection is lost and the call with it.
+		deadline := errors.Is(ctx.Err(), context.DeadlineExceeded)
+		_ = c.send(&rpc.Request{ServiceMethod: cancelMethod, Seq: k.seq | cancelBit}, deadline)
+	}
+	return waiting
+}
+
+// ReadResponseHeader reads a whole response, header and body, so that a
+// connection that breaks in between fails the call with the reason. (net/rpc
+// keeps only the text of an error from ReadResponseBody.)
+func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
+	c.head = response{}
+	err := c.r.next()
+	if err == nil {
+		if err = c.r.decode(&c.head); err != nil {
+			err = fmt.Errorf("plugin: an RPC response cannot be read: %w", err)
+		}
+	}
+	if err == nil {
+		err = c.r.next()
+	}
+	if err != nil {
+		return c.end(err)
+	}
+	resp.ServiceMethod, resp.Seq, resp.Error = c.head.ServiceMethod, c.head.Seq, c.head.Error
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if k := c.calls[resp.Seq]; k != nil {
+		delete(c.calls, resp.Seq)
+		k.is, k.answered = c.head.Is, true
+	}
+	return nil
+}
+
+func (c *clientCodec) ReadResponseBody(body any) error {
+	k, ours := body.(*call)
+	if !ours {
+		return c.r.decode(body)
+	}
+	reply := k.reply
+	if !k.answered && reply != nil {
+		// Abandoned. Decoding the body, rather than skipping it, takes in the
+		// type definitions that a stock encoder may have put inside.
+		reply = reflect.New(reflect.TypeOf(reply).Elem()).Interface()
+	}
+	if err := c.r.decode(reply); err != nil {
+		k.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w", c.head.ServiceMethod, reply, err)
+	}
+	return nil
+}
+
+// end is called once, when nothing more can be read, with the reason.
+func (c *clientCodec) end(err error) error {
+	c.w.fail(err)
+	c.mu.Lock()
+	c.ended = true
+	closed, client := c.closed, c.client
+	c.calls = nil
+	c.mu.Unlock()
+	codecs.Delete(client)
+	_ = c.conn.Close()
+	if closed || err == io.ErrUnexpectedEOF {
+		return io.EOF // net/rpc makes an ErrShutdown or an ErrUnexpectedEOF of it
+	}
+	return err
+}
+
+// Close ends the stream. Calls in flight fail with rpc.ErrShutdown.
+func (c *clientCodec) Close() error {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	return abort(c.conn)
+}
+
+// abort closes conn and ends a Read or Write that is waiting on it.
+func abort(conn io.Closer) error {
+	err := conn.Close()
+	if d, ok := conn.(interface{ SetDeadline(time.Time) error }); ok {
+		_ = d.SetDeadline(time.Unix(1, 0))
+	}
+	return err
+}
+
+// service is a receiver whose methods can be called.
+type service struct {
+	rcvr    reflect.Value
+	methods map[string]*method
+	unfit   map[string]string // exported methods that cannot be called, and why
+	err     error             // why none can be called, told to every caller
+}
+
+// method is one method of a service.
+type method struct {
+	fn        reflect.Value
+	context   bool // it takes a context first
+	arg, into reflect.Type
+}
+
+var (
+	typeOfError   = reflect.TypeFor[error]()
+	typeOfContext = reflect.TypeFor[context.Context]()
+)
+
+// newService finds the methods of rcvr that can be called: those that
+// net/rpc's documentation describes, and the same with a context first. It
+// fails if there is none.
+func newService(rcvr any) (*service, error) {
+	if rcvr == nil {
+		return nil, errors.New("there is nothing to serve: the receiver is nil")
+	}
+	s := &service{rcvr: reflect.ValueOf(rcvr), methods: make(map[string]*method), unfit: make(map[string]string)}
+	t := s.rcvr.Type()
+	for i := range t.NumMethod() {
+		m := t.Method(i)
+		fit, why := newMethod(m)
+		if why != "" {
+			s.unfit[m.Name] = why
+			continue
+		}
+		s.methods[m.Name] = fit
+	}
+	if len(s.methods) > 0 {
+		return s, nil
+	}
+	text := fmt.Sprintf("%v has no method that can be called; one looks like func (T) Name(args A, reply *R) error, or the same with a context.Context first", t)
+	for _, name := range sortedKeys(s.unfit) {
+		text += fmt.Sprintf("; %s: %s", name, s.unfit[name])
+	}
+	if t.Kind() != reflect.Pointer && reflect.PointerTo(t).NumMethod() > t.NumMethod() {
+		text += fmt.Sprintf("; a *%v has more methods: pass a pointer", t)
+	}
+	return nil, errors.New(text)
+}
+
+// newMethod returns m as one that can be called, or says what is wrong with it.
+func newMethod(m reflect.Method) (fit *method, why string) {
+	t := m.Type
+	fit = &method{fn: m.Func}
+	in := 1 // behind the receiver
+	if t.NumIn() > in && t.In(in) == typeOfContext {
+		fit.context = true
+		in++
+	}
+	switch {
+	case t.NumIn() != in+2 || t.IsVariadic():
+		return nil, fmt.Sprintf("it takes %d arguments and not two, args and reply", t.NumIn()-in)
+	case t.NumOut() != 1 || t.Out(0) != typeOfError:
+		return nil, "it does not return exactly an error"
+	case t.In(in+1).Kind() != reflect.Pointer:
+		return nil, fmt.Sprintf("its reply, a %v, is not a pointer", t.In(in+1))
+	case !exportedOrBuiltin(t.In(in)):
+		return nil, fmt.Sprintf("its argument's type, %v, is not exported", t.In(in))
+	case !exportedOrBuiltin(t.In(in + 1)):
+		return nil, fmt.Sprintf("its reply's type, %v, is not exported", t.In(in+1))
+	}
+	fit.arg, fit.into = t.In(in), t.In(in+1).Elem()
+	return fit, ""
+}
+
+func exportedOrBuiltin(t reflect.Type) bool {
+	for t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	return token.IsExported(t.Name()) || t.PkgPath() == ""
+}
+
+func sortedKeys[K cmp.Ordered, V any](m map[K]V) []K {
+	return slices.Sorted(maps.Keys(m))
+}
+
+// find returns the method with that name, or says why there is none.
+func (s *service) find(full, name string) (*method, error) {
+	if s.err != nil {
+		return nil, fmt.Errorf("plugin: %s cannot be called: %w", full, s.err)
+	}
+	if m := s.methods[name]; m != nil {
+		return m, nil
+	}
+	if why := s.unfit[name]; why != "" {
+		return nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, why)
+	}
+	return nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, strings.Join(sortedKeys(s.methods), ", "))
+}
+
+// rpcServer serves the calls that arrive on one stream.
+type rpcServer struct {
+	conn     io.ReadWriteCloser
+	services map[string]*service
+	logger   hclog.Logger
+	catch    bool // a panic in a method is an error of that call
+	w        *gobWriter
+	r        *gobReader
+
+	mu      sync.Mutex // guards cancels
+	cancels map[uint64]context.CancelCauseFunc
+}
+
+func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool) *rpcServer {
+	return &rpcServer{
+		conn: conn, services: services, logger: logger, catch: catch,
+		w: newGobWriter(conn, response{}), r: newGobReader(conn),
+		cancels: make(map[uint64]context.CancelCauseFunc),
+	}
+}
+
+var (
+	errCanceled   = fmt.Errorf("plugin: the caller gave the call up: %w", context.Canceled)
+	errTimedOut   = fmt.Errorf("plugin: the caller gave the call up: %w", context.DeadlineExceeded)
+	errCallerGone = errors.New("plugin: the caller is gone")
+)
+
+// serve answers calls until the caller hangs up. Methods run in goroutines of
+// their own, which end when the methods return; their contexts end with ctx,
+// with the caller, and when the call has been answered.
+func (s *rpcServer) serve(ctx context.Context) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	err := s.readRequests(ctx)
+	s.w.fail(err)
+	cancel(errCallerGone)
+	_ = s.conn.Close()
+	if err != io.EOF {
+		s.logger.Debug("an RPC stream ended", "error", err)
+	}
+}
+
+func (s *rpcServer) readRequests(ctx context.Context) error {
+	for {
+		if err := s.w.waitRoom(ctx); err != nil {
+			return err
+		}
+		if err := s.r.next(); err != nil {
+			return err
+		}
+		var req rpc.Request
+		if err := s.r.decode(&req); err != nil {
+			return fmt.Errorf("plugin: an RPC request cannot be read: %w", err)
+		}
+		if err := s.r.next(); err != nil {
+			return cutShort(err, true)
+		}
+		if req.ServiceMethod == cancelMethod && req.Seq&cancelBit != 0 {
+			s.cancel(req.Seq &^ cancelBit)
+			continue
+		}
+		svc, m, err := s.find(req.ServiceMethod)
+		var arg reflect.Value
+		if err == nil {
+			arg, err = s.readArgument(&req, m)
+		} else {
+			_ = s.r.decode(nil) // takes in the definitions of types
+		}
+		if err != nil {
+			s.respond(&req, struct{}{}, err)
+			continue
+		}
+		// Ends when the method returns; the method is the caller's own code.
+		go s.call(ctx, &req, svc, m, arg)
+	}
+}
+
+// cancel ends the context of a call, if there is still such a call.
+func (s *rpcServer) cancel(seq uint64) {
+	cause := errCanceled
+	var deadline bool
+	if s.r.decode(&deadline) == nil && deadline {
+		cause = errTimedOut
+	}
+	s.mu.Lock()
+	cancel := s.cancels[seq]
+	s.mu.Unlock()
+	if cancel != nil {
+		cancel(cause)
+	}
+}
+
+func (s *rpcServer) find(full string) (*service, *method, error) {
+	dot := strings.LastIndex(full, ".")
+	if dot < 0 {
+		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s", full)
+	}
+	svc := s.services[full[:dot]]
+	if svc == nil {
+		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, strings.Join(sortedKeys(s.services), ", "))
+	}
+	m, err := svc.find(full, full[dot+1:])
+	return svc, m, err
+}
+
+func (s *rpcServer) readArgument(req *rpc.Request, m *method) (reflect.Value, error) {
+	t := m.arg
+	if t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	arg := reflect.New(t)
+	if err := s.r.decode(arg.Interface()); err != nil {
+		return arg, fmt.Errorf("plugin: %s takes a %v, and what was sent cannot be read into that: %w", req.ServiceMethod, m.arg, err)
+	}
+	if m.arg.Kind() == reflect.Pointer {
+		return arg, nil
+	}
+	return arg.Elem(), nil
+}
+
+func (s *rpcServer) call(ctx context.Context, req *rpc.Request, svc *service, m *method, arg reflect.Value) {
+	reply := reflect.New(m.into)
+	switch m.into.Kind() {
+	case reflect.Map:
+		reply.Elem().Set(reflect.MakeMap(m.into))
+	case reflect.Slice:
+		reply.Elem().Set(reflect.MakeSlice(m.into, 0, 0))
+	}
+	in := []reflect.Value{svc.rcvr, arg, reply}
+	if m.context {
+		ctx, cancel := context.WithCancelCause(ctx)
+		s.mu.Lock()
+		s.cancels[req.Seq] = cancel
+		s.mu.Unlock()
+		defer func() {
+			s.mu.Lock()
+			delete(s.cancels, req.Seq)
+			s.mu.Unlock()
+			cancel(nil)
+		}()
+		in = []reflect.Value{svc.rcvr, reflect.ValueOf(ctx), arg, reply}
+	}
+	err := s.invoke(req, m, in)
+	s.respond(req, reply.Interface(), err)
+}
+
+// invoke runs a method. In the host, a panic must not be the end of the
+// process; in a plugin it must be, so that its host learns of it and nobody
+// goes on with what the method may have left half done.
+func (s *rpcServer) invoke(req *rpc.Request, m *method, in []reflect.Value) (err error) {
+	if s.catch {
+		defer func() {
+			if p := recover(); p != nil {
+				s.logger.Error("a method that a plugin called panicked", "method", req.ServiceMethod, "panic", p, "trace", string(debug.Stack()))
+				err = fmt.Errorf("plugin: %s panicked: %v", req.ServiceMethod, p)
+			}
+		}()
+	}
+	err, _ = m.fn.Call(in)[0].Interface().(error)
+	return err
+}
+
+// respond answers one call. If the answer cannot be sent, that is the answer.
+func (s *rpcServer) respond(req *rpc.Request, reply any, err error) {
+	resp := response{ServiceMethod: req.ServiceMethod, Seq: req.Seq}
+	if err != nil {
+		resp.Error, resp.Is = errorText(err), errorNames(err)
+		reply = struct{}{}
+	}
+	flush, encodeErr := s.w.encode(resp, reply)
+	if flush {
+		s.w.flush()
+	}
+	var lost *writeError
+	if encodeErr != nil && err == nil && !errors.As(encodeErr, &lost) {
+		s.respond(req, nil, fmt.Errorf("plugin: the reply of %s, of type %T, cannot be sent: %w", req.ServiceMethod, reply, encodeErr))
+	}
+}

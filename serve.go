@@ -1,0 +1,427 @@
+package plugin
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// orphanTimeout is how long a plugin whose host is gone may take to end.
+const orphanTimeout = 1500 * time.Millisecond
+
+// How the host tells a plugin by which it can notice that the host is gone.
+const (
+	lifePipe     = "fd:"  // a descriptor: the end of a pipe that the host holds
+	lifePid      = "pid:" // the host's process, on Windows
+	lifeDetached = "detached"
+)
+
+// ServeConfig describes what a plugin serves.
+type ServeConfig struct {
+	// HandshakeConfig must be the host's.
+	HandshakeConfig
+
+	// TLSProvider, if not nil, returns the configuration of the connection.
+	// The host needs a ClientConfig.TLSConfig that goes with it. It is not
+	// needed for ClientConfig.AutoMTLS, which it disables.
+	TLSProvider func() (*tls.Config, error)
+
+	// Plugins are served where HandshakeConfig.ProtocolVersion is negotiated.
+	Plugins PluginSet
+
+	// VersionedPlugins are served by the protocol version that is negotiated:
+	// the highest that both sides have, or the lowest here if the host does
+	// not tell its own.
+	VersionedPlugins map[int]PluginSet
+
+	// Logger gets what this library logs. Nil means a logger to stderr in the
+	// form that hosts understand.
+	Logger hclog.Logger
+
+	// Test, if not nil, makes Serve serve within a test. See ServeTestConfig.
+	Test *ServeTestConfig
+}
+
+// ServeTestConfig is the test mode of [Serve], in which the plugin runs in the
+// process of a test, debugger or program of its author's, and the host, there
+// or elsewhere, reattaches to it. Nothing that belongs to the whole process is
+// touched: no environment, signals or exit, and the cookie is not asked for.
+type ServeTestConfig struct {
+	// Context ends the serving. Nil means context.Background().
+	Context context.Context
+
+	// ReattachConfigCh, if not nil, gets what a host needs to connect.
+	ReattachConfigCh chan<- *ReattachConfig
+
+	// CloseCh, if not nil, is closed when the serving has ended.
+	CloseCh chan<- struct{}
+
+	// SyncStdio sends what the process prints to the host, too, which takes
+	// replacing os.Stdout and os.Stderr after all, until the serving ends.
+	SyncStdio bool
+}
+
+// Serve serves plugins to the host that has started this process: a plugin's
+// main calls it and little else. It returns when the host has asked the plugin
+// to quit, when the host is gone, and on SIGTERM; what main does then it
+// should do in two seconds. An interrupt (SIGINT) is left to the host.
+//
+// While it serves, os.Stdout and os.Stderr go to the host; before and after,
+// they are the process's own. The variables of the handshake are removed from
+// the environment, so that no child inherits them.
+//
+// If it cannot serve, it prints why to stderr and exits with status 1, also
+// where the process was not started by a host. In test mode it logs why and
+// returns.
+func Serve(config *ServeConfig) {
+	if config.Test != nil {
+		serveTest(config)
+		return
+	}
+	if err := serve(config); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// ServeMuxMap is the plugins of one binary by the argument that selects them.
+type ServeMuxMap map[string]*ServeConfig
+
+// ServeMux serves one of several plugins: the one that the only argument on
+// the command line names. It exits with status 1 if there is none.
+func ServeMux(m ServeMuxMap) {
+	if len(os.Args) == 2 {
+		if config := m[os.Args[1]]; config != nil {
+			Serve(config)
+			return
+		}
+	}
+	fmt.Fprintf(os.Stderr, "This program is a plugin. It is started by its host, with one argument: %s.\n", strings.Join(sortedKeys(m), ", "))
+	os.Exit(1)
+}
+
+// serve is Serve in a process of its own. An error is what to tell a person.
+func serve(config *ServeConfig) error {
+	if config.MagicCookieKey == "" || config.MagicCookieValue == "" {
+		return errors.New("plugin: ServeConfig has no magic cookie: set HandshakeConfig.MagicCookieKey and MagicCookieValue")
+	}
+	if os.Getenv(config.MagicCookieKey) != config.MagicCookieValue {
+		return errors.New("This program is a plugin. It is started by the program that uses it, its host,\nand does nothing by itself.")
+	}
+	env := takeEnvironment(config.MagicCookieKey)
+	stdout, stderr := os.Stdout, os.Stderr
+	logger := config.Logger
+	if logger == nil {
+		logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: stderr, JSONFormat: true})
+	}
+
+	signals := make(chan os.Signal, 1)
+	// SIGINT and SIGPIPE are caught, and not ignored, because children would
+	// inherit that.
+	swallowed := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM)
+	signal.Notify(swallowed, os.Interrupt, syscall.SIGPIPE)
+	defer signal.Stop(signals)
+	defer signal.Stop(swallowed)
+	orphaned := watchHost(env[envHost], env[EnvUnixSocketDir])
+
+	s, err := newServing(config, env, logger)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	if err := s.capture(stdout, stderr, nil, nil); err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintln(stdout, s.handshake); err != nil {
+		return fmt.Errorf("plugin: the handshake could not be written: %w", err)
+	}
+	go s.server.Serve(s.listener) // ends when close closes the listener
+	select {
+	case <-s.quit:
+	case <-signals:
+	case <-orphaned:
+	}
+	return nil
+}
+
+// takeEnvironment returns the variables of the handshake and removes them.
+func takeEnvironment(cookie string) map[string]string {
+	env := make(map[string]string)
+	for _, name := range protocolEnv {
+		env[name] = os.Getenv(name)
+		_ = os.Unsetenv(name)
+	}
+	_ = os.Unsetenv(cookie)
+	return env
+}
+
+// watchHost returns a channel that is closed when the host is gone. A little
+// later the process is ended, whatever it does. The goroutine that watches
+// lives as long as the process, because the host may go while main finishes.
+func watchHost(life, dir string) <-chan struct{} {
+	orphaned := make(chan struct{})
+	wait := hostWaiter(life)
+	if wait == nil {
+		return orphaned
+	}
+	go func() {
+		if !wait() {
+			return
+		}
+		close(orphaned)
+		time.Sleep(orphanTimeout)
+		removePrivate(dir)
+		os.Exit(1)
+	}()
+	return orphaned
+}
+
+// hostWaiter returns a function that waits for the end of the host and reports
+// true, or false if the host has let the plugin go. It returns nil if there is
+// no such thing: go-plugin's hosts are not watched.
+func hostWaiter(life string) func() bool {
+	if fd, ok := strings.CutPrefix(life, lifePipe); ok {
+		n, err := strconv.Atoi(fd)
+		if err != nil {
+			return nil
+		}
+		pipe := os.NewFile(uintptr(n), "lifeline")
+		return func() bool {
+			defer pipe.Close()
+			n, _ := pipe.Read(make([]byte, 1))
+			return n == 0
+		}
+	}
+	if pid, ok := strings.CutPrefix(life, lifePid); ok {
+		n, err := strconv.Atoi(pid)
+		if err != nil {
+			return nil
+		}
+		host, err := os.FindProcess(n)
+		if err != nil {
+			return func() bool { return true } // gone already
+		}
+		return func() bool {
+			_, err := host.Wait()
+			return err == nil
+		}
+	}
+	return nil
+}
+
+// removePrivate removes the directory that the host has made for the socket.
+func removePrivate(dir string) {
+	if strings.HasPrefix(filepath.Base(dir), socketPrefix) {
+		_ = os.RemoveAll(dir)
+	}
+}
+
+// serveTest is Serve in test mode.
+func serveTest(config *ServeConfig) {
+	test := config.Test
+	if test.CloseCh != nil {
+		defer close(test.CloseCh)
+	}
+	ctx := test.Context
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	logger := config.Logger
+	if logger == nil {
+		logger = hclog.Default().Named("plugin")
+	}
+	s, err := newServing(config, nil, logger)
+	if err == nil && test.SyncStdio {
+		defer s.close()
+		err = s.capture(os.Stdout, os.Stderr, os.Stdout, os.Stderr)
+	}
+	if err != nil {
+		logger.Error("the plugin cannot serve", "error", err)
+		return
+	}
+	defer s.close()
+	if test.ReattachConfigCh != nil {
+		h := s.handshake
+		select {
+		case test.ReattachConfigCh <- &ReattachConfig{Protocol: h.protocol, ProtocolVersion: h.version, Addr: h.addr, Pid: os.Getpid(), Test: true}:
+		case <-ctx.Done():
+			return
+		}
+	}
+	go s.server.Serve(s.listener) // ends when close closes the listener
+	select {
+	case <-s.quit:
+	case <-ctx.Done():
+	}
+}
+
+// serving is what a plugin has while it serves.
+type serving struct {
+	server    *RPCServer
+	listener  net.Listener
+	handshake handshake
+	quit      chan struct{} // closed when a host has asked the plugin to quit
+	dir       string        // of the socket, if it is to be removed
+
+	restore func()         // gives the process its stdout and stderr back
+	pipes   [2][2]*os.File // reading and writing ends for stdout and stderr
+}
+
+// newServing listens, with what the host has said in the environment.
+func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger) (_ *serving, err error) {
+	sets := allVersions(config.ProtocolVersion, config.Plugins, config.VersionedPlugins)
+	if len(sets) == 0 {
+		return nil, errors.New("plugin: ServeConfig has no plugins: set Plugins or VersionedPlugins")
+	}
+	s := &serving{quit: make(chan struct{}), restore: func() {}}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("plugin: cannot serve: %w", err)
+			s.unlisten()
+		}
+	}()
+	h := handshake{version: negotiate(sets, env[envVersions]), protocol: ProtocolNetRPC}
+	var secure *tls.Config
+	if config.TLSProvider != nil {
+		if secure, err = config.TLSProvider(); err != nil {
+			return nil, fmt.Errorf("ServeConfig.TLSProvider: %w", err)
+		}
+	}
+	if hosts := env[envClientCert]; secure == nil && hosts != "" {
+		if secure, h.cert, err = answerMutualTLS(hosts); err != nil {
+			return nil, fmt.Errorf("AutoMTLS: %w", err)
+		}
+	}
+	if err = s.listen(env); err != nil {
+		return nil, err
+	}
+	h.addr = s.listener.Addr()
+	s.handshake = h
+	if secure != nil {
+		s.listener = tls.NewListener(s.listener, secure)
+	}
+	s.server = &RPCServer{Plugins: sets[h.version], DoneCh: s.quit, logger: logger}
+	return s, nil
+}
+
+// answerMutualTLS makes the plugin's certificate for the host's.
+func answerMutualTLS(host string) (*tls.Config, []byte, error) {
+	theirs, err := parseCertPEM(host)
+	if err != nil {
+		return nil, nil, err
+	}
+	own, err := newCertificate()
+	if err != nil {
+		return nil, nil, err
+	}
+	secure, err := mutualTLS(own, theirs)
+	return secure, own.Certificate[0], err
+}
+
+// listen listens on a Unix socket, in the directory that the host has made or
+// in one of its own; on Windows, on a port of the loopback interface.
+func (s *serving) listen(env map[string]string) (err error) {
+	if runtime.GOOS == "windows" {
+		s.listener, err = listenTCP(env[envMinPort], env[envMaxPort])
+		return err
+	}
+	dir := env[EnvUnixSocketDir]
+	if dir == "" {
+		if dir, err = new(UnixSocketConfig).makeDir(nil); err != nil {
+			return err
+		}
+		s.dir = dir
+	} else if env[envHost] != "" {
+		s.dir = dir // made for this plugin alone, and its host may be gone
+	}
+	path := filepath.Join(dir, fmt.Sprintf("%s%d-%x", socketPrefix, os.Getpid(), rand.Uint32()))
+	if s.listener, err = net.Listen("unix", path); err != nil {
+		return err
+	}
+	if group := env[EnvUnixSocketGroup]; group != "" {
+		return giveToGroup(path, group, 0o660)
+	}
+	return nil
+}
+
+func listenTCP(minPort, maxPort string) (net.Listener, error) {
+	low, _ := strconv.ParseUint(minPort, 10, 16)
+	high, _ := strconv.ParseUint(maxPort, 10, 16)
+	err := fmt.Errorf("no port from %d to %d is free", low, high)
+	for port := low; port <= max(low, high); port++ {
+		listener, listenErr := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if listenErr == nil {
+			return listener, nil
+		}
+		err = fmt.Errorf("no port from %d to %d is free: %w", low, high, listenErr)
+	}
+	return nil, err
+}
+
+// unlisten gives back what listen has taken.
+func (s *serving) unlisten() {
+	if s.listener != nil {
+		_ = s.listener.Close()
+	}
+	removePrivate(s.dir)
+}
+
+// capture makes what the process prints go to the host, and to the writers
+// that are not nil.
+func (s *serving) capture(stdout, stderr *os.File, teeOut, teeErr io.Writer) (err error) {
+	for i := range s.pipes {
+		if s.pipes[i][0], s.pipes[i][1], err = os.Pipe(); err != nil {
+			return fmt.Errorf("plugin: cannot serve: %w", err)
+		}
+	}
+	s.server.Stdout, s.server.Stderr = tee(s.pipes[0][0], teeOut), tee(s.pipes[1][0], teeErr)
+	s.restore = sync.OnceFunc(func() {
+		os.Stdout, os.Stderr = stdout, stderr
+		for _, pipe := range s.pipes {
+			_ = pipe[1].Close()
+		}
+	})
+	s.server.release = s.restore
+	os.Stdout, os.Stderr = s.pipes[0][1], s.pipes[1][1]
+	return nil
+}
+
+func tee(r io.Reader, w io.Writer) io.Reader {
+	if w == nil {
+		return r
+	}
+	return io.TeeReader(r, w)
+}
+
+// close ends the serving: what was printed is sent, the sessions end, and the
+// process has its own stdout and stderr again.
+func (s *serving) close() {
+	_ = s.listener.Close()
+	s.server.flush()
+	s.server.close()
+	s.restore()
+	for _, pipe := range s.pipes {
+		for _, end := range pipe {
+			if end != nil {
+				_ = end.Close()
+			}
+		}
+	}
+	s.unlisten()
+}
