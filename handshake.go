@@ -14,6 +14,11 @@ import (
 	"math/big"
 	"net"
 	"net/netip"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -254,4 +259,106 @@ func parseCertPEM(text string) ([]byte, error) {
 		return nil, errors.New("there is no certificate in PEM in it")
 	}
 	return block.Bytes, nil
+}
+
+// makeDir makes a directory for the socket of the plugin that cmd runs.
+func (u *UnixSocketConfig) makeDir(cmd *exec.Cmd) (dir string, err error) {
+	bases := []string{u.TempDir}
+	if u.TempDir == "" {
+		bases = []string{os.TempDir(), "/tmp"}
+	}
+	for _, base := range bases {
+		if base, err = filepath.Abs(base); err != nil {
+			return "", err
+		}
+		if dir, err = os.MkdirTemp(base, socketPrefix+"*"); err != nil {
+			return "", err
+		}
+		if len(dir)+socketName <= maxSocketPath {
+			break
+		}
+		_ = os.Remove(dir)
+		err = fmt.Errorf("the path of its socket would be too long, in %s: set UnixSocketConfig.TempDir to a shorter one", base)
+	}
+	if err != nil {
+		return "", err
+	}
+	if uid, ok := runsAs(cmd); ok {
+		err = os.Chown(dir, uid, -1)
+	}
+	if u.Group != "" && err == nil {
+		err = giveToGroup(dir, u.Group, 0o770)
+	}
+	if err != nil {
+		_ = os.Remove(dir)
+		return "", err
+	}
+	return dir, nil
+}
+
+// runsAs returns the user that a command runs as, if it is told. The field is
+// not there on every system.
+func runsAs(cmd *exec.Cmd) (uid int, ok bool) {
+	if cmd == nil || cmd.SysProcAttr == nil {
+		return 0, false
+	}
+	cred := reflect.ValueOf(cmd.SysProcAttr).Elem().FieldByName("Credential")
+	if !cred.IsValid() || cred.IsNil() {
+		return 0, false
+	}
+	return int(cred.Elem().FieldByName("Uid").Uint()), true
+}
+
+// giveToGroup gives a file to a group, by name or number.
+func giveToGroup(path, group string, mode os.FileMode) error {
+	gid, err := strconv.Atoi(group)
+	if err != nil {
+		g, err := user.LookupGroup(group)
+		if err != nil {
+			return err
+		}
+		if gid, err = strconv.Atoi(g.Gid); err != nil {
+			return err
+		}
+	}
+	if err := os.Chown(path, -1, gid); err != nil {
+		return err
+	}
+	return os.Chmod(path, mode)
+}
+
+// listenTCP listens on the first free port of the loopback interface.
+func listenTCP(minPort, maxPort string) (net.Listener, error) {
+	low, _ := strconv.ParseUint(minPort, 10, 16)
+	high, _ := strconv.ParseUint(maxPort, 10, 16)
+	err := fmt.Errorf("no port from %d to %d is free", low, high)
+	for port := low; port <= max(low, high); port++ {
+		listener, listenErr := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if listenErr == nil {
+			return listener, nil
+		}
+		err = fmt.Errorf("no port from %d to %d is free: %w", low, high, listenErr)
+	}
+	return nil, err
+}
+
+// removePrivate removes the directory that the host has made for the socket.
+func removePrivate(dir string) {
+	if strings.HasPrefix(filepath.Base(dir), socketPrefix) {
+		_ = os.RemoveAll(dir)
+	}
+}
+
+// environment is the plugin's: the host's, then the command's, then the
+// handshake's. A handshake that the host was itself started with stays here.
+func environment(config *ClientConfig, handshake []string) []string {
+	var env []string
+	if !config.SkipHostEnv {
+		env = os.Environ()
+	}
+	env = slices.DeleteFunc(append(env, config.Cmd.Env...), func(v string) bool {
+		name, _, _ := strings.Cut(v, "=")
+		return slices.Contains(protocolEnv, name)
+	})
+	return append(env, handshake...)
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 	"sync"
@@ -290,4 +291,29 @@ func (t *tail) String() string {
 		}
 	}
 	return string(b)
+}
+
+// heedless writes to a writer of the host's, and goes on without it when that
+// fails or panics: the plugin must not be stopped by it.
+type heedless struct {
+	w      io.Writer
+	logger hclog.Logger
+	failed bool
+}
+
+func (h *heedless) Write(p []byte) (int, error) {
+	if h.failed {
+		return len(p), nil
+	}
+	err := h.write(p)
+	if h.failed = err != nil; h.failed {
+		h.logger.Warn("the plugin's output cannot be written and is dropped from here on", "error", err)
+	}
+	return len(p), nil
+}
+
+func (h *heedless) write(p []byte) (err error) {
+	defer recoverTo(&err)
+	_, err = h.w.Write(p)
+	return err
 }

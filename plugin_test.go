@@ -2,15 +2,14 @@ package plugin
 
 import (
 	"bytes"
-	"context"
-	"errors"
 	"fmt"
-	"io"
 	"net/rpc"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -58,6 +57,8 @@ func runTests(m *testing.M) int {
 	}
 	defer os.RemoveAll(tmp)
 	os.Setenv("TMPDIR", tmp)
+	// The race detector makes every process sleep a second before it exits.
+	os.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE"))
 	before := runtime.NumGoroutine()
 	code := m.Run()
 	if left := leftovers(tmp, before); left != "" {
@@ -74,6 +75,10 @@ func leftovers(tmp string, goroutines int) (left string) {
 		if entries, _ := os.ReadDir(tmp); len(entries) > 0 {
 			left += fmt.Sprintf("files in TMPDIR: %v\n", entries)
 		}
+		for _, pid := range processesWith("TMPDIR=" + tmp) {
+			cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+			left += fmt.Sprintf("process %d: %q\n", pid, cmdline)
+		}
 		if n := runtime.NumGoroutine(); n > goroutines {
 			buf := make([]byte, 1<<20)
 			left += fmt.Sprintf("%d goroutines:\n%s", n-goroutines, buf[:runtime.Stack(buf, true)])
@@ -82,6 +87,20 @@ func leftovers(tmp string, goroutines int) (left string) {
 			return left
 		}
 	}
+}
+
+// processesWith returns the processes but this one that were started with a
+// variable in their environment and are not zombies. Without /proc, none.
+func processesWith(variable string) (pids []int) {
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		pid, _ := strconv.Atoi(filepath.Base(dir))
+		env, _ := os.ReadFile(dir + "/environ") // empty for a zombie
+		if pid != os.Getpid() && slices.Contains(strings.Split(string(env), "\x00"), variable) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // Greeter is the interface of the test plugin "greeter".
@@ -170,5 +189,3 @@ func TestGreeter(t *testing.T) {
 	}
 	t.Log(log.String())
 }
-
-var _ = []any{context.Background, errors.New, io.EOF, filepath.Join, strings.Cut}

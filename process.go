@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -12,9 +11,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"os/user"
 	"path/filepath"
-	"reflect"
 	"runtime"
 	"slices"
 	"strconv"
@@ -224,72 +221,6 @@ func (p *process) pass(f *os.File) int {
 	return 2 + len(p.cmd.ExtraFiles)
 }
 
-// makeDir makes a directory for the socket of the plugin that cmd runs.
-func (u *UnixSocketConfig) makeDir(cmd *exec.Cmd) (dir string, err error) {
-	bases := []string{u.TempDir}
-	if u.TempDir == "" {
-		bases = []string{os.TempDir(), "/tmp"}
-	}
-	for _, base := range bases {
-		if base, err = filepath.Abs(base); err != nil {
-			return "", err
-		}
-		if dir, err = os.MkdirTemp(base, socketPrefix+"*"); err != nil {
-			return "", err
-		}
-		if len(dir)+socketName <= maxSocketPath {
-			break
-		}
-		_ = os.Remove(dir)
-		err = fmt.Errorf("the path of its socket would be too long, in %s: set UnixSocketConfig.TempDir to a shorter one", base)
-	}
-	if err != nil {
-		return "", err
-	}
-	if uid, ok := runsAs(cmd); ok {
-		err = os.Chown(dir, uid, -1)
-	}
-	if u.Group != "" && err == nil {
-		err = giveToGroup(dir, u.Group, 0o770)
-	}
-	if err != nil {
-		_ = os.Remove(dir)
-		return "", err
-	}
-	return dir, nil
-}
-
-// runsAs returns the user that a command runs as, if it is told. The field is
-// not there on every system.
-func runsAs(cmd *exec.Cmd) (uid int, ok bool) {
-	if cmd == nil || cmd.SysProcAttr == nil {
-		return 0, false
-	}
-	cred := reflect.ValueOf(cmd.SysProcAttr).Elem().FieldByName("Credential")
-	if !cred.IsValid() || cred.IsNil() {
-		return 0, false
-	}
-	return int(cred.Elem().FieldByName("Uid").Uint()), true
-}
-
-// giveToGroup gives a file to a group, by name or number.
-func giveToGroup(path, group string, mode os.FileMode) error {
-	gid, err := strconv.Atoi(group)
-	if err != nil {
-		g, err := user.LookupGroup(group)
-		if err != nil {
-			return err
-		}
-		if gid, err = strconv.Atoi(g.Gid); err != nil {
-			return err
-		}
-	}
-	if err := os.Chown(path, -1, gid); err != nil {
-		return err
-	}
-	return os.Chmod(path, mode)
-}
-
 // hold makes the plugin's life depend on this process, and returns what tells
 // the plugin so. On Unix that is a pipe of which it reads the returned end: it
 // comes to an end with this process, however that ends.
@@ -315,20 +246,6 @@ func (p *process) detach() {
 			_ = p.lifeline.Close()
 		}
 	})
-}
-
-// environment is the plugin's: the host's, then the command's, then the
-// handshake's. A handshake that the host was itself started with stays here.
-func environment(config *ClientConfig, handshake []string) []string {
-	var env []string
-	if !config.SkipHostEnv {
-		env = os.Environ()
-	}
-	env = slices.DeleteFunc(append(env, config.Cmd.Env...), func(v string) bool {
-		name, _, _ := strings.Cut(v, "=")
-		return slices.Contains(protocolEnv, name)
-	})
-	return append(env, handshake...)
 }
 
 // copyOutput starts reading what the process prints, until it ends or is
@@ -539,94 +456,4 @@ func isClosed(ch chan struct{}) bool {
 	default:
 		return false
 	}
-}
-
-// startHint says what may be the cause, where that can be known.
-func startHint(e *StartError, h *HandshakeConfig) string {
-	var coreText = errors.As(e.Err, new(*VersionError))
-	switch {
-	case coreText:
-		return ""
-	case e.State != nil && strings.Contains(e.Stderr, "is a plugin"):
-		return fmt.Sprintf("it did not accept the cookie %s: it is a plugin of another program, or its HandshakeConfig is another one", h.MagicCookieKey)
-	case e.Stdout != "":
-		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
-	}
-	info, err := os.Stat(e.Path)
-	switch {
-	case errors.Is(e.Err, exec.ErrNotFound), err != nil && errors.Is(e.Err, fs.ErrNotExist):
-		return "there is no such file"
-	case err != nil:
-		return ""
-	case info.IsDir():
-		return "it is a directory"
-	case errors.Is(e.Err, fs.ErrPermission) && !executable(info):
-		return "it is not executable: chmod +x"
-	case errors.Is(e.Err, fs.ErrNotExist):
-		return fmt.Sprintf("the file is there, but its interpreter is not%s", interpreter(e.Path))
-	case errors.Is(e.Err, syscall.ENOEXEC):
-		if kind := binaryKind(e.Path); kind != "" {
-			return fmt.Sprintf("it is built for %s, and this host runs on %s/%s", kind, runtime.GOOS, runtime.GOARCH)
-		}
-		return fmt.Sprintf("it is no program for %s/%s", runtime.GOOS, runtime.GOARCH)
-	}
-	return ""
-}
-
-// head reads the beginning of a file.
-func fileHead(path string) []byte {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil
-	}
-	defer f.Close()
-	head := make([]byte, 1024)
-	n, _ := io.ReadFull(f, head)
-	return head[:n]
-}
-
-// interpreter names a script's interpreter.
-func interpreter(path string) string {
-	line, _, _ := bytes.Cut(fileHead(path), []byte{'\n'})
-	if name, script := bytes.CutPrefix(line, []byte("#!")); script {
-		return ": " + printable(strings.TrimSpace(string(name)))
-	}
-	return ""
-}
-
-// binaryKind says which system and processor a binary is built for, as far as
-// it tells: see the ELF, Mach-O and PE specifications for the numbers.
-func binaryKind(path string) string {
-	head := fileHead(path)
-	if len(head) < 64 {
-		return ""
-	}
-	le := binary.LittleEndian
-	switch {
-	case bytes.HasPrefix(head, []byte("\x7fELF")):
-		machine := le.Uint16(head[18:])
-		if head[5] == 2 { // big-endian
-			machine = binary.BigEndian.Uint16(head[18:])
-		}
-		arch := map[uint16]string{3: "386", 8: "mips", 20: "ppc", 21: "ppc64", 22: "s390x", 40: "arm", 62: "amd64", 183: "arm64", 243: "riscv64", 258: "loong64"}[machine]
-		return "Linux or another Unix on " + known(arch, int(machine))
-	case bytes.HasPrefix(head, []byte("\xcf\xfa\xed\xfe")):
-		cpu := le.Uint32(head[4:])
-		return "macOS on " + known(map[uint32]string{0x01000007: "amd64", 0x0100000c: "arm64"}[cpu], int(cpu))
-	case bytes.HasPrefix(head, []byte("MZ")):
-		at := int(le.Uint32(head[60:]))
-		if at+6 > len(head) || at < 0 {
-			return "Windows"
-		}
-		machine := le.Uint16(head[at+4:])
-		return "Windows on " + known(map[uint16]string{0x14c: "386", 0x8664: "amd64", 0xaa64: "arm64"}[machine], int(machine))
-	}
-	return ""
-}
-
-func known(arch string, number int) string {
-	if arch == "" {
-		return fmt.Sprintf("processor %#x", number)
-	}
-	return arch
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/rpc"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -19,6 +20,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/yamux"
 )
 
 // orphanTimeout is how long a plugin whose host is gone may take to end.
@@ -225,13 +227,6 @@ func hostWaiter(life string) func() bool {
 	return nil
 }
 
-// removePrivate removes the directory that the host has made for the socket.
-func removePrivate(dir string) {
-	if strings.HasPrefix(filepath.Base(dir), socketPrefix) {
-		_ = os.RemoveAll(dir)
-	}
-}
-
 // serveTest is Serve in test mode.
 func serveTest(config *ServeConfig) {
 	test := config.Test
@@ -360,20 +355,6 @@ func (s *serving) listen(env map[string]string) (err error) {
 	return nil
 }
 
-func listenTCP(minPort, maxPort string) (net.Listener, error) {
-	low, _ := strconv.ParseUint(minPort, 10, 16)
-	high, _ := strconv.ParseUint(maxPort, 10, 16)
-	err := fmt.Errorf("no port from %d to %d is free", low, high)
-	for port := low; port <= max(low, high); port++ {
-		listener, listenErr := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if listenErr == nil {
-			return listener, nil
-		}
-		err = fmt.Errorf("no port from %d to %d is free: %w", low, high, listenErr)
-	}
-	return nil, err
-}
-
 // unlisten gives back what listen has taken.
 func (s *serving) unlisten() {
 	if s.listener != nil {
@@ -424,4 +405,199 @@ func (s *serving) close() {
 		}
 	}
 	s.unlisten()
+}
+
+// output sends what the plugin prints to the host that connected last. What
+// is printed before the first one connects waits for it; what is printed when
+// none is connected any more is dropped, so that it cannot stop the plugin.
+type output struct {
+	src  io.Reader
+	done chan struct{} // closed when all of src has been sent
+
+	mu       sync.Mutex // guards the fields below
+	host     *yamux.Stream
+	finished bool
+	waiting  time.Time     // since when src has had nothing; zero while it has
+	attached chan struct{} // closed when the first host is there, or none will come
+}
+
+func newOutput(src io.Reader) *output {
+	o := &output{src: src, done: make(chan struct{}), attached: make(chan struct{})}
+	if src == nil {
+		close(o.done)
+		return o
+	}
+	// Ends with src, which Serve closes; another reader is its owner's.
+	go o.run()
+	return o
+}
+
+func (o *output) run() {
+	defer close(o.done)
+	buf := make([]byte, 32<<10)
+	for {
+		o.setWaiting(time.Now())
+		n, err := o.src.Read(buf)
+		o.setWaiting(time.Time{})
+		if n > 0 {
+			<-o.attached
+			o.send(buf[:n])
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+func (o *output) setWaiting(since time.Time) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.waiting = since
+}
+
+// send writes to the host, and to another one if that takes over meanwhile.
+func (o *output) send(p []byte) {
+	for {
+		o.mu.Lock()
+		host := o.host
+		o.mu.Unlock()
+		if host == nil {
+			return
+		}
+		if _, err := host.Write(p); err == nil {
+			return
+		}
+		o.mu.Lock()
+		if o.host == host {
+			o.host = nil
+		}
+		o.mu.Unlock()
+	}
+}
+
+// attach makes st the stream of the host that gets the output.
+func (o *output) attach(st *yamux.Stream) {
+	o.mu.Lock()
+	before, finished := o.host, o.finished
+	o.host = st
+	select {
+	case <-o.attached:
+	default:
+		close(o.attached)
+	}
+	o.mu.Unlock()
+	if before != nil {
+		_ = before.Close()
+	}
+	if finished {
+		_ = st.Close()
+	}
+}
+
+// finish waits until all of src has been sent, or nothing comes any more, or
+// the deadline has passed, and ends the host's stream.
+func (o *output) finish(deadline time.Time) {
+	for start := time.Now(); time.Now().Before(deadline) && !o.idleSince(start); {
+		select {
+		case <-o.done:
+			deadline = start
+		case <-time.After(outputIdle / 5):
+		}
+	}
+	o.mu.Lock()
+	host := o.host
+	o.finished = true
+	select {
+	case <-o.attached:
+	default:
+		close(o.attached)
+	}
+	o.mu.Unlock()
+	if host != nil {
+		_ = host.Close()
+	}
+}
+
+// idleSince reports whether src has had nothing for a while, after start.
+func (o *output) idleSince(start time.Time) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	since := o.waiting
+	if since.Before(start) && !since.IsZero() {
+		since = start
+	}
+	return !since.IsZero() && time.Since(since) > outputIdle
+}
+
+// TestOptions are options of TestPluginRPCConn.
+type TestOptions struct {
+	// ServerStdout and ServerStderr, if not nil, are what the plugin's end
+	// sends as its stdout and stderr.
+	ServerStdout io.ReadCloser
+	ServerStderr io.ReadCloser
+}
+
+// TestingT is what the test helpers use of a *testing.T, a *testing.B or a
+// testing.TB.
+type TestingT interface {
+	Helper()
+	Fatalf(format string, args ...any)
+	Cleanup(func())
+}
+
+// TestConn returns the two ends of a connection over the loopback interface,
+// the client's first. The test closes them when it ends.
+func TestConn(t TestingT) (net.Conn, net.Conn) {
+	t.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatalf("plugin: listening: %v", err)
+	}
+	defer lis.Close()
+	// The kernel completes the connection before it is accepted.
+	client, err := net.Dial("tcp", lis.Addr().String())
+	if err != nil {
+		t.Fatalf("plugin: dialling: %v", err)
+	}
+	server, err := lis.Accept()
+	if err != nil {
+		t.Fatalf("plugin: accepting: %v", err)
+	}
+	t.Cleanup(func() {
+		_ = client.Close()
+		_ = server.Close()
+	})
+	return client, server
+}
+
+// TestRPCConn returns an RPC client and the server at its other end, with
+// which services can be registered. The test closes them when it ends.
+func TestRPCConn(t TestingT) (*rpc.Client, *rpc.Server) {
+	t.Helper()
+	clientConn, serverConn := TestConn(t)
+	server := rpc.NewServer()
+	go server.ServeConn(serverConn) // ends with the connection
+	return rpc.NewClient(clientConn), server
+}
+
+// TestPluginRPCConn returns the two ends of a connection over which plugins
+// can be dispensed and called without a process of their own. opts may be nil.
+// The test closes them when it ends.
+func TestPluginRPCConn(t TestingT, plugins map[string]Plugin, opts *TestOptions) (*RPCClient, *RPCServer) {
+	t.Helper()
+	clientConn, serverConn := TestConn(t)
+	server := &RPCServer{Plugins: plugins}
+	if opts != nil && opts.ServerStdout != nil {
+		server.Stdout = opts.ServerStdout
+	}
+	if opts != nil && opts.ServerStderr != nil {
+		server.Stderr = opts.ServerStderr
+	}
+	go server.ServeConn(serverConn) // ends with the connection
+	client, err := NewRPCClient(clientConn, plugins)
+	if err != nil {
+		t.Fatalf("plugin: connecting: %v", err)
+	}
+	t.Cleanup(func() { client.session.close() })
+	return client, server
 }
