@@ -394,17 +394,16 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 	}
 	// What it did by itself it has done by now; the rest is our doing.
 	failed := &StartError{Path: p.name, Err: err}
-	select {
-	case <-p.gone:
+	if isClosed(p.gone) {
 		failed.State = p.state
-	default:
+	} else {
 		c.mu.Lock()
 		c.asked = true
 		c.mu.Unlock()
 		p.kill()
-		waitFor(reapTimeout, c.done)
 	}
-	failed.Stdout, failed.Stderr = p.head.String(), p.log.tail.String()
+	waitFor(reapTimeout, c.done)
+	failed.Stdout, failed.Stderr = p.printed()
 	failed.hint = startHint(failed, &c.config.HandshakeConfig)
 	return ready{}, failed
 }
@@ -450,7 +449,7 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 	}
 	var p *process
 	if !rc.Test {
-		if p, err = findProcess(rc); err != nil {
+		if p, err = findProcess(rc, c.logger); err != nil {
 			return ready{}, err
 		}
 	}
@@ -582,7 +581,8 @@ func (c *Client) Kill() {
 	if p != nil && startErr == nil {
 		c.quit(p)
 	}
-	if rc := c.connecting.result(); rc != nil {
+	rc, err := c.connecting.do(context.Background(), func() (*RPCClient, error) { return nil, errKilled })
+	if err == nil {
 		rc.session.close()
 	}
 	if p == nil {

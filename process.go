@@ -61,8 +61,8 @@ type process struct {
 	copied [2]chan struct{} // closed when that has ended
 	shaken chan string      // gets the handshake line
 	shook  bool             // it has come; for stdout's reader alone
-	head   bytes.Buffer     // what came before it; to be read when gone is closed
-	log    stderrLog        // to be read when gone is closed
+	head   bytes.Buffer     // what came before it; to be read when copied[0] is closed
+	log    stderrLog        // to be read when copied[1] is closed
 
 	gone  chan struct{}    // closed when the process has ended and its output is here
 	state *os.ProcessState // to be read when gone is closed
@@ -319,14 +319,17 @@ func (p *process) awaitHandshake(ctx context.Context, timeout time.Duration) (h 
 }
 
 // findProcess finds a process to reattach to.
-func findProcess(rc *ReattachConfig) (*process, error) {
+func findProcess(rc *ReattachConfig, logger hclog.Logger) (*process, error) {
 	proc, err := os.FindProcess(rc.Pid)
 	if err != nil || rc.Pid <= 0 {
 		return nil, ErrProcessNotFound
 	}
 	p := &process{
-		Process: proc, name: fmt.Sprintf("with pid %d", rc.Pid), addr: rc.Addr, logger: hclog.NewNullLogger(),
+		Process: proc, addr: rc.Addr, logger: logger,
 		gone: make(chan struct{}), abandoned: make(chan struct{}),
+	}
+	if p.name, err = os.Readlink(fmt.Sprintf("/proc/%d/exe", rc.Pid)); err != nil {
+		p.name = fmt.Sprintf("with pid %d", rc.Pid)
 	}
 	if !p.alive() {
 		return nil, ErrProcessNotFound
@@ -426,10 +429,19 @@ func (p *process) removeSocket() {
 	}
 }
 
+// printed returns the first that the process printed to its stdout instead of
+// a handshake, and the last that it printed to its stderr.
+func (p *process) printed() (stdout, stderr string) {
+	if p.cmd != nil && isClosed(p.copied[0]) {
+		stdout = p.head.String()
+	}
+	return stdout, p.log.tail.String()
+}
+
 // exitError says how the process ended. It is called when gone is closed.
 func (p *process) exitError() *ExitError {
 	e := &ExitError{Path: p.name, State: p.state, Stderr: p.log.tail.String()}
-	if p.state != nil && !p.state.Success() {
+	if p.state != nil && !p.state.Success() && isClosed(p.copied[1]) {
 		e.Panic = strings.TrimSpace(string(p.log.crash))
 	}
 	return e

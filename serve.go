@@ -123,7 +123,7 @@ func serve(config *ServeConfig) error {
 		return errors.New("plugin: ServeConfig has no magic cookie: set HandshakeConfig.MagicCookieKey and MagicCookieValue")
 	}
 	if os.Getenv(config.MagicCookieKey) != config.MagicCookieValue {
-		return errors.New("This program is a plugin. It is started by the program that uses it, its host,\nand does nothing by itself.")
+		return errors.New("this program is a plugin: it is started by its host, the program that uses it, and does nothing by itself")
 	}
 	env := takeEnvironment(config.MagicCookieKey)
 	stdout, stderr := os.Stdout, os.Stderr
@@ -132,14 +132,15 @@ func serve(config *ServeConfig) error {
 		logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: stderr, JSONFormat: true})
 	}
 
-	signals := make(chan os.Signal, 1)
-	// SIGINT and SIGPIPE are caught, and not ignored, because children would
-	// inherit that.
-	swallowed := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGTERM)
-	signal.Notify(swallowed, os.Interrupt, syscall.SIGPIPE)
-	defer signal.Stop(signals)
-	defer signal.Stop(swallowed)
+	// Signals are caught, and not ignored, because children would inherit that.
+	// SIGPIPE is so to the end: what main prints when the host is gone must not
+	// kill it.
+	terminate, interrupt := make(chan os.Signal, 1), make(chan os.Signal, 1)
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	signal.Notify(interrupt, os.Interrupt)
+	signal.Notify(terminate, syscall.SIGTERM)
+	defer signal.Stop(interrupt)
+	defer signal.Stop(terminate)
 	orphaned := watchHost(env[envHost], env[EnvUnixSocketDir])
 
 	s, err := newServing(config, env, logger)
@@ -156,7 +157,7 @@ func serve(config *ServeConfig) error {
 	go s.server.Serve(s.listener) // ends when close closes the listener
 	select {
 	case <-s.quit:
-	case <-signals:
+	case <-terminate:
 	case <-orphaned:
 	}
 	return nil
@@ -242,15 +243,16 @@ func serveTest(config *ServeConfig) {
 		logger = hclog.Default().Named("plugin")
 	}
 	s, err := newServing(config, nil, logger)
-	if err == nil && test.SyncStdio {
+	if err == nil {
 		defer s.close()
-		err = s.capture(os.Stdout, os.Stderr, os.Stdout, os.Stderr)
+		if test.SyncStdio {
+			err = s.capture(os.Stdout, os.Stderr, os.Stdout, os.Stderr)
+		}
 	}
 	if err != nil {
 		logger.Error("the plugin cannot serve", "error", err)
 		return
 	}
-	defer s.close()
 	if test.ReattachConfigCh != nil {
 		h := s.handshake
 		select {
@@ -497,7 +499,7 @@ func (o *output) attach(st *yamux.Stream) {
 // finish waits until all of src has been sent, or nothing comes any more, or
 // the deadline has passed, and ends the host's stream.
 func (o *output) finish(deadline time.Time) {
-	for start := time.Now(); time.Now().Before(deadline) && !o.idleSince(start); {
+	for start := time.Now(); time.Now().Before(deadline) && !o.nothingSince(start); {
 		select {
 		case <-o.done:
 			deadline = start
@@ -518,10 +520,14 @@ func (o *output) finish(deadline time.Time) {
 	}
 }
 
-// idleSince reports whether src has had nothing for a while, after start.
-func (o *output) idleSince(start time.Time) bool {
+// nothingSince reports whether there is nothing to wait for: no host, or
+// nothing from src for a while, after start.
+func (o *output) nothingSince(start time.Time) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if o.host == nil {
+		return true
+	}
 	since := o.waiting
 	if since.Before(start) && !since.IsZero() {
 		since = start
