@@ -166,11 +166,12 @@ var codecs sync.Map
 
 // clientCodec is the rpc.ClientCodec of every client that this package makes.
 type clientCodec struct {
-	conn  io.ReadWriteCloser
-	spawn func(func()) bool // starts a goroutine that the session waits for
-	w     *gobWriter
-	r     *gobReader
-	head  response // the header that was read last
+	conn io.ReadWriteCloser
+	w    *gobWriter
+	r    *gobReader
+	head response      // the header that was read last
+	kick chan struct{} // tells write that there is something to write
+	over chan struct{} // closed when reading has ended
 
 	mu     sync.Mutex // guards the fields below
 	client *rpc.Client
@@ -179,13 +180,17 @@ type clientCodec struct {
 	ended  bool             // reading has ended
 }
 
-// newRPCClient returns a client for the service on the other end of conn.
-// Goroutines that write are started with spawn.
+// newRPCClient returns a client for the service on the other end of conn. Its
+// writing goroutine is started with spawn and ends with the stream.
 func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client {
 	codec := &clientCodec{
-		conn: conn, spawn: spawn,
-		w: newGobWriter(conn, rpc.Request{}), r: newGobReader(conn),
+		conn: conn,
+		w:    newGobWriter(conn, rpc.Request{}), r: newGobReader(conn),
+		kick: make(chan struct{}, 1), over: make(chan struct{}),
 		calls: make(map[uint64]*call),
+	}
+	if !spawn(codec.write) {
+		_ = abort(conn)
 	}
 	client := rpc.NewClientWithCodec(codec)
 	codec.mu.Lock()
@@ -197,9 +202,21 @@ func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client 
 	return client
 }
 
-// WriteRequest encodes a request and has it written by a goroutine, which
-// takes along what others add meanwhile. It does not wait for that: net/rpc
-// holds a lock while it calls, and nobody could end the wait.
+// write writes what is encoded, until the stream ends.
+func (c *clientCodec) write() {
+	for {
+		select {
+		case <-c.kick:
+			c.w.flush()
+		case <-c.over:
+			return
+		}
+	}
+}
+
+// WriteRequest encodes a request and leaves it to write, which takes along
+// what others add meanwhile. It does not wait for that: net/rpc holds a lock
+// while it calls, and nobody could end the wait.
 func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 	k, ours := body.(*call)
 	if ours {
@@ -233,8 +250,8 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 
 func (c *clientCodec) send(req *rpc.Request, body any) error {
 	flush, err := c.w.encode(req, body)
-	if flush && !c.spawn(c.w.flush) {
-		return &writeError{rpc.ErrShutdown}
+	if flush {
+		c.kick <- struct{}{} // has room: write has taken the one before
 	}
 	return err
 }
@@ -308,6 +325,7 @@ func (c *clientCodec) end(err error) error {
 	c.calls = nil
 	c.mu.Unlock()
 	codecs.Delete(client)
+	close(c.over)
 	_ = c.conn.Close()
 	if closed || err == io.ErrUnexpectedEOF {
 		return io.EOF // net/rpc makes an ErrShutdown or an ErrUnexpectedEOF of it
