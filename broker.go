@@ -325,7 +325,7 @@ func (b *MuxBroker) whenDialled(what string, f func(*stream)) uint32 {
 // many bytes. A frame of length zero ends them; behind it comes a verdict: how
 // the source ended. The sink answers with a verdict of its own when it has
 // taken everything, or as soon as it takes no more. A verdict is a length like
-// a frame's and a streamEnd in gob, or length zero for a good end. Both sides
+// a frame's and a sentError in gob, or length zero for a good end. Both sides
 // begin by saying which they are.
 
 const (
@@ -335,12 +335,6 @@ const (
 	maxFrame   = 64 << 10
 	maxVerdict = 1 << 20
 )
-
-// streamEnd is an error on its way to the other side.
-type streamEnd struct {
-	Text string
-	Is   []string
-}
 
 // ServeReader lets the other side read from r, which it does through the
 // reader that DialReader returns there for the number that is returned here.
@@ -625,7 +619,7 @@ func (k *sink) close(verdict error) {
 func appendVerdict(b []byte, err error) []byte {
 	var text bytes.Buffer
 	if err != nil {
-		_ = gob.NewEncoder(&text).Encode(streamEnd{errorText(err), errorNames(err)})
+		_ = gob.NewEncoder(&text).Encode(sendable(err))
 	}
 	b = binary.LittleEndian.AppendUint32(b, uint32(text.Len()))
 	return append(b, text.Bytes()...)
@@ -647,7 +641,7 @@ func readVerdict(r io.Reader) error {
 	if _, err := io.ReadFull(r, text); err != nil {
 		return cutShort(err, true)
 	}
-	var end streamEnd
+	var end sentError
 	if err := gob.NewDecoder(bytes.NewReader(text)).Decode(&end); err != nil {
 		return fmt.Errorf("plugin: what was received is no end of a stream: %w", err)
 	}

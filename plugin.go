@@ -253,13 +253,26 @@ func (e *VersionError) Error() string {
 	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: one of them is too old", e.Plugin, e.Host)
 }
 
-// errorText is the text of an error as it is sent: net/rpc takes an empty one
-// for success.
-func errorText(err error) string {
-	if text := err.Error(); text != "" {
-		return text
+// sentError is an error as it is sent: its text, and the names of those errors
+// it is that both sides know.
+type sentError struct {
+	Text string
+	Is   []string
+}
+
+func (e *sentError) Error() string { return e.Text }
+
+// sendable returns err as it is sent. An empty text would mean success to
+// net/rpc.
+func sendable(err error) *sentError {
+	if e, ok := err.(*sentError); ok {
+		return e
 	}
-	return fmt.Sprintf("plugin: an error of type %T, without a text", err)
+	text := err.Error()
+	if text == "" {
+		text = fmt.Sprintf("plugin: an error of type %T, without a text", err)
+	}
+	return &sentError{text, errorNames(err)}
 }
 
 // remoteError is an error that the other side returned.

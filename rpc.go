@@ -90,7 +90,7 @@ func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply 
 		return k.result(rc.Error)
 	case <-ctx.Done():
 	}
-	if codec.abandon(k, ctx) {
+	if codec.abandon(ctx, k) {
 		return contextError(ctx)
 	}
 	// The whole reply is here already: it is only being decoded.
@@ -107,22 +107,28 @@ func callForeign(ctx context.Context, c *rpc.Client, serviceMethod string, args,
 	if ctx.Done() == nil {
 		return c.Call(serviceMethod, args, reply)
 	}
-	into, own := reply, reflect.Value{}
-	if v := reflect.ValueOf(reply); v.Kind() == reflect.Pointer && !v.IsNil() {
-		own = reflect.New(v.Type().Elem())
-		into = own.Interface()
-	}
+	own := another(reply)
 	done := make(chan *rpc.Call, 1)
-	go c.Go(serviceMethod, args, into, done)
+	go c.Go(serviceMethod, args, own, done)
 	select {
 	case rc := <-done:
-		if rc.Error == nil && own.IsValid() {
-			reflect.ValueOf(reply).Elem().Set(own.Elem())
+		if rc.Error == nil && own != nil {
+			reflect.ValueOf(reply).Elem().Set(reflect.ValueOf(own).Elem())
 		}
 		return rc.Error
 	case <-ctx.Done():
 		return contextError(ctx)
 	}
+}
+
+// another returns a value for a reply that nobody may write to any more, or
+// nil, which drops it, if that is no pointer.
+func another(reply any) any {
+	v := reflect.ValueOf(reply)
+	if v.Kind() != reflect.Pointer || v.IsNil() {
+		return nil
+	}
+	return reflect.New(v.Type().Elem()).Interface()
 }
 
 // contextError is why ctx ended: ctx.Err(), and the cause, if there is another.
@@ -223,14 +229,8 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 		body, k.args = k.args, nil
 		k.seq = req.Seq
 		c.mu.Lock()
-		ended := c.ended
-		if !ended {
-			c.calls[k.seq] = k
-		}
+		c.calls[k.seq] = k
 		c.mu.Unlock()
-		if ended {
-			return rpc.ErrShutdown
-		}
 	}
 	err := c.send(req, body)
 	if err == nil {
@@ -258,7 +258,7 @@ func (c *clientCodec) send(req *rpc.Request, body any) error {
 
 // abandon gives up on a call whose context has ended and tells the other side.
 // It reports false if the answer is here.
-func (c *clientCodec) abandon(k *call, ctx context.Context) bool {
+func (c *clientCodec) abandon(ctx context.Context, k *call) bool {
 	c.mu.Lock()
 	waiting := c.calls[k.seq] == k
 	delete(c.calls, k.seq)
@@ -305,10 +305,10 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 		return c.r.decode(body)
 	}
 	reply := k.reply
-	if !k.answered && reply != nil {
+	if !k.answered {
 		// Abandoned. Decoding the body, rather than skipping it, takes in the
 		// type definitions that a stock encoder may have put inside.
-		reply = reflect.New(reflect.TypeOf(reply).Elem()).Interface()
+		reply = another(reply)
 	}
 	if err := c.r.decode(reply); err != nil {
 		k.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w", c.head.ServiceMethod, reply, err)
@@ -322,7 +322,7 @@ func (c *clientCodec) end(err error) error {
 	c.mu.Lock()
 	c.ended = true
 	closed, client := c.closed, c.client
-	c.calls = nil
+	clear(c.calls)
 	c.mu.Unlock()
 	codecs.Delete(client)
 	close(c.over)
@@ -500,46 +500,62 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 		if err := s.r.next(); err != nil {
 			return err
 		}
-		var req rpc.Request
-		if err := s.r.decode(&req); err != nil {
+		c := new(inCall)
+		if err := s.r.decode(&c.req); err != nil {
 			return fmt.Errorf("plugin: an RPC request cannot be read: %w", err)
 		}
 		if err := s.r.next(); err != nil {
 			return cutShort(err, true)
 		}
-		if req.ServiceMethod == cancelMethod && req.Seq&cancelBit != 0 {
-			s.cancel(req.Seq &^ cancelBit)
+		if c.req.ServiceMethod == cancelMethod && c.req.Seq&cancelBit != 0 {
+			s.cancel(c.req.Seq &^ cancelBit)
 			continue
 		}
-		svc, m, err := s.find(req.ServiceMethod)
-		var arg reflect.Value
-		if err == nil {
-			arg, err = s.readArgument(&req, m)
-		} else {
-			_ = s.r.decode(nil) // takes in the definitions of types
-		}
-		if err != nil {
-			s.respond(&req, struct{}{}, err)
+		if err := s.prepare(ctx, c); err != nil {
+			s.respond(&c.req, struct{}{}, err)
 			continue
 		}
 		// Ends when the method returns; the method is the caller's own code.
-		go s.call(ctx, &req, svc, m, arg)
+		go s.call(c)
 	}
 }
 
-// cancel ends the context of a call, if there is still such a call.
-func (s *rpcServer) cancel(seq uint64) {
-	cause := errCanceled
-	var deadline bool
-	if s.r.decode(&deadline) == nil && deadline {
-		cause = errTimedOut
+// inCall is a call that has arrived.
+type inCall struct {
+	req    rpc.Request
+	method *method
+	in     []reflect.Value // what the method is called with
+	cancel context.CancelCauseFunc
+}
+
+// prepare finds the method and reads its argument. A method that takes a
+// context can be cancelled from here on.
+func (s *rpcServer) prepare(ctx context.Context, c *inCall) error {
+	svc, m, err := s.find(c.req.ServiceMethod)
+	if err != nil {
+		_ = s.r.decode(nil) // takes in the definitions of types
+		return err
 	}
-	s.mu.Lock()
-	cancel := s.cancels[seq]
-	s.mu.Unlock()
-	if cancel != nil {
-		cancel(cause)
+	arg, err := s.readArgument(&c.req, m)
+	if err != nil {
+		return err
 	}
+	reply := reflect.New(m.into)
+	switch m.into.Kind() {
+	case reflect.Map:
+		reply.Elem().Set(reflect.MakeMap(m.into))
+	case reflect.Slice:
+		reply.Elem().Set(reflect.MakeSlice(m.into, 0, 0))
+	}
+	c.method, c.in = m, []reflect.Value{svc.rcvr, arg, reply}
+	if m.context {
+		ctx, c.cancel = context.WithCancelCause(ctx)
+		s.mu.Lock()
+		s.cancels[c.req.Seq] = c.cancel
+		s.mu.Unlock()
+		c.in = []reflect.Value{svc.rcvr, reflect.ValueOf(ctx), arg, reply}
+	}
+	return nil
 }
 
 func (s *rpcServer) find(full string) (*service, *method, error) {
@@ -570,45 +586,51 @@ func (s *rpcServer) readArgument(req *rpc.Request, m *method) (reflect.Value, er
 	return arg.Elem(), nil
 }
 
-func (s *rpcServer) call(ctx context.Context, req *rpc.Request, svc *service, m *method, arg reflect.Value) {
-	reply := reflect.New(m.into)
-	switch m.into.Kind() {
-	case reflect.Map:
-		reply.Elem().Set(reflect.MakeMap(m.into))
-	case reflect.Slice:
-		reply.Elem().Set(reflect.MakeSlice(m.into, 0, 0))
+// cancel ends the context of a call, if there is still such a call.
+func (s *rpcServer) cancel(seq uint64) {
+	cause := errCanceled
+	var deadline bool
+	if s.r.decode(&deadline) == nil && deadline {
+		cause = errTimedOut
 	}
-	in := []reflect.Value{svc.rcvr, arg, reply}
-	if m.context {
-		ctx, cancel := context.WithCancelCause(ctx)
-		s.mu.Lock()
-		s.cancels[req.Seq] = cancel
-		s.mu.Unlock()
+	s.mu.Lock()
+	cancel := s.cancels[seq]
+	s.mu.Unlock()
+	if cancel != nil {
+		cancel(cause)
+	}
+}
+
+// call runs a method and answers.
+func (s *rpcServer) call(c *inCall) {
+	if c.cancel != nil {
 		defer func() {
 			s.mu.Lock()
-			delete(s.cancels, req.Seq)
+			delete(s.cancels, c.req.Seq)
 			s.mu.Unlock()
-			cancel(nil)
+			c.cancel(nil)
 		}()
-		in = []reflect.Value{svc.rcvr, reflect.ValueOf(ctx), arg, reply}
 	}
-	err := s.invoke(req, m, in)
-	s.respond(req, reply.Interface(), err)
+	err := s.invoke(c)
+	s.respond(&c.req, c.in[len(c.in)-1].Interface(), err)
 }
 
 // invoke runs a method. In the host, a panic must not be the end of the
 // process; in a plugin it must be, so that its host learns of it and nobody
 // goes on with what the method may have left half done.
-func (s *rpcServer) invoke(req *rpc.Request, m *method, in []reflect.Value) (err error) {
+func (s *rpcServer) invoke(c *inCall) (err error) {
 	if s.catch {
 		defer func() {
 			if p := recover(); p != nil {
-				s.logger.Error("a method that a plugin called panicked", "method", req.ServiceMethod, "panic", p, "trace", string(debug.Stack()))
-				err = fmt.Errorf("plugin: %s panicked: %v", req.ServiceMethod, p)
+				s.logger.Error("a method that a plugin called panicked", "method", c.req.ServiceMethod, "panic", p, "trace", string(debug.Stack()))
+				err = fmt.Errorf("plugin: %s panicked: %v", c.req.ServiceMethod, p)
 			}
 		}()
 	}
-	err, _ = m.fn.Call(in)[0].Interface().(error)
+	err, _ = c.method.fn.Call(c.in)[0].Interface().(error)
+	if err != nil {
+		err = sendable(err)
+	}
 	return err
 }
 
@@ -616,7 +638,8 @@ func (s *rpcServer) invoke(req *rpc.Request, m *method, in []reflect.Value) (err
 func (s *rpcServer) respond(req *rpc.Request, reply any, err error) {
 	resp := response{ServiceMethod: req.ServiceMethod, Seq: req.Seq}
 	if err != nil {
-		resp.Error, resp.Is = errorText(err), errorNames(err)
+		e := sendable(err)
+		resp.Error, resp.Is = e.Text, e.Is
 		reply = struct{}{}
 	}
 	flush, encodeErr := s.w.encode(resp, reply)
