@@ -89,7 +89,7 @@ func (w *gobWriter) encode(header, body any) (flush bool, err error) {
 		err = fmt.Errorf("it takes %d bytes, and a message holds %d at most: pass what is large as a stream (see MuxBroker.ServeReader)", size, maxMessage)
 	}
 	if err != nil {
-		w.buf = append(w.buf[:start:start], definitions(w.buf[middle:])...)
+		w.rewind(start, middle)
 	}
 	flush = len(w.buf) > 0 && !w.writing
 	w.writing = w.writing || flush
@@ -108,7 +108,16 @@ func (w *gobWriter) define(t reflect.Type) {
 	start := len(w.buf)
 	// If gob cannot encode such a value, whoever has one will be told.
 	_ = w.append(reflect.Zero(t).Interface())
-	w.buf = append(w.buf[:start:start], definitions(w.buf[start:])...)
+	w.rewind(start, start)
+}
+
+// rewind drops what is in buf from start on, but for the definitions of types
+// from middle on.
+func (w *gobWriter) rewind(start, middle int) {
+	w.buf = append(w.buf[:start], definitions(w.buf[middle:])...)
+	if cap(w.buf) > keepBuffer {
+		w.buf = slices.Clone(w.buf)
+	}
 }
 
 // defineInside defines the types of all that v holds in interfaces. The

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"net"
@@ -174,6 +175,49 @@ func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *proc
 	givenMu.Unlock()
 	p.copyOutput(config)
 	return p, nil
+}
+
+// SecureConfig describes a binary by its checksum.
+type SecureConfig struct {
+	// Checksum is what Hash must sum the binary up to.
+	Checksum []byte
+	// Hash is the algorithm, as from sha256.New(). If it is a hash.Cloner, as
+	// those of the standard library are, it is not changed, and several
+	// goroutines may use one SecureConfig.
+	Hash hash.Hash
+}
+
+// Check reports whether the file's checksum is the right one. It may be called
+// again and again.
+func (s *SecureConfig) Check(filePath string) (bool, error) {
+	if len(s.Checksum) == 0 {
+		return false, ErrSecureConfigNoChecksum
+	}
+	if s.Hash == nil {
+		return false, ErrSecureConfigNoHash
+	}
+	f, err := os.Open(filePath)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	return s.check(f)
+}
+
+func (s *SecureConfig) check(r io.Reader) (bool, error) {
+	h := s.Hash
+	if c, ok := h.(hash.Cloner); ok {
+		clone, err := c.Clone()
+		if err != nil {
+			return false, err
+		}
+		h = clone.(hash.Hash)
+	}
+	h.Reset()
+	if _, err := io.Copy(h, r); err != nil {
+		return false, err
+	}
+	return bytes.Equal(h.Sum(nil), s.Checksum), nil
 }
 
 // open opens the binary that cmd runs and checks it.
