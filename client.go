@@ -482,10 +482,7 @@ func (c *Client) orLog(w io.Writer) io.Writer {
 
 // whyLost says why the connection was lost; nil if it was meant to be.
 func (c *Client) whyLost() error {
-	c.mu.Lock()
-	asked := c.asked
-	c.mu.Unlock()
-	if asked {
+	if c.wasAsked() {
 		return nil
 	}
 	if !waitFor(2*time.Second, c.done) {
@@ -494,11 +491,21 @@ func (c *Client) whyLost() error {
 	return c.Err()
 }
 
+// wasAsked reports whether this client has ended the plugin: by itself, or by
+// closing the connection, which asks the plugin to quit.
+func (c *Client) wasAsked() bool {
+	rc := c.connecting.result()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.asked || rc != nil && rc.asked.Load()
+}
+
 // finish closes done; err is how the plugin ended.
 func (c *Client) finish(err error) {
 	c.finished.Do(func() {
+		asked := c.wasAsked()
 		c.mu.Lock()
-		if !c.asked {
+		if !asked {
 			c.err = err
 		}
 		c.mu.Unlock()

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -227,6 +228,7 @@ type RPCClient struct {
 
 	quitting sync.Once
 	quitErr  error
+	asked    atomic.Bool // the plugin has been asked to quit, or will be now
 }
 
 // NewRPCClient makes a client for the plugin on the other end of conn, which
@@ -366,6 +368,7 @@ func (c *RPCClient) Close() error {
 // quit asks the plugin to quit, once, and waits for the end of its output.
 func (c *RPCClient) quit(ctx context.Context) error {
 	c.quitting.Do(func() {
+		c.asked.Store(true)
 		// A plugin made with go-plugin sends no more output once it has
 		// answered Quit; a few round trips give it time to send it before.
 		for range 3 {
