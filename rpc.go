@@ -71,6 +71,9 @@ type response struct {
 //
 // Call may be called concurrently.
 func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply any) error {
+	if v := reflect.ValueOf(reply); reply != nil && (v.Kind() != reflect.Pointer || v.IsNil()) {
+		return fmt.Errorf("plugin: %s cannot be called: its reply cannot be written into a %T, which must be a pointer that is not nil", serviceMethod, reply)
+	}
 	if ctx.Err() != nil {
 		return contextError(ctx)
 	}
