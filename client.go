@@ -497,7 +497,7 @@ func (c *Client) wasAsked() bool {
 	rc := c.connecting.result()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.asked || rc != nil && rc.asked.Load()
+	return c.asked || rc != nil && rc.session.ending.Load()
 }
 
 // finish closes done; err is how the plugin ended.

@@ -45,6 +45,8 @@ type session struct {
 	calls  context.Context // ends when methods that are served here should stop
 	cancel context.CancelFunc
 
+	ending atomic.Bool // this side has asked the other to end, or will now
+
 	mu      sync.Mutex // guards closing, and adding to running
 	closing bool       // this side has ended the session
 	running sync.WaitGroup
@@ -106,7 +108,7 @@ type muxLogger struct{ s *session }
 func (l muxLogger) Print(v ...any)   { l.Printf("%s", fmt.Sprint(v...)) }
 func (l muxLogger) Println(v ...any) { l.Printf("%s", fmt.Sprint(v...)) }
 func (l muxLogger) Printf(format string, v ...any) {
-	if !l.s.isClosing() {
+	if !l.s.ending.Load() {
 		l.s.logger.Debug(strings.TrimSpace(fmt.Sprintf(format, v...)))
 	}
 }
@@ -156,6 +158,7 @@ func (s *session) isClosing() bool {
 
 // close ends the session and waits for its goroutines.
 func (s *session) close() {
+	s.ending.Store(true)
 	s.mu.Lock()
 	s.closing = true
 	s.mu.Unlock()
@@ -228,7 +231,6 @@ type RPCClient struct {
 
 	quitting sync.Once
 	quitErr  error
-	asked    atomic.Bool // the plugin has been asked to quit, or will be now
 }
 
 // NewRPCClient makes a client for the plugin on the other end of conn, which
@@ -368,7 +370,7 @@ func (c *RPCClient) Close() error {
 // quit asks the plugin to quit, once, and waits for the end of its output.
 func (c *RPCClient) quit(ctx context.Context) error {
 	c.quitting.Do(func() {
-		c.asked.Store(true)
+		c.session.ending.Store(true)
 		// A plugin made with go-plugin sends no more output once it has
 		// answered Quit; a few round trips give it time to send it before.
 		for range 3 {
