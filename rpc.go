@@ -124,14 +124,13 @@ func callForeign(ctx context.Context, c *rpc.Client, serviceMethod string, args,
 	}
 }
 
-// another returns a value for a reply that nobody may write to any more, or
-// nil, which drops it, if that is no pointer.
+// another returns a value to read a reply into that reply itself must not be
+// read into: nil, which drops it, for nil.
 func another(reply any) any {
-	v := reflect.ValueOf(reply)
-	if v.Kind() != reflect.Pointer || v.IsNil() {
+	if reply == nil {
 		return nil
 	}
-	return reflect.New(v.Type().Elem()).Interface()
+	return reflect.New(reflect.TypeOf(reply).Elem()).Interface()
 }
 
 // contextError is why ctx ended: ctx.Err(), and the cause, if there is another.
