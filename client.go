@@ -23,6 +23,9 @@ const (
 	defaultKillTimeout   = 2 * time.Second
 	defaultLogBufferSize = 64 << 10
 
+	// lostTimeout is how long a process may live on when its connection is
+	// lost before that is what the error says.
+	lostTimeout = 2 * time.Second
 	// reapTimeout is how long Kill waits for the end of what it has killed.
 	reapTimeout = 900 * time.Millisecond
 )
@@ -485,8 +488,14 @@ func (c *Client) whyLost() error {
 	if c.wasAsked() {
 		return nil
 	}
-	if !waitFor(2*time.Second, c.done) {
-		return errors.New("plugin: the connection was lost, though the process lives")
+	c.mu.Lock()
+	p := c.proc
+	c.mu.Unlock()
+	if p == nil { // in test mode
+		return errors.New("plugin: the connection was lost")
+	}
+	if !waitFor(lostTimeout, c.done) {
+		return fmt.Errorf("plugin %s: the connection was lost, though the process lives", pluginName(p.name))
 	}
 	return c.Err()
 }

@@ -383,6 +383,9 @@ func findProcess(rc *ReattachConfig, logger hclog.Logger) (*process, error) {
 
 // alive reports whether a process that need not be our child still runs.
 func (p *process) alive() bool {
+	if runtime.GOOS == "windows" {
+		return true // it was found, and nothing more can be known
+	}
 	if p.Signal(syscall.Signal(0)) != nil {
 		return false
 	}
@@ -420,8 +423,7 @@ func (p *process) kill() {
 func (p *process) wait() {
 	defer close(p.gone)
 	if p.cmd == nil {
-		for p.alive() && !waitFor(pollInterval, p.abandoned) {
-		}
+		p.waitStranger()
 		p.removeSocket()
 		return
 	}
@@ -435,6 +437,24 @@ func (p *process) wait() {
 	defer givenMu.Unlock()
 	if p.given.Process == p.Process {
 		p.given.ProcessState = p.state
+	}
+}
+
+// waitStranger waits for the end of a process that is not our child.
+func (p *process) waitStranger() {
+	if runtime.GOOS != "windows" {
+		for p.alive() && !waitFor(pollInterval, p.abandoned) {
+		}
+		return
+	}
+	ended := make(chan struct{})
+	go func() { // ends with the process; nothing could end it sooner
+		defer close(ended)
+		_, _ = p.Wait()
+	}()
+	select {
+	case <-ended:
+	case <-p.abandoned:
 	}
 }
 
