@@ -156,7 +156,7 @@ func (c *ClientConfig) validate() error {
 		return errors.New("plugin: exactly one of ClientConfig.Cmd and ClientConfig.Reattach must be set")
 	case len(c.Plugins) == 0 && len(c.VersionedPlugins) == 0:
 		return errors.New("plugin: ClientConfig has no plugins: set Plugins or VersionedPlugins")
-	case c.MinPort > c.MaxPort && c.MaxPort != 0:
+	case c.MinPort > c.MaxPort:
 		return fmt.Errorf("plugin: ClientConfig.MinPort, %d, is above MaxPort, %d", c.MinPort, c.MaxPort)
 	case c.Reattach != nil && c.AutoMTLS:
 		return errors.New("plugin: ClientConfig.AutoMTLS cannot be used with Reattach: only the host that started the plugin has the certificates")
