@@ -199,7 +199,10 @@ func parseLevel(v any) hclog.Level {
 		name, offset = text[:i], n
 	}
 	level := hclog.LevelFromString(name)
-	if level == hclog.NoLevel || level == hclog.Off || offset == 0 {
+	if level == hclog.Off { // no record has that level
+		return hclog.NoLevel
+	}
+	if level == hclog.NoLevel || offset == 0 {
 		return level
 	}
 	steps := offset / 4
