@@ -219,6 +219,7 @@ func (o *once[T]) do(ctx context.Context, f func() (T, error)) (T, error) {
 	if first {
 		o.v, o.err = f()
 		close(o.done)
+		return o.v, o.err
 	}
 	select {
 	case <-o.done:
