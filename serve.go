@@ -152,6 +152,11 @@ func serve(config *ServeConfig) error {
 		return err
 	}
 	if _, err := fmt.Fprintln(stdout, s.handshake); err != nil {
+		select {
+		case <-orphaned: // which is why, and no failure
+			return nil
+		case <-time.After(orphanTimeout / 2):
+		}
 		return fmt.Errorf("plugin: the handshake could not be written: %w", err)
 	}
 	go s.server.Serve(s.listener) // ends when close closes the listener
