@@ -271,11 +271,18 @@ func (w *gobWriter) wait(ctx context.Context, ready func() bool) error {
 }
 
 // gobReader reads the messages of one stream, each whole before gob sees it.
+//
+// A stock encoder cuts a value in pieces where it holds a type in an interface
+// that is new: a message ends with the definition, and the value goes on in
+// the next one. Only a decoder can tell, so it may ask for more.
 type gobReader struct {
-	src  *bufio.Reader
-	buf  []byte // a value, with the definitions of types ahead of it
-	read int    // how much of buf the decoder has read
-	dec  *gob.Decoder
+	src    *bufio.Reader
+	buf    []byte // a message, with the definitions of types ahead of it
+	value  int    // where in buf the message begins, with its length
+	read   int    // how much of buf the decoder has read
+	dec    *gob.Decoder
+	header uint64 // with which type headers begin; 0 until one has been read
+	failed bool   // a value could not be decoded: pieces of it may follow
 }
 
 func newGobReader(conn io.Reader) *gobReader {
@@ -288,11 +295,13 @@ func newGobReader(conn io.Reader) *gobReader {
 type gobSource gobReader
 
 func (r *gobSource) Read(p []byte) (int, error) {
+	if r.read == len(r.buf) && len(p) > 0 {
+		if err := (*gobReader)(r).next(); err != nil {
+			return 0, cutShort(err, true)
+		}
+	}
 	n := copy(p, r.buf[r.read:])
 	r.read += n
-	if n == 0 && len(p) > 0 {
-		return 0, io.EOF
-	}
 	return n, nil
 }
 
@@ -300,6 +309,30 @@ func (r *gobSource) ReadByte() (byte, error) {
 	var b [1]byte
 	_, err := r.Read(b[:])
 	return b[0], err
+}
+
+// nextHeader is next for a header. It passes over what is left of a value that
+// failed, but for definitions.
+func (r *gobReader) nextHeader() error {
+	err := r.next()
+	for err == nil && r.failed && r.header != 0 && r.typeID() != r.header {
+		defs := r.buf[:r.value]
+		r.buf = nil
+		if err = r.next(); err == nil {
+			r.buf, r.value = append(defs, r.buf...), r.value+len(defs)
+		}
+	}
+	if r.failed = false; err == nil && r.header == 0 {
+		r.header = r.typeID()
+	}
+	return err
+}
+
+// typeID returns what the message in buf begins with.
+func (r *gobReader) typeID() uint64 {
+	_, message := gobUint(r.buf[r.value:])
+	id, _ := gobUint(message)
+	return id
 }
 
 // next reads the next value. It returns io.EOF where the stream ends between
@@ -343,7 +376,7 @@ func (r *gobReader) next() error {
 			}
 		}
 		if !isDefinition(buf[start+head:]) {
-			r.buf = buf
+			r.buf, r.value = buf, start
 			return nil
 		}
 	}
@@ -360,6 +393,7 @@ func cutShort(err error, inside bool) error {
 
 // decode decodes the value that next has read into v, or drops it if v is nil.
 func (r *gobReader) decode(v any) (err error) {
+	defer func() { r.failed = r.failed || err != nil }()
 	defer recoverTo(&err)
 	return r.dec.Decode(v)
 }

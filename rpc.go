@@ -279,7 +279,7 @@ func (c *clientCodec) abandon(ctx context.Context, k *call) bool {
 // keeps only the text of an error from ReadResponseBody.)
 func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 	c.head = response{}
-	err := c.r.next()
+	err := c.r.nextHeader()
 	if err == nil {
 		if err = c.r.decode(&c.head); err != nil {
 			err = fmt.Errorf("plugin: an RPC response cannot be read: %w", err)
@@ -499,7 +499,7 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 		if err := s.w.waitRoom(ctx); err != nil {
 			return err
 		}
-		if err := s.r.next(); err != nil {
+		if err := s.r.nextHeader(); err != nil {
 			return err
 		}
 		c := new(inCall)
