@@ -3,6 +3,7 @@ package plugin
 import (
 	"bufio"
 	"context"
+	"encoding"
 	"encoding/gob"
 	"errors"
 	"fmt"
@@ -166,7 +167,9 @@ func (w *gobWriter) defineInside(v reflect.Value, depth int) (err error) {
 	return err
 }
 
-// mayHoldInterfaces reports whether a value of type t may hold an interface.
+// mayHoldInterfaces reports whether a value of type t may hold an interface
+// that gob sees. A type that encodes itself holds none: gob does not look
+// inside, and what is there may hold itself.
 func (w *gobWriter) mayHoldInterfaces(t reflect.Type) bool {
 	holds, seen := w.walks[t]
 	if seen {
@@ -179,6 +182,9 @@ func (w *gobWriter) mayHoldInterfaces(t reflect.Type) bool {
 			return false
 		}
 		visited[t] = true
+		if encodesItself(t) || encodesItself(reflect.PointerTo(t)) {
+			return false
+		}
 		switch t.Kind() {
 		case reflect.Interface:
 			return true
@@ -197,6 +203,10 @@ func (w *gobWriter) mayHoldInterfaces(t reflect.Type) bool {
 	}
 	w.walks[t] = visit(t)
 	return w.walks[t]
+}
+
+func encodesItself(t reflect.Type) bool {
+	return t.Implements(reflect.TypeFor[gob.GobEncoder]()) || t.Implements(reflect.TypeFor[encoding.BinaryMarshaler]())
 }
 
 // flush writes all that is encoded, also what is added while it does.
