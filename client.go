@@ -337,7 +337,7 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 	if c.config.Reattach != nil {
 		return c.reattach(ctx)
 	}
-	p, err := launch(&c.config, c.logger, versionList(c.sets))
+	p, err := launch(ctx, &c.config, c.logger, versionList(c.sets))
 	if err != nil {
 		return r, err
 	}

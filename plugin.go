@@ -260,14 +260,14 @@ type sentError struct {
 	Is   []string
 }
 
-func (e *sentError) Error() string { return e.Text }
-
 // sendable returns err as it is sent. An empty text would mean success to
-// net/rpc.
-func sendable(err error) *sentError {
-	if e, ok := err.(*sentError); ok {
-		return e
-	}
+// net/rpc. An error may panic when it is asked what it is: a nil pointer, say.
+func sendable(err error) (e *sentError) {
+	defer func() {
+		if p := recover(); p != nil {
+			e = &sentError{Text: fmt.Sprintf("plugin: an error of type %T, whose methods panic: %v", err, p)}
+		}
+	}()
 	text := err.Error()
 	if text == "" {
 		text = fmt.Sprintf("plugin: an error of type %T, without a text", err)

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -74,7 +73,7 @@ type process struct {
 var givenMu sync.Mutex
 
 // launch starts a plugin. What it has opened is freed when the process ends.
-func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *process, err error) {
+func launch(ctx context.Context, config *ClientConfig, logger hclog.Logger, versions string) (_ *process, err error) {
 	cmd := *config.Cmd
 	cmd.Process, cmd.ProcessState = nil, nil
 	p := &process{
@@ -99,14 +98,15 @@ func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *proc
 
 	var checked *os.File
 	if config.SecureConfig != nil {
-		if checked, err = config.SecureConfig.open(&cmd); checked != nil {
+		if checked, err = config.SecureConfig.open(ctx, &cmd); checked != nil {
 			passed = append(passed, checked)
 		}
-		if errors.As(err, new(*fs.PathError)) {
-			return nil, failed(err)
-		}
-		if err != nil {
+		switch err {
+		case nil:
+		case ErrSecureConfigNoChecksum, ErrSecureConfigNoHash, ErrChecksumsDoNotMatch:
 			return nil, err
+		default:
+			return nil, failed(err)
 		}
 	}
 	env := []string{
@@ -201,10 +201,10 @@ func (s *SecureConfig) Check(filePath string) (bool, error) {
 		return false, err
 	}
 	defer f.Close()
-	return s.check(f)
+	return s.check(context.Background(), f)
 }
 
-func (s *SecureConfig) check(r io.Reader) (bool, error) {
+func (s *SecureConfig) check(ctx context.Context, r io.Reader) (bool, error) {
 	h := s.Hash
 	if c, ok := h.(hash.Cloner); ok {
 		clone, err := c.Clone()
@@ -214,14 +214,28 @@ func (s *SecureConfig) check(r io.Reader) (bool, error) {
 		h = clone.(hash.Hash)
 	}
 	h.Reset()
-	if _, err := io.Copy(h, r); err != nil {
+	if _, err := io.Copy(h, interruptible{ctx, r}); err != nil {
 		return false, err
 	}
 	return bytes.Equal(h.Sum(nil), s.Checksum), nil
 }
 
+// interruptible reads until its context ends: a large binary may take longer
+// to be summed up than Kill may take.
+type interruptible struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (i interruptible) Read(p []byte) (int, error) {
+	if i.ctx.Err() != nil {
+		return 0, contextError(i.ctx)
+	}
+	return i.r.Read(p)
+}
+
 // open opens the binary that cmd runs and checks it.
-func (s *SecureConfig) open(cmd *exec.Cmd) (*os.File, error) {
+func (s *SecureConfig) open(ctx context.Context, cmd *exec.Cmd) (*os.File, error) {
 	if len(s.Checksum) == 0 {
 		return nil, ErrSecureConfigNoChecksum
 	}
@@ -236,7 +250,7 @@ func (s *SecureConfig) open(cmd *exec.Cmd) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	same, err := s.check(f)
+	same, err := s.check(ctx, f)
 	if err == nil && !same {
 		err = ErrChecksumsDoNotMatch
 	}

@@ -630,9 +630,6 @@ func (s *rpcServer) invoke(c *inCall) (err error) {
 		}()
 	}
 	err, _ = c.method.fn.Call(c.in)[0].Interface().(error)
-	if err != nil {
-		err = sendable(err)
-	}
 	return err
 }
 
