@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -8,9 +9,12 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"math/big"
 	"net"
 	"net/netip"
@@ -19,9 +23,11 @@ import (
 	"os/user"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -361,4 +367,93 @@ func environment(config *ClientConfig, handshake []string) []string {
 		return slices.Contains(protocolEnv, name)
 	})
 	return append(env, handshake...)
+}
+
+// startHint says what may be the cause, where that can be known.
+func startHint(e *StartError, h *HandshakeConfig) string {
+	switch {
+	case errors.As(e.Err, new(*VersionError)):
+		return ""
+	case e.State != nil && strings.Contains(e.Stderr, "is a plugin"):
+		return fmt.Sprintf("it did not accept the cookie %s: it is a plugin of another program, or its HandshakeConfig is another one", h.MagicCookieKey)
+	case e.Stdout != "":
+		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
+	}
+	info, err := os.Stat(e.Path)
+	switch {
+	case errors.Is(e.Err, exec.ErrNotFound), err != nil && errors.Is(e.Err, fs.ErrNotExist):
+		return "there is no such file"
+	case err != nil:
+		return ""
+	case info.IsDir():
+		return "it is a directory"
+	case errors.Is(e.Err, fs.ErrPermission) && !executable(info):
+		return "it is not executable: chmod +x"
+	case errors.Is(e.Err, fs.ErrNotExist):
+		return fmt.Sprintf("the file is there, but its interpreter is not%s", interpreter(e.Path))
+	case errors.Is(e.Err, syscall.ENOEXEC):
+		if kind := binaryKind(e.Path); kind != "" {
+			return fmt.Sprintf("it is built for %s, and this host runs on %s/%s", kind, runtime.GOOS, runtime.GOARCH)
+		}
+		return fmt.Sprintf("it is no program for %s/%s", runtime.GOOS, runtime.GOARCH)
+	}
+	return ""
+}
+
+// fileHead reads the beginning of a file.
+func fileHead(path string) []byte {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	head := make([]byte, 1024)
+	n, _ := io.ReadFull(f, head)
+	return head[:n]
+}
+
+// interpreter names a script's interpreter.
+func interpreter(path string) string {
+	line, _, _ := bytes.Cut(fileHead(path), []byte{'\n'})
+	if name, script := bytes.CutPrefix(line, []byte("#!")); script {
+		return ": " + printable(strings.TrimSpace(string(name)))
+	}
+	return ""
+}
+
+// binaryKind says which system and processor a binary is built for, as far as
+// it tells: see the ELF, Mach-O and PE specifications for the numbers.
+func binaryKind(path string) string {
+	head := fileHead(path)
+	if len(head) < 64 {
+		return ""
+	}
+	le := binary.LittleEndian
+	switch {
+	case bytes.HasPrefix(head, []byte("\x7fELF")):
+		machine := le.Uint16(head[18:])
+		if head[5] == 2 { // big-endian
+			machine = binary.BigEndian.Uint16(head[18:])
+		}
+		arch := map[uint16]string{3: "386", 8: "mips", 20: "ppc", 21: "ppc64", 22: "s390x", 40: "arm", 62: "amd64", 183: "arm64", 243: "riscv64", 258: "loong64"}[machine]
+		return "Linux or another Unix on " + known(arch, int(machine))
+	case bytes.HasPrefix(head, []byte("\xcf\xfa\xed\xfe")):
+		cpu := le.Uint32(head[4:])
+		return "macOS on " + known(map[uint32]string{0x01000007: "amd64", 0x0100000c: "arm64"}[cpu], int(cpu))
+	case bytes.HasPrefix(head, []byte("MZ")):
+		at := int(le.Uint32(head[60:]))
+		if at+6 > len(head) || at < 0 {
+			return "Windows"
+		}
+		machine := le.Uint16(head[at+4:])
+		return "Windows on " + known(map[uint16]string{0x14c: "386", 0x8664: "amd64", 0xaa64: "arm64"}[machine], int(machine))
+	}
+	return ""
+}
+
+func known(arch string, number int) string {
+	if arch == "" {
+		return fmt.Sprintf("processor %#x", number)
+	}
+	return arch
 }

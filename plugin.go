@@ -1,9 +1,308 @@
+// Package plugin lets a Go program start other Go programs as plugins and call
+// them through ordinary Go interfaces.
+//
+// The program is the host. It starts each plugin as a subprocess and connects to
+// it once, over a Unix socket or, on Windows, TCP on the loopback interface. On
+// that connection runs one yamux session, whose streams carry the calls, in
+// net/rpc's protocol and gob, the plugin's stdout and stderr, and whatever readers,
+// writers and callbacks are passed in calls. A plugin that crashes takes nothing
+// with it but the calls that were in flight.
+//
+// The names and their meaning are those of the net/rpc half of
+// github.com/hashicorp/go-plugin, and hosts and plugins made with the two libraries
+// work together. What this package adds then works as far as its documentation
+// says.
+//
+// # A host and a plugin
+//
+// What the two share is an interface, and a [Plugin] that makes its two ends: the
+// one that the host calls, and the one that answers in the plugin.
+//
+//	// greeter/greeter.go
+//	package greeter
+//
+//	import (
+//		"net/rpc"
+//
+//		"github.com/muxplug/plugin"
+//	)
+//
+//	// Greeter is what a plugin implements and the host uses.
+//	type Greeter interface {
+//		Greet(name string) (string, error)
+//	}
+//
+//	// Handshake is what both must agree on. It is no secret.
+//	var Handshake = plugin.HandshakeConfig{
+//		ProtocolVersion:  1,
+//		MagicCookieKey:   "GREETER_PLUGIN",
+//		MagicCookieValue: "hello",
+//	}
+//
+//	// Plugin makes the two ends of a Greeter. Only the plugin needs Impl.
+//	type Plugin struct{ Impl Greeter }
+//
+//	func (p Plugin) Server(*plugin.MuxBroker) (any, error)                  { return server{p.Impl}, nil }
+//	func (p Plugin) Client(_ *plugin.MuxBroker, c *rpc.Client) (any, error) { return client{c}, nil }
+//
+//	// client is the Greeter in the host. It calls the plugin.
+//	type client struct{ rpc *rpc.Client }
+//
+//	func (c client) Greet(name string) (reply string, err error) {
+//		err = c.rpc.Call("Plugin.Greet", name, &reply)
+//		return reply, err
+//	}
+//
+//	// server answers those calls in the plugin.
+//	type server struct{ impl Greeter }
+//
+//	func (s server) Greet(name string, reply *string) (err error) {
+//		*reply, err = s.impl.Greet(name)
+//		return err
+//	}
+//
+// The plugin implements the interface and serves it:
+//
+//	// plugin/main.go
+//	package main
+//
+//	import (
+//		"example.com/greeter/greeter"
+//		"github.com/muxplug/plugin"
+//	)
+//
+//	type english struct{}
+//
+//	func (english) Greet(name string) (string, error) { return "Hello, " + name + "!", nil }
+//
+//	func main() {
+//		plugin.Serve(&plugin.ServeConfig{
+//			HandshakeConfig: greeter.Handshake,
+//			Plugins:         plugin.PluginSet{"greeter": greeter.Plugin{Impl: english{}}},
+//		})
+//	}
+//
+// The host starts the plugin, as [Client.Client] does, and dispenses it:
+//
+//	// main.go
+//	package main
+//
+//	import (
+//		"fmt"
+//		"log"
+//		"os/exec"
+//
+//		"example.com/greeter/greeter"
+//		"github.com/muxplug/plugin"
+//	)
+//
+//	func main() {
+//		client := plugin.NewClient(&plugin.ClientConfig{
+//			HandshakeConfig: greeter.Handshake,
+//			Plugins:         plugin.PluginSet{"greeter": greeter.Plugin{}},
+//			Cmd:             exec.Command("./hello-plugin"),
+//		})
+//		defer client.Kill()
+//
+//		conn, err := client.Client() // starts the plugin
+//		if err != nil {
+//			log.Fatal(err)
+//		}
+//		g, err := plugin.Dispense[greeter.Greeter](conn, "greeter")
+//		if err != nil {
+//			log.Fatal(err)
+//		}
+//		fmt.Println(g.Greet("Gopher"))
+//	}
+//
+// # Calls and contexts
+//
+// Each dispensed plugin has an [rpc.Client] of its own, which [Plugin].Client is
+// given; closing it ends what [Plugin].Server returned. Methods are those that
+// package net/rpc describes, exported, with an argument, a pointer to a reply and
+// an error, on a type that need not be exported; they are called as "Plugin.Name".
+// They may take a [context.Context] first:
+//
+//	func (s *Server) Work(ctx context.Context, args Args, reply *Reply) error
+//
+// [Call] calls with a context. When it ends, Call returns at once, and so should
+// the method, whose context ends with the caller's, when the caller is gone, and
+// when the plugin is asked to quit. Methods run in goroutines of their own, as many
+// as there are calls.
+//
+// Call also returns errors that keep their identity: errors.Is finds in them what
+// the method returned, for the errors of the standard library that Call lists and
+// for those given to [RegisterError] on both sides.
+//
+// Arguments and replies are what package gob can encode. A value that it cannot
+// encode, or that does not fit the method, is the error of that call alone. A
+// message holds at most 1 GiB; what is larger should be a stream. A receiver
+// without any method that can be called cannot be dispensed, and the error says
+// what is wrong with each.
+//
+// # Streams and callbacks
+//
+// Readers, writers and callbacks are passed by number, in the arguments or the
+// reply of any call, in either direction. The [MuxBroker] hands the numbers out:
+//
+//   - [MuxBroker.ServeReader] lets the other side read, with [MuxBroker.DialReader];
+//   - [MuxBroker.ServeWriter] lets the other side write, with [MuxBroker.DialWriter];
+//   - [MuxBroker.ServeRPC] lets the other side call methods, with [MuxBroker.DialRPC].
+//
+// Readers and writers behave on the far side as they do on the near one: errors
+// keep their identity, a slow reader slows its writer, nothing is lost. They need
+// this package on both sides. Where the other is go-plugin there are
+// [MuxBroker.Accept] and [MuxBroker.Dial], which give a [net.Conn], and
+// [MuxBroker.AcceptAndServe].
+//
+// # Logging
+//
+// What a plugin's process writes to its stderr comes out of [ClientConfig].Logger,
+// under the name of its binary. Records of hclog and slog in JSON keep their level,
+// their time and their attributes; lines with [TRACE] to [ERROR] at the front, or
+// behind package log's date and time, have that level; a panic and its trace are
+// logged at Error, and everything else at Debug. A plugin logs like this:
+//
+//	logger := hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, JSONFormat: true})
+//
+// It should be made before [Serve] is called, because of what the next section
+// says. The default loggers of package log and slog are.
+//
+// # Stdout and stderr
+//
+// While a plugin serves, os.Stdout and os.Stderr are the host's: what is written
+// there arrives at [ClientConfig].SyncStdout and SyncStderr, byte for byte, and all
+// that was written before [Client.Kill] began has arrived when it returns. Where
+// one of them is nil, the lines are logged at Debug, as they are; [io.Discard]
+// drops them. Before and after, they are the process's own. A plugin should not
+// print to stdout before it serves: its host looks there for the handshake, and
+// logs anything else as a warning.
+//
+// The plugin's stdin is the host's, unless [ClientConfig].Cmd has one.
+//
+// # Versions
+//
+// [HandshakeConfig].ProtocolVersion is the version of the interfaces. To go on
+// serving hosts of an older version, or using older plugins, put the versions into
+// VersionedPlugins of [ServeConfig] or [ClientConfig]: the highest that both sides
+// have is used, and [Client.NegotiatedVersion] tells which. Without a common one
+// the plugin does not start, and the error has a [*VersionError].
+//
+// Not every change needs a new version, because gob compares structs by the names
+// of their fields. A field that only the receiver has keeps its zero value, and one
+// that only the sender has is dropped, so fields may be added, and removed, as long
+// as zero does no harm; so may methods, if nobody calls a new one on an old plugin,
+// which is an error that names those there are. A renamed field is one that was
+// removed and another that was added: its value is lost without an error. A field
+// of another type is an error of each call that carries it, unless both types are
+// signed integers, both unsigned or both floats, when only a value that does not
+// fit is, or one is a pointer to the other. Two structs with fields but none in
+// common are an error. Raise the version when a field changes its type or its
+// meaning, or when an absent value must not be taken for zero.
+//
+// # Security
+//
+// [ClientConfig].SecureConfig starts only the binary that has the right checksum;
+// on Linux with /proc, the file that was summed is the very file that is executed,
+// also if another has taken its place since. On other systems it is not, and
+// nowhere does it help if the file itself is written to.
+//
+// Only the user that the host runs as, or a group set by [UnixSocketConfig], can
+// reach the plugin's socket: it is in a directory of its own with mode 0700, made
+// for one start. On Windows there is no such directory, and any local user can
+// connect to the port. [ClientConfig].AutoMTLS closes that there, and elsewhere to
+// members of the group: each side makes a certificate for this start and trusts
+// only the other's. With TLSConfig and [ServeConfig].TLSProvider, certificates are
+// yours.
+//
+// # Life and death
+//
+// [Client.Kill] asks the plugin to quit: contexts of methods end, [Serve] returns,
+// and main runs to its end, which ends methods that still run. A process that is
+// still there after [ClientConfig].KillTimeout is killed. Use [CleanupClients] to
+// kill all plugins that are Managed. SIGTERM ends a plugin in the same gentle way;
+// SIGINT, which a terminal sends to the host, too, is left to the host.
+//
+// A plugin whose host is gone, killed or crashed or exited, ends by itself: Serve
+// returns, and a second and a half later the process exits in any case. It notices
+// as soon as it has entered Serve. With [ClientConfig].Detach, and after
+// [Client.ReattachConfig], it lives on instead, and another host can use it, with
+// [ClientConfig].Reattach. Programs that a plugin has started are its own business.
+// A plugin of ours survives a go-plugin host, and a go-plugin plugin may survive a
+// host of ours.
+//
+// When a plugin dies, [Client.Done] is closed and [Client.Err] returns an
+// [*ExitError] with its exit status, its panic and the last that it wrote to
+// stderr. Calls that were in flight fail with an error in which errors.As finds it,
+// and errors.Is finds [io.ErrUnexpectedEOF]; later ones fail with
+// [rpc.ErrShutdown]. A plugin that does not start is a [*StartError].
+//
+// A plugin that is stopped, by a debugger say, is not dead: nothing here ends its
+// connection while the process lives. [RPCClient.Ping] finds out, within four
+// seconds, whether it answers.
+//
+// # Testing and debugging a plugin
+//
+// [TestPluginRPCConn] gives the two ends of a connection within one process: the
+// quickest way to test that a [Plugin] and its types go over the wire. It, and
+// [TestConn] and [TestRPCConn], take a *testing.T, *testing.B or testing.TB.
+//
+// [ServeTestConfig] makes [Serve] serve within a test, or any process of yours, and
+// sends a [ReattachConfig] with which a host, in another process if need be,
+// connects: so a plugin can be started by hand in a debugger. Killing that host's
+// [Client] then leaves the process alone.
+//
+// A debugger can also be attached to a plugin that its host has started;
+// [Client.ID] is its pid, and the host waits as long as that takes, but for
+// [ClientConfig].StartTimeout before the handshake and the contexts of its own
+// calls. With a Logger at Debug the host logs when the plugin starts and ends, and
+// why connections and streams did.
+//
+// # Concurrency
+//
+// Everything exported may be used concurrently where its documentation does not
+// say otherwise. In turn:
+//
+//   - A plugin's Server and Client methods, and the methods that are served, are
+//     called concurrently. Of calls that are made one after the other, each begins
+//     when the one before has returned; other calls have no order.
+//   - SyncStdout, SyncStderr and Stderr of a [ClientConfig] are written to by one
+//     goroutine each. If two of them are one writer, it must allow that.
+//   - What a [ClientConfig] or [ServeConfig] points to must not be changed while it
+//     is in use; nothing in it is changed by this package but Cmd.Process and
+//     Cmd.ProcessState.
+//   - Goroutines of this package end with the client, session or stream that they
+//     belong to, except one that is inside a method, reader, writer or logger of
+//     yours: that ends when your code returns.
+//
+// # What a plugin can do to its host
+//
+// A plugin is not confined: it is a program with the rights of its user, and the
+// host trusts what it executes. What this package sees to is that no plugin hurts
+// its host by accident, and that its connection is no way to do so on purpose:
+//
+//   - Nothing that it prints or sends, or leaves out, crashes the host, blocks
+//     [Client.Kill], or is written to the host's log with control characters in it.
+//   - What is not gob, not net/rpc or not yamux, and lengths that are forged, end
+//     the stream or the session with an error. Messages are limited to 1 GiB.
+//   - A panic in a method that the host serves to a plugin is caught: the plugin
+//     gets an error, and the host logs the trace. A panic in a plugin's method ends
+//     the plugin, because nobody knows what it left half done; the process is there
+//     to be ended, and every caller gets the [*ExitError].
+//
+// What it can do: answer late or wrongly; use as much memory and time as the system
+// lets it; and exhaust the memory of its host with forged values, since package gob
+// does not limit what a value may claim to hold. Do not run plugins that you do not
+// trust, or confine them, and keep hosts that must not fall apart from them.
+//
+// The cookie of a [HandshakeConfig] is no secret. It is there so that a plugin that
+// is started by hand can say what it is, and a host does not use the plugin of
+// another program. What keeps others from the connection is the directory of the
+// socket, and AutoMTLS.
 package plugin
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -11,14 +310,12 @@ import (
 	"net"
 	"net/rpc"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
 	"runtime"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 )
 
 // Plugin is implemented once for each interface that plugins can implement; a
@@ -341,94 +638,4 @@ func knownErrors(names []string) (errs []error) {
 		}
 	}
 	return errs
-}
-
-// startHint says what may be the cause, where that can be known.
-func startHint(e *StartError, h *HandshakeConfig) string {
-	var coreText = errors.As(e.Err, new(*VersionError))
-	switch {
-	case coreText:
-		return ""
-	case e.State != nil && strings.Contains(e.Stderr, "is a plugin"):
-		return fmt.Sprintf("it did not accept the cookie %s: it is a plugin of another program, or its HandshakeConfig is another one", h.MagicCookieKey)
-	case e.Stdout != "":
-		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
-	}
-	info, err := os.Stat(e.Path)
-	switch {
-	case errors.Is(e.Err, exec.ErrNotFound), err != nil && errors.Is(e.Err, fs.ErrNotExist):
-		return "there is no such file"
-	case err != nil:
-		return ""
-	case info.IsDir():
-		return "it is a directory"
-	case errors.Is(e.Err, fs.ErrPermission) && !executable(info):
-		return "it is not executable: chmod +x"
-	case errors.Is(e.Err, fs.ErrNotExist):
-		return fmt.Sprintf("the file is there, but its interpreter is not%s", interpreter(e.Path))
-	case errors.Is(e.Err, syscall.ENOEXEC):
-		if kind := binaryKind(e.Path); kind != "" {
-			return fmt.Sprintf("it is built for %s, and this host runs on %s/%s", kind, runtime.GOOS, runtime.GOARCH)
-		}
-		return fmt.Sprintf("it is no program for %s/%s", runtime.GOOS, runtime.GOARCH)
-	}
-	return ""
-}
-
-// head reads the beginning of a file.
-func fileHead(path string) []byte {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil
-	}
-	defer f.Close()
-	head := make([]byte, 1024)
-	n, _ := io.ReadFull(f, head)
-	return head[:n]
-}
-
-// interpreter names a script's interpreter.
-func interpreter(path string) string {
-	line, _, _ := bytes.Cut(fileHead(path), []byte{'\n'})
-	if name, script := bytes.CutPrefix(line, []byte("#!")); script {
-		return ": " + printable(strings.TrimSpace(string(name)))
-	}
-	return ""
-}
-
-// binaryKind says which system and processor a binary is built for, as far as
-// it tells: see the ELF, Mach-O and PE specifications for the numbers.
-func binaryKind(path string) string {
-	head := fileHead(path)
-	if len(head) < 64 {
-		return ""
-	}
-	le := binary.LittleEndian
-	switch {
-	case bytes.HasPrefix(head, []byte("\x7fELF")):
-		machine := le.Uint16(head[18:])
-		if head[5] == 2 { // big-endian
-			machine = binary.BigEndian.Uint16(head[18:])
-		}
-		arch := map[uint16]string{3: "386", 8: "mips", 20: "ppc", 21: "ppc64", 22: "s390x", 40: "arm", 62: "amd64", 183: "arm64", 243: "riscv64", 258: "loong64"}[machine]
-		return "Linux or another Unix on " + known(arch, int(machine))
-	case bytes.HasPrefix(head, []byte("\xcf\xfa\xed\xfe")):
-		cpu := le.Uint32(head[4:])
-		return "macOS on " + known(map[uint32]string{0x01000007: "amd64", 0x0100000c: "arm64"}[cpu], int(cpu))
-	case bytes.HasPrefix(head, []byte("MZ")):
-		at := int(le.Uint32(head[60:]))
-		if at+6 > len(head) || at < 0 {
-			return "Windows"
-		}
-		machine := le.Uint16(head[at+4:])
-		return "Windows on " + known(map[uint16]string{0x14c: "386", 0x8664: "amd64", 0xaa64: "arm64"}[machine], int(machine))
-	}
-	return ""
-}
-
-func known(arch string, number int) string {
-	if arch == "" {
-		return fmt.Sprintf("processor %#x", number)
-	}
-	return arch
 }
