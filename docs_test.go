@@ -121,10 +121,36 @@ func TestReadmeProgram(t *testing.T) {
 		if !strings.Contains(readme, "\n"+command+"\n") {
 			t.Errorf("the README does not say %q", command)
 		}
+		command = strings.Replace(command, "hello-plugin", "hello-plugin"+exe, 1)
 		got := runIn(t, dir, strings.Fields(command)...)
-		if want := "Hello, Gopher!\n"; command == "go run ." && got != want {
-			t.Errorf("it printed %q, not %q", got, want)
+		if want := "Hello, Gopher! <nil>"; command == "go run ." && (got != want+"\n" || !strings.Contains(readme, "`"+want+"`")) {
+			t.Errorf("it printed %q; the README must say %q", got, want)
 		}
+	}
+}
+
+// TestReplaceLine builds and runs a program that imports go-plugin, with the
+// line in its go.mod that the README gives to those who come from there.
+func TestReplaceLine(t *testing.T) {
+	const theirs, ours = "github.com/hashicorp/go-plugin", "github.com/muxplug/plugin"
+	dir := newModule(t)
+	if line := "go mod edit -replace=" + theirs + "=../plugin"; !strings.Contains(readFile(t, "README.md"), "\n"+line+"\n") {
+		t.Errorf("the README does not say %q", line)
+	}
+	mod := filepath.Join(dir, "go.mod")
+	writeFile(t, mod, []byte(strings.ReplaceAll(readFile(t, mod), ours, theirs)))
+	fset, examples := documentedExamples(t)
+	for _, ex := range examples {
+		if ex.Name == "" {
+			var text bytes.Buffer
+			if err := format.Node(&text, fset, ex.Play); err != nil {
+				t.Fatal(err)
+			}
+			writeFile(t, filepath.Join(dir, "main.go"), bytes.ReplaceAll(text.Bytes(), []byte(ours), []byte(theirs)))
+		}
+	}
+	if got := runIn(t, dir, "go", "run", "."); got != "Hello!\n" {
+		t.Errorf("it printed %q", got)
 	}
 }
 
