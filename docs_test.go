@@ -166,7 +166,7 @@ func TestReadmeCommands(t *testing.T) {
 	if !strings.Contains(ci, "\ngo test ./...\n") {
 		t.Error(".ci/run does not run the README's go test ./...")
 	}
-	for _, link := range regexp.MustCompile(`\]\(([^)#:]+)\)`).FindAllStringSubmatch(readme, -1) {
+	for _, link := range regexp.MustCompile(`\]\(([A-Za-z0-9._/-]+)\)`).FindAllStringSubmatch(readme, -1) {
 		if _, err := os.Stat(link[1]); err != nil {
 			t.Errorf("the README links to what is not there: %v", err)
 		}
