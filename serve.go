@@ -123,6 +123,7 @@ func serve(config *ServeConfig) error {
 		return errors.New("plugin: ServeConfig has no magic cookie: set HandshakeConfig.MagicCookieKey and MagicCookieValue")
 	}
 	if os.Getenv(config.MagicCookieKey) != config.MagicCookieValue {
+		//lint:ignore ST1005 this is printed for a person, as it is
 		return errors.New("This program is a plugin. It is started by the program that uses it, its host,\nand does nothing by itself.")
 	}
 	env := takeEnvironment(config.MagicCookieKey)
