@@ -58,7 +58,7 @@ func TestGodocPrograms(t *testing.T) {
 	bin := filepath.Join(dir, "bin") + string(filepath.Separator)
 	runIn(t, dir, "go", "build", "-o", bin, "./...")
 	for _, ex := range examples {
-		t.Run(ex.Name, func(t *testing.T) {
+		t.Run("Example"+ex.Name, func(t *testing.T) {
 			t.Parallel()
 			got := runIn(t, dir, filepath.Join(bin, "Example"+ex.Name)+exe)
 			if strings.TrimSpace(got) != strings.TrimSpace(ex.Output) {
@@ -70,6 +70,54 @@ func TestGodocPrograms(t *testing.T) {
 
 // documentedExamples are the examples that godoc shows.
 func documentedExamples(t *testing.T) (*token.FileSet, []*doc.Example) {
+	t.Helper()
+	fset, pkg := documentation(t)
+	all := pkg.Examples
+	for _, f := range pkg.Funcs {
+		all = append(all, f.Examples...)
+	}
+	for _, typ := range pkg.Types {
+		all = append(all, typ.Examples...)
+		for _, f := range append(typ.Funcs, typ.Methods...) {
+			all = append(all, f.Examples...)
+		}
+	}
+	return fset, all
+}
+
+// TestDocLinks checks that what looks like a link in the documentation is one:
+// a link to a name that was changed shows as text in brackets.
+func TestDocLinks(t *testing.T) {
+	_, pkg := documentation(t)
+	texts := map[string]string{"package": pkg.Doc}
+	addFuncs := func(funcs []*doc.Func) {
+		for _, f := range funcs {
+			texts[f.Recv+"."+f.Name] = f.Doc
+		}
+	}
+	addFuncs(pkg.Funcs)
+	values := append(pkg.Consts, pkg.Vars...)
+	for _, typ := range pkg.Types {
+		texts[typ.Name] = typ.Doc
+		addFuncs(append(typ.Funcs, typ.Methods...))
+		values = append(append(values, typ.Consts...), typ.Vars...)
+	}
+	for _, v := range values {
+		texts[v.Names[0]] = v.Doc
+	}
+	bracketed := regexp.MustCompile(`\[\*?(\w+\.)?[A-Z]\w*[a-z]\w*(\.\w+)?\]`)
+	for name, text := range texts {
+		shown := strings.ReplaceAll(string(pkg.Markdown(text)), `\`, "")
+		for _, link := range bracketed.FindAllString(shown, -1) {
+			if !strings.Contains(shown, link+"(") {
+				t.Errorf("in the documentation of %s, %s is no link", name, link)
+			}
+		}
+	}
+}
+
+// documentation is what godoc shows.
+func documentation(t *testing.T) (*token.FileSet, *doc.Package) {
 	t.Helper()
 	fset := token.NewFileSet()
 	var files []*ast.File
@@ -88,17 +136,7 @@ func documentedExamples(t *testing.T) (*token.FileSet, []*doc.Example) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all := pkg.Examples
-	for _, f := range pkg.Funcs {
-		all = append(all, f.Examples...)
-	}
-	for _, typ := range pkg.Types {
-		all = append(all, typ.Examples...)
-		for _, f := range append(typ.Funcs, typ.Methods...) {
-			all = append(all, f.Examples...)
-		}
-	}
-	return fset, all
+	return fset, pkg
 }
 
 // TestReadmeProgram builds the files of the README's first program as the
