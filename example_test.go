@@ -13,7 +13,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/hashicorp/go-hclog"
+	hclog "github.com/hashicorp/go-hclog" // named, because godoc before Go 1.26 takes it for go-hclog
 	"github.com/muxplug/plugin"
 )
 
