@@ -58,6 +58,8 @@ type writeError struct{ error }
 
 func (e *writeError) Unwrap() error { return e.error }
 
+func isLost(err error) bool { return errors.As(err, new(*writeError)) }
+
 // newGobWriter returns a writer of messages with headers like header. The
 // definition of their type goes first, so that dropping a message later never
 // drops it.
@@ -316,9 +318,13 @@ func (r *gobSource) Read(p []byte) (int, error) {
 }
 
 func (r *gobSource) ReadByte() (byte, error) {
-	var b [1]byte
-	_, err := r.Read(b[:])
-	return b[0], err
+	if r.read == len(r.buf) {
+		if err := (*gobReader)(r).next(); err != nil {
+			return 0, cutShort(err, true)
+		}
+	}
+	r.read++
+	return r.buf[r.read-1], nil
 }
 
 // nextHeader is next for a header. It passes over what is left of a value that

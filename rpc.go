@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -35,6 +36,8 @@ const (
 	cancelBit = 1 << 63
 	// cancelMethod is what such a request asks for.
 	cancelMethod = "Context.Cancel"
+	// maxIdle is how many goroutines of a stream wait for its next call.
+	maxIdle = 8
 )
 
 // response is an rpc.Response with the names of the errors that Error is.
@@ -85,7 +88,7 @@ func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply 
 	if err := codec.w.waitRoom(ctx); err != nil {
 		return contextError(ctx)
 	}
-	k := &call{args: args, reply: reply}
+	k := &call{method: serviceMethod, args: args, reply: reply}
 	done := make(chan *rpc.Call, 1)
 	c.Go(serviceMethod, k, k, done)
 	select {
@@ -151,6 +154,7 @@ func (e *causedError) Unwrap() []error { return []error{e.err, e.cause} }
 // call is what Call gives to an *rpc.Client of ours both as the arguments and
 // as the reply, so that the codec knows it when it sees it.
 type call struct {
+	method      string
 	args, reply any
 	seq         uint64
 	answered    bool     // before ctx ended: reply may be written
@@ -243,8 +247,7 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 		delete(c.calls, k.seq)
 		c.mu.Unlock()
 	}
-	var lost *writeError
-	if errors.As(err, &lost) {
+	if isLost(err) {
 		return rpc.ErrShutdown
 	}
 	return fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w", req.ServiceMethod, body, err)
@@ -313,7 +316,7 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 		reply = another(reply)
 	}
 	if err := c.r.decode(reply); err != nil {
-		k.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w", c.head.ServiceMethod, reply, err)
+		k.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w", k.method, reply, err)
 	}
 	return nil
 }
@@ -365,6 +368,7 @@ type method struct {
 	fn        reflect.Value
 	context   bool // it takes a context first
 	arg, into reflect.Type
+	args      sync.Pool // of pointers to zero arguments
 }
 
 var (
@@ -464,6 +468,10 @@ type rpcServer struct {
 
 	mu      sync.Mutex // guards cancels
 	cancels map[uint64]context.CancelCauseFunc
+
+	free sync.Pool    // of *inCall
+	work chan *inCall // to goroutines that have served one
+	idle atomic.Int32 // how many of those wait
 }
 
 func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool) *rpcServer {
@@ -471,6 +479,7 @@ func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger 
 		conn: conn, services: services, logger: logger, catch: catch,
 		w: newGobWriter(conn, response{}), r: newGobReader(conn),
 		cancels: make(map[uint64]context.CancelCauseFunc),
+		work:    make(chan *inCall),
 	}
 }
 
@@ -502,7 +511,10 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 		if err := s.r.nextHeader(); err != nil {
 			return err
 		}
-		c := new(inCall)
+		c, _ := s.free.Get().(*inCall)
+		if c == nil {
+			c = new(inCall)
+		}
 		if err := s.r.decode(&c.req); err != nil {
 			return fmt.Errorf("plugin: an RPC request cannot be read: %w", err)
 		}
@@ -514,19 +526,42 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 			continue
 		}
 		if err := s.prepare(ctx, c); err != nil {
-			s.respond(&c.req, struct{}{}, err)
+			s.respond(c, nil, err)
 			continue
 		}
-		// Ends when the method returns; the method is the caller's own code.
-		go s.call(c)
+		select {
+		case s.work <- c:
+		default:
+			// Ends with the stream, or when the method returns after that; the
+			// method is the caller's own code.
+			go s.run(ctx, c)
+		}
+	}
+}
+
+// run serves a call, and then others: a goroutine that has grown its stack is
+// cheaper than a new one, so a few of them wait.
+func (s *rpcServer) run(ctx context.Context, c *inCall) {
+	for c != nil {
+		s.call(c)
+		c = nil
+		if s.idle.Add(1) <= maxIdle {
+			select {
+			case c = <-s.work:
+			case <-ctx.Done():
+			}
+		}
+		s.idle.Add(-1)
 	}
 }
 
 // inCall is a call that has arrived.
 type inCall struct {
 	req    rpc.Request
+	resp   response
 	method *method
-	in     []reflect.Value // what the method is called with
+	arg    any              // a pointer to the argument, which the method gets a copy of
+	in     [4]reflect.Value // what the method is called with: receiver, maybe context, argument, reply
 	cancel context.CancelCauseFunc
 }
 
@@ -538,10 +573,13 @@ func (s *rpcServer) prepare(ctx context.Context, c *inCall) error {
 		_ = s.r.decode(nil) // takes in the definitions of types
 		return err
 	}
-	arg, err := s.readArgument(&c.req, m)
-	if err != nil {
-		return err
+	if c.arg = m.args.Get(); c.arg == nil {
+		c.arg = reflect.New(m.arg).Interface()
 	}
+	if err := s.r.decode(c.arg); err != nil {
+		return fmt.Errorf("plugin: %s takes a %v, and what was sent cannot be read into that: %w", c.req.ServiceMethod, m.arg, err)
+	}
+	arg := reflect.ValueOf(c.arg).Elem()
 	reply := reflect.New(m.into)
 	switch m.into.Kind() {
 	case reflect.Map:
@@ -549,13 +587,13 @@ func (s *rpcServer) prepare(ctx context.Context, c *inCall) error {
 	case reflect.Slice:
 		reply.Elem().Set(reflect.MakeSlice(m.into, 0, 0))
 	}
-	c.method, c.in = m, []reflect.Value{svc.rcvr, arg, reply}
+	c.method, c.in = m, [4]reflect.Value{svc.rcvr, arg, reply}
 	if m.context {
 		ctx, c.cancel = context.WithCancelCause(ctx)
 		s.mu.Lock()
 		s.cancels[c.req.Seq] = c.cancel
 		s.mu.Unlock()
-		c.in = []reflect.Value{svc.rcvr, reflect.ValueOf(ctx), arg, reply}
+		c.in = [4]reflect.Value{svc.rcvr, reflect.ValueOf(ctx), arg, reply}
 	}
 	return nil
 }
@@ -571,21 +609,6 @@ func (s *rpcServer) find(full string) (*service, *method, error) {
 	}
 	m, err := svc.find(full, full[dot+1:])
 	return svc, m, err
-}
-
-func (s *rpcServer) readArgument(req *rpc.Request, m *method) (reflect.Value, error) {
-	t := m.arg
-	if t.Kind() == reflect.Pointer {
-		t = t.Elem()
-	}
-	arg := reflect.New(t)
-	if err := s.r.decode(arg.Interface()); err != nil {
-		return arg, fmt.Errorf("plugin: %s takes a %v, and what was sent cannot be read into that: %w", req.ServiceMethod, m.arg, err)
-	}
-	if m.arg.Kind() == reflect.Pointer {
-		return arg, nil
-	}
-	return arg.Elem(), nil
 }
 
 // cancel ends the context of a call, if there is still such a call.
@@ -605,22 +628,27 @@ func (s *rpcServer) cancel(seq uint64) {
 
 // call runs a method and answers.
 func (s *rpcServer) call(c *inCall) {
-	if c.cancel != nil {
+	in := c.in[:3]
+	if c.method.context {
+		in = c.in[:]
+		seq, cancel := c.req.Seq, c.cancel
 		defer func() {
 			s.mu.Lock()
-			delete(s.cancels, c.req.Seq)
+			delete(s.cancels, seq)
 			s.mu.Unlock()
-			c.cancel(nil)
+			cancel(nil)
 		}()
 	}
-	err := s.invoke(c)
-	s.respond(&c.req, c.in[len(c.in)-1].Interface(), err)
+	err := s.invoke(c, in)
+	reflect.ValueOf(c.arg).Elem().SetZero()
+	c.method.args.Put(c.arg)
+	s.respond(c, in[len(in)-1].Interface(), err)
 }
 
 // invoke runs a method. In the host, a panic must not be the end of the
 // process; in a plugin it must be, so that its host learns of it and nobody
 // goes on with what the method may have left half done.
-func (s *rpcServer) invoke(c *inCall) (err error) {
+func (s *rpcServer) invoke(c *inCall, in []reflect.Value) (err error) {
 	if s.catch {
 		defer func() {
 			if p := recover(); p != nil {
@@ -629,24 +657,28 @@ func (s *rpcServer) invoke(c *inCall) (err error) {
 			}
 		}()
 	}
-	err, _ = c.method.fn.Call(c.in)[0].Interface().(error)
+	err, _ = c.method.fn.Call(in)[0].Interface().(error)
 	return err
 }
 
-// respond answers one call. If the answer cannot be sent, that is the answer.
-func (s *rpcServer) respond(req *rpc.Request, reply any, err error) {
-	resp := response{ServiceMethod: req.ServiceMethod, Seq: req.Seq}
+// respond answers one call, which nobody may use after that. If the answer
+// cannot be sent, that is the answer. The method is not named, as net/rpc's
+// servers do: no client looks.
+func (s *rpcServer) respond(c *inCall, reply any, err error) {
+	c.resp = response{Seq: c.req.Seq}
 	if err != nil {
 		e := sendable(err)
-		resp.Error, resp.Is = e.Text, e.Is
+		c.resp.Error, c.resp.Is = e.Text, e.Is
 		reply = struct{}{}
 	}
-	flush, encodeErr := s.w.encode(resp, reply)
+	flush, encodeErr := s.w.encode(&c.resp, reply)
 	if flush {
 		s.w.flush()
 	}
-	var lost *writeError
-	if encodeErr != nil && err == nil && !errors.As(encodeErr, &lost) {
-		s.respond(req, nil, fmt.Errorf("plugin: the reply of %s, of type %T, cannot be sent: %w", req.ServiceMethod, reply, encodeErr))
+	if encodeErr != nil && err == nil && !isLost(encodeErr) {
+		s.respond(c, nil, fmt.Errorf("plugin: the reply of %s, of type %T, cannot be sent: %w", c.req.ServiceMethod, reply, encodeErr))
+		return
 	}
+	*c = inCall{}
+	s.free.Put(c)
 }
