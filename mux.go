@@ -115,27 +115,40 @@ func (l muxLogger) Printf(format string, v ...any) {
 
 // frameConn is a connection that writes a frame in one piece. yamux writes a
 // frame's header first and its body behind it, both from one goroutine.
+//
+// An error of writing is kept from yamux, which would end the session at once:
+// the other side is gone, but what it sent before may not have been read. The
+// session ends when reading does, which has a bound from then on.
 type frameConn struct {
 	net.Conn
 	frame []byte // the header of a frame whose body comes next
+	lost  bool   // nothing can be written any more
 }
 
 func (c *frameConn) Write(p []byte) (int, error) {
 	const headerSize, dataFrame = 12, 0
 	if len(c.frame) > 0 {
 		c.frame = append(c.frame, p...)
-		_, err := c.Conn.Write(c.frame)
+		c.send(c.frame)
 		c.frame = c.frame[:0]
-		if err != nil {
-			return 0, err
-		}
 		return len(p), nil
 	}
 	if len(p) == headerSize && p[1] == dataFrame && binary.BigEndian.Uint32(p[8:]) > 0 {
 		c.frame = append(c.frame, p...)
 		return len(p), nil
 	}
-	return c.Conn.Write(p)
+	c.send(p)
+	return len(p), nil
+}
+
+func (c *frameConn) send(p []byte) {
+	if c.lost {
+		return
+	}
+	if _, err := c.Conn.Write(p); err != nil {
+		c.lost = true
+		_ = c.SetReadDeadline(time.Now().Add(outputTimeout))
+	}
 }
 
 // spawn runs f in a goroutine that close waits for. It reports false, and does
