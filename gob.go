@@ -352,7 +352,7 @@ func (r *gobReader) typeID() uint64 {
 }
 
 // next reads the next value. It returns io.EOF where the stream ends between
-// values, and allocates no more than was in fact sent.
+// values, and allocates no more than twice what was in fact sent.
 func (r *gobReader) next() error {
 	buf := r.buf[:0]
 	r.buf, r.read = nil, 0
@@ -383,7 +383,8 @@ func (r *gobReader) next() error {
 			return fmt.Errorf("plugin: a message of %d bytes was received; 1 to %d are allowed", size, maxMessage)
 		}
 		for left := head + int(size); left > 0; {
-			n := min(left, 1<<20)
+			// As much again as has come: large messages are not copied often.
+			n := min(left, max(len(buf), 1<<20))
 			buf = slices.Grow(buf, n)
 			got, err := io.ReadFull(r.src, buf[len(buf):len(buf)+n])
 			buf, left = buf[:len(buf)+got], left-got
