@@ -583,7 +583,7 @@ func (k *sink) nextFrame() {
 		k.err = errors.New("plugin: what was received is no frame of a stream")
 		abort(k.st)
 	case k.left == 0:
-		if k.err = readVerdict(k.st); k.err == nil {
+		if k.err = cutShort(readVerdict(k.st), true); k.err == nil {
 			k.err = io.EOF
 			k.close(nil)
 		}
