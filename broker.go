@@ -334,6 +334,7 @@ const (
 
 	maxFrame   = 64 << 10
 	maxVerdict = 1 << 20
+	maxText    = maxVerdict / 2 // of the error in a verdict; the rest is names
 )
 
 // ServeReader lets the other side read from r, which it does through the
@@ -619,7 +620,9 @@ func (k *sink) close(verdict error) {
 func appendVerdict(b []byte, err error) []byte {
 	var text bytes.Buffer
 	if err != nil {
-		_ = gob.NewEncoder(&text).Encode(sendable(err))
+		end := sendable(err)
+		end.Text = end.Text[:min(len(end.Text), maxText)]
+		_ = gob.NewEncoder(&text).Encode(end)
 	}
 	b = binary.LittleEndian.AppendUint32(b, uint32(text.Len()))
 	return append(b, text.Bytes()...)
