@@ -544,6 +544,7 @@ type sink struct {
 	err  error      // how the bytes ended
 
 	closing sync.Once
+	closed  atomic.Bool // the user has called Close
 }
 
 func newSink(st *stream) (*sink, error) {
@@ -557,6 +558,14 @@ func newSink(st *stream) (*sink, error) {
 func (k *sink) Read(p []byte) (int, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	n, err := k.read(p)
+	if k.closed.Load() {
+		return 0, io.ErrClosedPipe
+	}
+	return n, err
+}
+
+func (k *sink) read(p []byte) (int, error) {
 	if k.err == nil && k.left == 0 {
 		k.nextFrame()
 	}
@@ -605,6 +614,7 @@ func (k *sink) copyTo(w io.Writer) error {
 
 // Close tells the source that nothing more will be read.
 func (k *sink) Close() error {
+	k.closed.Store(true)
 	k.close(io.ErrClosedPipe)
 	return nil
 }
