@@ -546,8 +546,8 @@ func (c *Client) Kill() {
 		return ready{}, errKilled
 	})
 	c.mu.Lock()
-	c.asked = true
 	p := c.proc
+	c.asked = c.asked || p != nil && !isClosed(p.gone) // and not dead already
 	c.mu.Unlock()
 	if p != nil && startErr == nil {
 		c.quit(p)
