@@ -183,7 +183,9 @@ func parseRecord(line []byte) (level hclog.Level, message string, args []any, ok
 		}
 		args = append(args, "timestamp", t)
 	}
-	return level, printable(message), args, ok && level != hclog.NoLevel
+	// One line, so that it cannot be taken for a record of the host's own.
+	message = strings.ReplaceAll(printable(message), "\n", `\n`)
+	return level, message, args, ok && level != hclog.NoLevel
 }
 
 // parseLevel reads hclog's levels, and slog's, which may have an offset, as in

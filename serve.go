@@ -80,8 +80,8 @@ type ServeTestConfig struct {
 
 // Serve serves plugins to the host that has started this process: a plugin's
 // main calls it and little else. It returns when the host has asked the plugin
-// to quit, when the host is gone, and on SIGTERM; what main does then it
-// should do in two seconds. An interrupt (SIGINT) is left to the host.
+// to quit, when the host is gone, and on SIGTERM and SIGHUP; what main does
+// then it should do in two seconds. An interrupt (SIGINT) is left to the host.
 //
 // While it serves, os.Stdout and os.Stderr go to the host; before and after,
 // they are the process's own. The variables of the handshake are removed from
@@ -139,6 +139,9 @@ func serve(config *ServeConfig) error {
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	signal.Notify(interrupt, os.Interrupt)
 	signal.Notify(terminate, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		signal.Notify(terminate, syscall.SIGHUP)
+	}
 	defer signal.Stop(interrupt)
 	defer signal.Stop(terminate)
 	orphaned := watchHost(env[envHost], env[EnvUnixSocketDir])
