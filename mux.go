@@ -210,6 +210,9 @@ func (st *stream) Write(p []byte) (int, error) {
 	return n, st.session.explain(err)
 }
 
+// lost reports whether the session has ended.
+func (st *stream) lost() bool { return st.session.mux.IsClosed() }
+
 func (s *session) open() (*stream, error) {
 	st, err := s.mux.OpenStream()
 	if err != nil {

@@ -230,6 +230,9 @@ func (c *clientCodec) write() {
 // what others add meanwhile. It does not wait for that: net/rpc holds a lock
 // while it calls, and nobody could end the wait.
 func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
+	if st, ok := c.conn.(interface{ lost() bool }); ok && st.lost() {
+		return rpc.ErrShutdown // though reading may not have ended yet
+	}
 	k, ours := body.(*call)
 	if ours {
 		body, k.args = k.args, nil
