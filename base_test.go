@@ -1479,7 +1479,7 @@ func TestLogOfDyingPlugin(t *testing.T) {
 	baseCheckError(t, err, "panic: boom", "exit status 2")
 	baseReturns(t, "the end", func() { <-c.Done() })
 	for text, level := range map[string]hclog.Level{
-		"all is well": hclog.Debug, "panic: boom": hclog.Error, "goroutine 1 [running]:": hclog.Error, "base_test.go:": hclog.Error,
+		"all is well": hclog.Debug, "panic: boom": hclog.Error, "goroutine 1 [running]:": hclog.Error, "plugin_test.go:": hclog.Error,
 	} {
 		found := records.find(text)
 		if len(found) == 0 {
