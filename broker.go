@@ -229,7 +229,7 @@ func (b *MuxBroker) receive(st *stream) {
 }
 
 // deliver reports false if nobody can take the stream because there is one
-// with its id already.
+// with its id already, or because the connection has ended.
 func (b *MuxBroker) deliver(id uint32, st *stream) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -238,7 +238,7 @@ func (b *MuxBroker) deliver(id uint32, st *stream) bool {
 		dialled <- st
 		return true
 	}
-	if b.parked[id] != nil {
+	if b.parked[id] != nil || b.session.mux.IsClosed() {
 		return false
 	}
 	b.parked[id] = st
