@@ -209,6 +209,7 @@ func (b *MuxBroker) Run() {
 		// Ends with the id, its time-out or the session, which waits for it.
 		b.session.spawn(func() { b.receive(st) })
 	}
+	<-b.session.ended() // accepting may fail a moment earlier
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	clear(b.parked)
