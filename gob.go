@@ -87,8 +87,12 @@ func (w *gobWriter) encode(header, body any) (flush bool, err error) {
 		return false, err
 	}
 	middle := len(w.buf)
-	err = w.append(body)
-	if size := len(w.buf) - middle; err == nil && size > maxMessage {
+	size := bytesIn(body)
+	if size <= maxMessage {
+		err = w.append(body)
+		size = len(w.buf) - middle
+	}
+	if err == nil && size > maxMessage {
 		err = fmt.Errorf("it takes %d bytes, and a message holds %d at most: pass what is large as a stream (see MuxBroker.ServeReader)", size, maxMessage)
 	}
 	if err != nil {
@@ -97,6 +101,16 @@ func (w *gobWriter) encode(header, body any) (flush bool, err error) {
 	flush = len(w.buf) > 0 && !w.writing
 	w.writing = w.writing || flush
 	return flush, err
+}
+
+// bytesIn returns how many bytes v holds if it is nothing but bytes: then it
+// need not be encoded to see that it is too large.
+func bytesIn(v any) int {
+	b := reflect.Indirect(reflect.ValueOf(v))
+	if k := b.Kind(); k == reflect.String || k == reflect.Slice && b.Type().Elem().Kind() == reflect.Uint8 {
+		return b.Len()
+	}
+	return 0
 }
 
 // append encodes v behind what is in buf. What panics on the way, in gob or in
