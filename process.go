@@ -415,12 +415,16 @@ func (p *process) free() {
 	}
 }
 
-// removeSocket removes what a plugin that was reattached to may have left.
+// removeSocket removes what a plugin that was reattached to may have left. The
+// directory is removed also where the plugin is one of go-plugin's: it is this
+// library's, and it is empty once the plugin has removed its socket.
 func (p *process) removeSocket() {
-	if _, unix := p.addr.(*net.UnixAddr); !unix || !p.mine() {
+	if _, unix := p.addr.(*net.UnixAddr); !unix {
 		return
 	}
-	_ = os.Remove(p.addr.String())
+	if p.mine() {
+		_ = os.Remove(p.addr.String())
+	}
 	if dir := filepath.Dir(p.addr.String()); strings.HasPrefix(filepath.Base(dir), socketPrefix) {
 		_ = os.Remove(dir)
 	}
