@@ -110,27 +110,46 @@ func measure(builder *build.Builder, e effort, rounds int, pattern *regexp.Regex
 			if !pattern.MatchString(w.name) {
 				continue
 			}
-			if r[w.name] == nil {
-				r[w.name] = make(map[string]figures)
+			if w.static && round > 0 {
+				continue
 			}
-			for turn := range peers {
-				p := peers[(turn+round)%len(peers)] // nobody is always the first
-				if w.static && round > 0 {
-					continue
-				}
-				runtime.GC() // of what the one before has left
-				figure, err := w.measure(e, builder, p, instances[p])
-				if errors.Is(err, errAbsent) {
-					continue
-				}
-				if err != nil {
-					return nil, fmt.Errorf("%s, %s: %w", w.name, p.name, err)
-				}
-				r[w.name][p.name] = append(r[w.name][p.name], figure)
+			figures, err := takeTurns(builder, e, w, instances, round)
+			if err != nil {
+				return nil, err
 			}
+			r.add(w, figures)
 		}
 	}
 	return r, nil
+}
+
+// takeTurns measures one work with all peers, of which nobody is always the
+// first, and returns the figures of one round.
+func takeTurns(builder *build.Builder, e effort, w work, instances map[*peer]*instance, round int) (map[string]float64, error) {
+	turns := e.turns
+	if w.long {
+		turns = 1
+	}
+	all := make(map[string][]float64)
+	for turn := range turns {
+		for n := range peers {
+			p := peers[(n+turn+round)%len(peers)]
+			runtime.GC() // of what the one before has left
+			figure, err := w.measure(e, builder, p, instances[p])
+			if errors.Is(err, errAbsent) {
+				continue
+			}
+			if err != nil {
+				return nil, fmt.Errorf("%s, %s: %w", w.name, p.name, err)
+			}
+			all[p.name] = append(all[p.name], figure)
+		}
+	}
+	figures := make(map[string]float64)
+	for name, values := range all {
+		figures[name] = median(values)
+	}
+	return figures, nil
 }
 
 // conditions says what was measured, on what.

@@ -92,6 +92,16 @@ func compared(u unit, own, base figures) string {
 // result is what was measured: figures by work and peer.
 type result map[string]map[string]figures
 
+// add adds the figures of one round.
+func (r result) add(w work, round map[string]float64) {
+	if r[w.name] == nil {
+		r[w.name] = make(map[string]figures)
+	}
+	for peer, figure := range round {
+		r[w.name][peer] = append(r[w.name][peer], figure)
+	}
+}
+
 // rows is the table, its header first.
 func (r result) rows(speed bool) (rows [][]string) {
 	header := []string{"work"}

@@ -17,19 +17,19 @@ import (
 	"github.com/muxplug/plugin/interop/internal/build"
 )
 
-// effort is how much is done for one figure of one round.
+// effort is how much is done for the figures of one round.
 type effort struct {
-	calls    time.Duration // how long calls go on
-	stream   int64         // bytes through a stream
-	starts   int           // plugins, one after the other
-	together int           // plugins at once
+	turns    int           // a figure is the median of so many
+	calls    time.Duration // how long calls go on in one turn
+	stream   int64         // bytes through a stream in one turn
+	together int           // plugins started at once
 	counted  int           // calls for an average of allocations
 	hosted   int           // plugins that a host's costs are divided by
 }
 
 var (
-	usual = effort{calls: 200 * time.Millisecond, stream: 128 << 20, starts: 5, together: 50, counted: 2000, hosted: 10}
-	quick = effort{calls: 10 * time.Millisecond, stream: 2 << 20, starts: 1, together: 5, counted: 100, hosted: 2}
+	usual = effort{turns: 7, calls: 30 * time.Millisecond, stream: 32 << 20, together: 50, counted: 2000, hosted: 10}
+	quick = effort{turns: 1, calls: 10 * time.Millisecond, stream: 2 << 20, together: 5, counted: 100, hosted: 2}
 )
 
 // work is one row of the table.
@@ -37,6 +37,7 @@ type work struct {
 	name   string
 	unit   unit
 	static bool // it is the same in every round, so it is measured in one
+	long   bool // it takes long, or is exact, so one turn a round must do
 	// measure returns a figure, or errAbsent. i is nil where it starts its own.
 	measure func(e effort, b *build.Builder, p *peer, i *instance) (float64, error)
 }
@@ -54,15 +55,15 @@ var works = []work{
 	{name: "open, use, close a stream", unit: seconds, measure: repeat(1, func(i *instance) func() error { return i.session })},
 	{name: "start to first reply", unit: seconds, measure: startAndKill(false)},
 	{name: "kill", unit: seconds, measure: startAndKill(true)},
-	{name: "plugins started together (50, or 5 with -quick)", unit: seconds, measure: together},
-	{name: "allocations of a small call, both sides", unit: count, measure: allocations},
-	{name: "host: goroutines a plugin", unit: count, measure: hosting(func(c hostCosts) float64 { return c.Goroutines })},
-	{name: "host: resident memory a plugin", unit: bytes, measure: hosting(func(c hostCosts) float64 { return c.Resident })},
-	{name: "host: descriptors a plugin", unit: count, measure: hosting(func(c hostCosts) float64 { return c.Descriptors })},
+	{name: "plugins started together (50, or 5 with -quick)", unit: seconds, long: true, measure: together},
+	{name: "allocations of a small call, both sides", unit: count, long: true, measure: allocations},
+	{name: "host: goroutines a plugin", unit: count, long: true, measure: hosting(func(c hostCosts) float64 { return c.Goroutines })},
+	{name: "host: resident memory a plugin", unit: bytes, long: true, measure: hosting(func(c hostCosts) float64 { return c.Resident })},
+	{name: "host: descriptors a plugin", unit: count, long: true, measure: hosting(func(c hostCosts) float64 { return c.Descriptors })},
 	{name: "plugin: resident memory", unit: bytes, measure: residentPlugin},
-	{name: "plugin: binary", unit: bytes, static: true, measure: binarySize},
-	{name: "plugin: modules linked, the library included", unit: count, static: true, measure: linked(func(_, modules []string) int { return len(modules) })},
-	{name: "plugin: packages linked, the standard library's included", unit: count, static: true, measure: linked(func(packages, _ []string) int { return len(packages) })},
+	{name: "plugin: binary", unit: bytes, static: true, long: true, measure: binarySize},
+	{name: "plugin: modules linked, the library included", unit: count, static: true, long: true, measure: linked(func(_, modules []string) int { return len(modules) })},
+	{name: "plugin: packages linked, the standard library's included", unit: count, static: true, long: true, measure: linked(func(packages, _ []string) int { return len(packages) })},
 }
 
 // repeat measures what is done again and again by so many at once: the time
@@ -113,29 +114,21 @@ func stream(what func(*instance) func(int64) error) func(effort, *build.Builder,
 	}
 }
 
-// startAndKill measures one or the other: the median of some starts.
+// startAndKill measures one or the other.
 func startAndKill(kill bool) func(effort, *build.Builder, *peer, *instance) (float64, error) {
-	return func(e effort, _ *build.Builder, p *peer, _ *instance) (float64, error) {
-		var times []float64
-		for range e.starts {
-			start := time.Now()
-			i, err := p.start(p.binary)
-			if err != nil {
-				return 0, err
-			}
-			err = i.small()
-			started := time.Now()
-			i.kill()
-			if err != nil {
-				return 0, err
-			}
-			if kill {
-				times = append(times, time.Since(started).Seconds())
-			} else {
-				times = append(times, started.Sub(start).Seconds())
-			}
+	return func(_ effort, _ *build.Builder, p *peer, _ *instance) (float64, error) {
+		start := time.Now()
+		i, err := p.start(p.binary)
+		if err != nil {
+			return 0, err
 		}
-		return median(times), nil
+		err = i.small()
+		started := time.Now()
+		i.kill()
+		if kill {
+			return time.Since(started).Seconds(), err
+		}
+		return started.Sub(start).Seconds(), err
 	}
 }
 
