@@ -611,7 +611,7 @@ func crash(h *host) error {
 		return err
 	}
 	if err := within("Ping", protocol.Ping); err == nil || strings.HasSuffix(err.Error(), "hangs") {
-		return fmt.Errorf("Ping of a plugin that crashed: %v", err)
+		return fmt.Errorf("the error of Ping, after the crash, is %v", err)
 	}
 	if !strings.Contains(h.log.String(), "crash on demand") {
 		return errors.New("the log does not have the panic")
@@ -662,7 +662,7 @@ func testMode(h *host) (err error) {
 			return err
 		}
 		if gone(cmd.Process.Pid) {
-			return errors.New("Kill has ended a plugin in test mode")
+			return errors.New("a plugin in test mode has been ended by Kill")
 		}
 	}
 	return within("the end of the serving", func() error {
