@@ -221,10 +221,17 @@ func (s *session) open() (*stream, error) {
 	return &stream{st, s}, nil
 }
 
+// accept returns the next stream that the other side opens. One with a number
+// of this side's ends the session: yamux would forget it when that number is
+// given out here, and whoever reads from it would never learn of the end.
 func (s *session) accept() (*stream, error) {
 	st, err := s.mux.AcceptStream()
 	if err != nil {
 		return nil, err
+	}
+	if odd := st.StreamID()%2 == 1; odd == s.host {
+		_ = s.mux.Close()
+		return nil, fmt.Errorf("plugin: the other side opened stream %d, whose number is not its own", st.StreamID())
 	}
 	return &stream{st, s}, nil
 }
@@ -497,11 +504,11 @@ func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 		return err
 	}
 	for _, out := range s.outputs {
-		st, err := sess.mux.AcceptStream()
+		st, err := sess.accept()
 		if err != nil {
 			return err
 		}
-		out.attach(st)
+		out.attach(st.Stream)
 	}
 	broker := newMuxBroker(sess)
 	// Ends with the session.
