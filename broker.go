@@ -61,9 +61,33 @@ func (b *MuxBroker) NextId() uint32 {
 	}
 }
 
-// Accept is [MuxBroker.AcceptContext] with five seconds.
+// patience returns a context for five seconds in which the other side could
+// have acted: if it, or this process, has been stopped meanwhile, as by a
+// debugger, it gets five more when both go on. It must be cancelled.
+func (s *session) patience() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	begin := time.Now()
+	timer := time.AfterFunc(brokerTimeout, func() {
+		// Ends with the answer and the time, or with the session.
+		s.spawn(func() {
+			defer cancel(context.DeadlineExceeded)
+			const stopped = brokerTimeout + time.Second
+			if _, err := s.mux.Ping(); err == nil && time.Since(begin) > stopped {
+				select {
+				case <-time.After(brokerTimeout):
+				case <-ctx.Done():
+				case <-s.ended():
+				}
+			}
+		})
+	})
+	return ctx, func() { timer.Stop(); cancel(nil) }
+}
+
+// Accept is [MuxBroker.AcceptContext] with five seconds, of which those do not
+// count in which one of the two processes is stopped.
 func (b *MuxBroker) Accept(id uint32) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	ctx, cancel := b.session.patience()
 	defer cancel()
 	return b.AcceptContext(ctx, id)
 }
@@ -126,9 +150,9 @@ func (st *stream) acknowledge(id uint32) (*stream, error) {
 	return st, nil
 }
 
-// Dial is [MuxBroker.DialContext] with five seconds.
+// Dial is [MuxBroker.DialContext] with the five seconds of Accept.
 func (b *MuxBroker) Dial(id uint32) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	ctx, cancel := b.session.patience()
 	defer cancel()
 	return b.DialContext(ctx, id)
 }
@@ -307,7 +331,7 @@ func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
 func (b *MuxBroker) whenDialled(what string, f func(*stream)) uint32 {
 	id := b.NextId()
 	b.session.spawn(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+		ctx, cancel := b.session.patience()
 		defer cancel()
 		st, err := b.accept(ctx, id)
 		if err != nil {
@@ -409,13 +433,17 @@ func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
 
 // introduce says which side this is, and checks that the other is the other.
 func introduce(st *stream, own, other string) error {
-	_ = st.SetReadDeadline(time.Now().Add(brokerTimeout))
+	ctx, cancel := st.session.patience()
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { abort(st) })
 	_, err := io.WriteString(st, own)
 	got := make([]byte, len(other))
 	if err == nil {
 		_, err = io.ReadFull(st, got)
 	}
-	_ = st.SetReadDeadline(time.Time{})
+	if !stop() {
+		err = contextError(ctx)
+	}
 	switch {
 	case string(got) == own:
 		err = errors.New("the other side does the same: a reader goes with a reader, a writer with a writer")

@@ -24,10 +24,16 @@ import (
 const (
 	// streamWindow is how much a stream may hold that nobody has read, in bytes.
 	streamWindow = 1 << 20
+	// socketBuffer is how much the kernel is asked to hold of what is sent.
+	socketBuffer = 1 << 20
+	// maxJoined is the longest body that is copied behind its header.
+	maxJoined = 4 << 10
 	// pingTimeout is how long Ping waits.
 	pingTimeout = 4 * time.Second
 	// quitTimeout is how long RPCClient.Close waits for the plugin.
 	quitTimeout = 2 * time.Second
+	// lastTimeout is how long a connection that takes nothing more is read.
+	lastTimeout = 250 * time.Millisecond
 	// outputTimeout is how long a plugin that quits waits until its output is
 	// sent, and outputIdle how long it waits for more where the end of the
 	// output cannot be seen because a child process holds it open.
@@ -68,6 +74,9 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		return nil
 	})
 	if c, ok := conn.(net.Conn); ok {
+		if b, ok := c.(interface{ SetWriteBuffer(int) error }); ok {
+			_ = b.SetWriteBuffer(socketBuffer) // slower without, no more
+		}
 		conn = &frameConn{Conn: c}
 	}
 	config := &yamux.Config{
@@ -127,27 +136,36 @@ type frameConn struct {
 
 func (c *frameConn) Write(p []byte) (int, error) {
 	const headerSize, dataFrame = 12, 0
-	if len(c.frame) > 0 {
+	switch {
+	case len(c.frame) > 0 && len(p) > maxJoined:
+		// Sent by one system call without being copied, where there is one.
+		pieces := net.Buffers{c.frame, p}
+		c.sent(pieces.WriteTo(c.Conn))
+		c.frame = c.frame[:0]
+	case len(c.frame) > 0:
 		c.frame = append(c.frame, p...)
 		c.send(c.frame)
 		c.frame = c.frame[:0]
-		return len(p), nil
-	}
-	if len(p) == headerSize && p[1] == dataFrame && binary.BigEndian.Uint32(p[8:]) > 0 {
+	case len(p) == headerSize && p[1] == dataFrame && binary.BigEndian.Uint32(p[8:]) > 0:
 		c.frame = append(c.frame, p...)
-		return len(p), nil
+	default:
+		c.send(p)
 	}
-	c.send(p)
 	return len(p), nil
 }
 
 func (c *frameConn) send(p []byte) {
-	if c.lost {
-		return
+	if !c.lost {
+		n, err := c.Conn.Write(p)
+		c.sent(int64(n), err)
 	}
-	if _, err := c.Conn.Write(p); err != nil {
+}
+
+// sent takes the result of writing.
+func (c *frameConn) sent(_ int64, err error) {
+	if err != nil && !c.lost {
 		c.lost = true
-		_ = c.SetReadDeadline(time.Now().Add(outputTimeout))
+		_ = c.SetReadDeadline(time.Now().Add(lastTimeout))
 	}
 }
 

@@ -214,13 +214,19 @@ func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client 
 	return client
 }
 
-// write writes what is encoded, until the stream ends.
+// write writes what is encoded, until the stream ends. Of a stream that was
+// closed here it then takes what still comes: the other side may be waiting for
+// room for its answers, and learns of the end only behind them.
 func (c *clientCodec) write() {
 	for {
 		select {
 		case <-c.kick:
 			c.w.flush()
 		case <-c.over:
+			if d, ok := c.conn.(interface{ SetReadDeadline(time.Time) error }); ok {
+				_ = d.SetReadDeadline(time.Time{})
+			}
+			_, _ = io.Copy(io.Discard, c.conn)
 			return
 		}
 	}
