@@ -4220,7 +4220,7 @@ func lifeWriteProgram(t testing.TB, path string, data []byte, mode fs.FileMode) 
 // lifeData is n bytes that do not repeat.
 func lifeData(n int) []byte {
 	data := make([]byte, n)
-	_, _ = rand.Read(data)
+	_, _ = cryptorand.Read(data)
 	return data
 }
 
