@@ -5343,7 +5343,7 @@ func TestCallbackCannotCrashHost(t *testing.T) {
 		if err == nil || method == "Panic" && !strings.Contains(err.Error(), "a broken callback") {
 			t.Errorf("%s: the plugin got %v", method, err)
 		}
-		if out := log.String(); method == "Panic" && (!strings.Contains(out, "[ERROR]") || !strings.Contains(out, "a broken callback") || !strings.Contains(out, "calls_test.go")) {
+		if out := log.String(); method == "Panic" && (!strings.Contains(out, "[ERROR]") || !strings.Contains(out, "a broken callback") || !strings.Contains(out, "plugin_test.go")) {
 			t.Errorf("%s was logged as %s", method, out)
 		}
 		callsEcho(t, c.Client)
