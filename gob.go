@@ -309,6 +309,17 @@ type gobReader struct {
 	dec    *gob.Decoder
 	header uint64 // with which type headers begin; 0 until one has been read
 	failed bool   // a value could not be decoded: pieces of it may follow
+	simple bool   // parseHeader is known to read headers as gob does
+	method string // of the last header
+}
+
+// header is an rpc.Request or an rpc.Response. Is is this library's own: the
+// names of the errors that Error is.
+type header struct {
+	ServiceMethod string
+	Seq           uint64
+	Error         string
+	Is            []string
 }
 
 func newGobReader(conn io.Reader) *gobReader {
@@ -356,6 +367,55 @@ func (r *gobReader) nextHeader() error {
 		r.header = r.typeID()
 	}
 	return err
+}
+
+// readHeader reads the next header.
+func (r *gobReader) readHeader(h *header) error {
+	if err := r.nextHeader(); err != nil {
+		return err
+	}
+	quick, ok := r.parseHeader()
+	if ok && r.simple {
+		*h = quick
+		return nil
+	}
+	*h = header{}
+	if err := r.decode(h); err != nil {
+		return fmt.Errorf("plugin: what was received is not net/rpc: %w", err)
+	}
+	r.simple = r.simple || ok && h.Seq != 0 && h.ServiceMethod == quick.ServiceMethod && h.Seq == quick.Seq
+	return nil
+}
+
+// parseHeader reads a header that has no more than a method and a sequence
+// number, as most have, without gob, which allocates. The fields have numbers,
+// in the order of net/rpc's types.
+func (r *gobReader) parseHeader() (h header, ok bool) {
+	if r.value > 0 || r.typeID() != r.header {
+		return h, false // there are definitions to take in
+	}
+	_, rest := gobUint(r.buf)
+	_, rest = gobUint(rest)
+	for field := uint64(0); ; {
+		delta, after := gobUint(rest)
+		if delta == 0 {
+			return h, len(rest) == 1
+		}
+		field += delta
+		n, after := gobUint(after)
+		switch {
+		case field == 1 && n <= uint64(len(after)):
+			if name := after[:n]; r.method != string(name) {
+				r.method = string(name)
+			}
+			h.ServiceMethod, after = r.method, after[n:]
+		case field == 2:
+			h.Seq = n
+		default:
+			return h, false
+		}
+		rest = after
+	}
 }
 
 // typeID returns what the message in buf begins with.

@@ -40,14 +40,6 @@ const (
 	maxIdle = 8
 )
 
-// response is an rpc.Response with the names of the errors that Error is.
-type response struct {
-	ServiceMethod string
-	Seq           uint64
-	Error         string
-	Is            []string
-}
-
 // Call calls a method through c, like c.Call, and returns when ctx ends, if
 // the method has not returned before. It then returns ctx.Err(), in which
 // errors.Is also finds context.Cause(ctx), and leaves reply alone; a reply
@@ -181,7 +173,7 @@ type clientCodec struct {
 	conn io.ReadWriteCloser
 	w    *gobWriter
 	r    *gobReader
-	head response      // the header that was read last
+	head header        // the header that was read last
 	kick chan struct{} // tells write that there is something to write
 	over chan struct{} // closed when reading has ended
 
@@ -290,13 +282,7 @@ func (c *clientCodec) abandon(ctx context.Context, k *call) bool {
 // connection that breaks in between fails the call with the reason. (net/rpc
 // keeps only the text of an error from ReadResponseBody.)
 func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
-	c.head = response{}
-	err := c.r.nextHeader()
-	if err == nil {
-		if err = c.r.decode(&c.head); err != nil {
-			err = fmt.Errorf("plugin: an RPC response cannot be read: %w", err)
-		}
-	}
+	err := c.r.readHeader(&c.head)
 	if err == nil {
 		err = c.r.next()
 	}
@@ -486,7 +472,7 @@ type rpcServer struct {
 func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool) *rpcServer {
 	return &rpcServer{
 		conn: conn, services: services, logger: logger, catch: catch,
-		w: newGobWriter(conn, response{}), r: newGobReader(conn),
+		w: newGobWriter(conn, header{}), r: newGobReader(conn),
 		cancels: make(map[uint64]context.CancelCauseFunc),
 		work:    make(chan *inCall),
 	}
@@ -517,15 +503,12 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 		if err := s.w.waitRoom(ctx); err != nil {
 			return err
 		}
-		if err := s.r.nextHeader(); err != nil {
-			return err
-		}
 		c, _ := s.free.Get().(*inCall)
 		if c == nil {
 			c = new(inCall)
 		}
-		if err := s.r.decode(&c.req); err != nil {
-			return fmt.Errorf("plugin: an RPC request cannot be read: %w", err)
+		if err := s.r.readHeader(&c.req); err != nil {
+			return err
 		}
 		if err := s.r.next(); err != nil {
 			return cutShort(err, true)
@@ -566,8 +549,8 @@ func (s *rpcServer) run(ctx context.Context, c *inCall) {
 
 // inCall is a call that has arrived.
 type inCall struct {
-	req    rpc.Request
-	resp   response
+	req    header
+	resp   header
 	method *method
 	arg    any              // a pointer to the argument, which the method gets a copy of
 	in     [4]reflect.Value // what the method is called with: receiver, maybe context, argument, reply
@@ -674,7 +657,7 @@ func (s *rpcServer) invoke(c *inCall, in []reflect.Value) (err error) {
 // cannot be sent, that is the answer. The method is not named, as net/rpc's
 // servers do: no client looks.
 func (s *rpcServer) respond(c *inCall, reply any, err error) {
-	c.resp = response{Seq: c.req.Seq}
+	c.resp = header{Seq: c.req.Seq}
 	if err != nil {
 		e := sendable(err)
 		c.resp.Error, c.resp.Is = e.Text, e.Is
