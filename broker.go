@@ -335,7 +335,7 @@ func (b *MuxBroker) whenDialled(what string, f func(*stream)) uint32 {
 		defer cancel()
 		st, err := b.accept(ctx, id)
 		if err != nil {
-			b.session.logger.Debug("a "+what+" was not dialled", "stream", id, "error", err)
+			b.session.note("a "+what+" was not dialled", "stream", id, "error", err)
 			return
 		}
 		// Runs the caller's own code, so nothing waits for it. It ends with
@@ -527,8 +527,6 @@ func (src *source) send(size int) error {
 // copyFrom sends what r holds, and returns why it stopped reading r.
 func (src *source) copyFrom(r io.Reader) (err error) {
 	defer recoverTo(&err)
-	src.mu.Lock()
-	defer src.mu.Unlock()
 	src.frame = make([]byte, 4+maxFrame)
 	for {
 		src.frame = src.frame[:4+maxFrame]
@@ -616,16 +614,18 @@ func (k *sink) nextFrame() {
 		k.err = cutShort(err, true)
 		return
 	}
-	k.left = int(binary.LittleEndian.Uint32(head[:]))
+	size := binary.LittleEndian.Uint32(head[:])
 	switch {
-	case k.left > maxFrame:
+	case size > maxFrame:
 		k.err = errors.New("plugin: what was received is no frame of a stream")
 		abort(k.st)
-	case k.left == 0:
+	case size == 0:
 		if k.err = cutShort(readVerdict(k.st), true); k.err == nil {
 			k.err = io.EOF
 			k.close(nil)
 		}
+	default:
+		k.left = int(size)
 	}
 }
 

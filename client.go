@@ -223,11 +223,13 @@ func (o *once[T]) do(ctx context.Context, f func() (T, error)) (T, error) {
 	}
 	select {
 	case <-o.done:
-		return o.v, o.err
 	case <-ctx.Done():
-		var none T
-		return none, contextError(ctx)
+		if !isClosed(o.done) {
+			var none T
+			return none, contextError(ctx)
+		}
 	}
+	return o.v, o.err
 }
 
 // result returns what f returned, or the zero value if that is not there yet.
@@ -342,7 +344,7 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 		return r, err
 	}
 	c.own(p)
-	c.logger.Debug("started", "pid", p.Pid)
+	c.logger.Debug("started", "pid", p.pid)
 	h, err := p.awaitHandshake(ctx, c.config.StartTimeout)
 	if err == nil {
 		r, err = c.accept(h, p)
@@ -412,6 +414,9 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 		}
 	}
 	conn, err := new(net.Dialer).DialContext(ctx, rc.Addr.Network(), rc.Addr.String())
+	if err != nil && p != nil {
+		_ = p.Release()
+	}
 	if err != nil {
 		c.logger.Debug("the plugin to reattach to does not listen", "error", err)
 		return ready{}, ErrProcessNotFound
@@ -520,6 +525,9 @@ func (c *Client) finish(err error) {
 		}
 		c.mu.Unlock()
 		close(c.done)
+		managed.mu.Lock()
+		delete(managed.clients, c)
+		managed.mu.Unlock()
 	})
 }
 
@@ -531,7 +539,7 @@ func (c *Client) watch(p *process) {
 		rc.waitOutput(ctx)
 		cancel()
 	}
-	c.logger.Debug("the process has ended", "pid", p.Pid, "state", p.state)
+	c.logger.Debug("the process has ended", "pid", p.pid, "state", p.state)
 	c.finish(p.exitError())
 }
 
@@ -559,9 +567,6 @@ func (c *Client) Kill() {
 	if p == nil {
 		c.finish(nil)
 	}
-	managed.mu.Lock()
-	delete(managed.clients, c)
-	managed.mu.Unlock()
 }
 
 // quit ends a process that has started.
@@ -580,7 +585,7 @@ func (c *Client) quit(p *process) {
 			}
 		}
 		if !isClosed(p.gone) {
-			c.logger.Warn("the plugin does not end by itself and is killed", "pid", p.Pid, "error", err)
+			c.logger.Warn("the plugin does not end by itself and is killed", "pid", p.pid, "error", err)
 			p.kill()
 		}
 	}
@@ -614,7 +619,7 @@ func (c *Client) ID() string {
 	if c.proc == nil {
 		return ""
 	}
-	return strconv.Itoa(c.proc.Pid)
+	return strconv.Itoa(c.proc.pid)
 }
 
 // Protocol starts the plugin, if that has not been done, and returns what it
@@ -632,8 +637,8 @@ func (c *Client) NegotiatedVersion() int { return c.starting.result().version }
 
 // ReattachConfig returns what another host needs to use the plugin, or nil
 // before Start. A plugin that this client has started is detached by it: it
-// lives on when this host ends without having killed it. To learn the pid
-// without that, use ID.
+// lives on when this host ends without having killed it. (On Windows only
+// ClientConfig.Detach does that.) To learn the pid without that, use ID.
 func (c *Client) ReattachConfig() *ReattachConfig {
 	h := c.starting.result()
 	c.mu.Lock()
@@ -647,5 +652,5 @@ func (c *Client) ReattachConfig() *ReattachConfig {
 		return &same
 	}
 	p.detach()
-	return &ReattachConfig{Protocol: h.protocol, ProtocolVersion: h.version, Addr: h.addr, Pid: p.Pid}
+	return &ReattachConfig{Protocol: h.protocol, ProtocolVersion: h.version, Addr: h.addr, Pid: p.pid}
 }

@@ -21,7 +21,8 @@ import (
 const (
 	// maxMessage is the most that one message may hold, in bytes.
 	maxMessage = 1 << 30
-	// maxQueued is how much may wait to be written before new calls wait, too.
+	// maxQueued is how much may wait to be written before Call waits, too, and
+	// a server reads no more requests.
 	maxQueued = 1 << 20
 	// keepBuffer is the largest buffer that is kept for the next message.
 	keepBuffer = 2 << 20
@@ -42,7 +43,10 @@ type gobWriter struct {
 	walks   map[reflect.Type]bool // whether values of a type may hold interfaces
 	writing bool                  // somebody is in flush, or about to be
 	moved   chan struct{}         // closed when buf has been taken to be written; nil if nobody waits
-	err     error                 // why nothing can be written any more
+
+	failing sync.Once
+	failed  chan struct{} // closed when nothing can be written any more
+	err     error         // why; to be read when failed is closed
 }
 
 // gobBuffer is the writer that a gobWriter's encoder writes to.
@@ -64,7 +68,7 @@ func isLost(err error) bool { return errors.As(err, new(*writeError)) }
 // definition of their type goes first, so that dropping a message later never
 // drops it.
 func newGobWriter(conn io.Writer, header any) *gobWriter {
-	w := &gobWriter{conn: conn, known: make(map[reflect.Type]bool), walks: make(map[reflect.Type]bool)}
+	w := &gobWriter{conn: conn, known: make(map[reflect.Type]bool), walks: make(map[reflect.Type]bool), failed: make(chan struct{})}
 	w.enc = gob.NewEncoder(&w.buf)
 	w.define(reflect.TypeOf(header))
 	return w
@@ -76,7 +80,7 @@ func newGobWriter(conn io.Writer, header any) *gobWriter {
 func (w *gobWriter) encode(header, body any) (flush bool, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.err != nil {
+	if isClosed(w.failed) {
 		return false, &writeError{w.err}
 	}
 	if err := w.defineInside(reflect.ValueOf(body), 0); err != nil {
@@ -229,18 +233,18 @@ func encodesItself(t reflect.Type) bool {
 func (w *gobWriter) flush() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for len(w.buf) > 0 && w.err == nil {
+	for len(w.buf) > 0 && !isClosed(w.failed) {
 		out := w.buf
 		w.buf, w.spare = w.spare[:0], nil
 		w.wake()
 		w.mu.Unlock()
 		_, err := w.conn.Write(out)
+		if err != nil {
+			w.fail(err)
+		}
 		w.mu.Lock()
 		if cap(out) <= keepBuffer {
 			w.spare = out
-		}
-		if w.err == nil {
-			w.err = err
 		}
 	}
 	w.writing = false
@@ -255,15 +259,13 @@ func (w *gobWriter) wake() {
 	}
 }
 
-// fail ends all writing; the first reason is kept.
+// fail ends all writing; the first reason is kept. It does not wait for who is
+// encoding, which may be inside a GobEncode of the caller's.
 func (w *gobWriter) fail(err error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.err == nil {
+	w.failing.Do(func() {
 		w.err = err
-	}
-	w.buf, w.spare = nil, nil
-	w.wake()
+		close(w.failed)
+	})
 }
 
 // waitRoom waits while so much is queued that more should not be added.
@@ -279,7 +281,7 @@ func (w *gobWriter) drain(ctx context.Context) error {
 func (w *gobWriter) wait(ctx context.Context, ready func() bool) error {
 	for {
 		w.mu.Lock()
-		if ready() || w.err != nil {
+		if ready() || isClosed(w.failed) {
 			w.mu.Unlock()
 			return nil
 		}
@@ -290,6 +292,7 @@ func (w *gobWriter) wait(ctx context.Context, ready func() bool) error {
 		w.mu.Unlock()
 		select {
 		case <-moved:
+		case <-w.failed:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -332,24 +335,26 @@ func newGobReader(conn io.Reader) *gobReader {
 type gobSource gobReader
 
 func (r *gobSource) Read(p []byte) (int, error) {
-	if r.read == len(r.buf) && len(p) > 0 {
-		if err := (*gobReader)(r).next(); err != nil {
-			return 0, cutShort(err, true)
-		}
-	}
+	err := r.fill()
 	n := copy(p, r.buf[r.read:])
 	r.read += n
-	return n, nil
+	return n, err
 }
 
 func (r *gobSource) ReadByte() (byte, error) {
-	if r.read == len(r.buf) {
-		if err := (*gobReader)(r).next(); err != nil {
-			return 0, cutShort(err, true)
-		}
+	if err := r.fill(); err != nil {
+		return 0, err
 	}
 	r.read++
 	return r.buf[r.read-1], nil
+}
+
+// fill sees that there is something to read.
+func (r *gobSource) fill() error {
+	if r.read < len(r.buf) {
+		return nil
+	}
+	return cutShort((*gobReader)(r).next(), true)
 }
 
 // nextHeader is next for a header. It passes over what is left of a value that
@@ -426,7 +431,7 @@ func (r *gobReader) typeID() uint64 {
 }
 
 // next reads the next value. It returns io.EOF where the stream ends between
-// values, and allocates no more than twice what was in fact sent.
+// values, and allocates little more than twice what was in fact sent.
 func (r *gobReader) next() error {
 	buf := r.buf[:0]
 	r.buf, r.read = nil, 0

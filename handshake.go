@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math/big"
 	"net"
 	"net/netip"
@@ -52,7 +53,7 @@ const (
 	envMultiplex  = "PLUGIN_MULTIPLEX_GRPC" // go-plugin's, of no use here
 
 	// envHost is this library's own: it tells a plugin how to notice that its
-	// host is gone. See lifeline.
+	// host is gone. See hostWaiter.
 	envHost = "PLUGIN_HOST_LIFELINE"
 )
 
@@ -173,9 +174,7 @@ func parseAddr(network, address string) (net.Addr, error) {
 // have the same version, versioned wins.
 func allVersions(version uint, plugins PluginSet, versioned map[int]PluginSet) map[int]PluginSet {
 	all := make(map[int]PluginSet, len(versioned)+1)
-	for v, set := range versioned {
-		all[v] = set
-	}
+	maps.Copy(all, versioned)
 	if _, known := all[int(version)]; plugins != nil && !known {
 		all[int(version)] = plugins
 	}
@@ -442,7 +441,7 @@ func binaryKind(path string) string {
 		return "macOS on " + known(map[uint32]string{0x01000007: "amd64", 0x0100000c: "arm64"}[cpu], int(cpu))
 	case bytes.HasPrefix(head, []byte("MZ")):
 		at := int(le.Uint32(head[60:]))
-		if at+6 > len(head) || at < 0 {
+		if at < 0 || at > len(head)-6 {
 			return "Windows"
 		}
 		machine := le.Uint16(head[at+4:])

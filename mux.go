@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -32,6 +33,8 @@ const (
 	pingTimeout = 4 * time.Second
 	// quitTimeout is how long RPCClient.Close waits for the plugin.
 	quitTimeout = 2 * time.Second
+	// acceptPause is how long a server waits before it accepts again.
+	acceptPause = 100 * time.Millisecond
 	// lastTimeout is how long a connection that takes nothing more is read.
 	lastTimeout = 250 * time.Millisecond
 	// outputTimeout is how long a plugin that quits waits until its output is
@@ -51,6 +54,7 @@ type session struct {
 	calls  context.Context // ends when methods that are served here should stop
 	cancel context.CancelFunc
 
+	noting atomic.Bool // something is being logged
 	ending atomic.Bool // this side has asked the other to end, or will now
 
 	mu      sync.Mutex // guards closing, and adding to running
@@ -118,8 +122,22 @@ func (l muxLogger) Print(v ...any)   { l.Printf("%s", fmt.Sprint(v...)) }
 func (l muxLogger) Println(v ...any) { l.Printf("%s", fmt.Sprint(v...)) }
 func (l muxLogger) Printf(format string, v ...any) {
 	if !l.s.ending.Load() {
-		l.s.logger.Debug(strings.TrimSpace(fmt.Sprintf(format, v...)))
+		l.s.note(strings.TrimSpace(fmt.Sprintf(format, v...)))
 	}
+}
+
+// note logs something at Debug, from a goroutine of its own: the logger is the
+// caller's, and no end of a session waits for it. While it does not return,
+// nothing more is noted.
+func (s *session) note(text string, args ...any) {
+	if !s.noting.CompareAndSwap(false, true) {
+		return
+	}
+	go func() {
+		defer s.noting.Store(false)
+		defer func() { _ = recover() }()
+		s.logger.Debug(text, args...)
+	}()
 }
 
 // frameConn is a connection that writes a frame in one piece. yamux writes a
@@ -137,10 +155,11 @@ type frameConn struct {
 func (c *frameConn) Write(p []byte) (int, error) {
 	const headerSize, dataFrame = 12, 0
 	switch {
-	case len(c.frame) > 0 && len(p) > maxJoined:
-		// Sent by one system call without being copied, where there is one.
+	case len(c.frame) > 0 && len(p) > maxJoined && !c.lost:
+		// One system call and no copy, where there is such a call.
 		pieces := net.Buffers{c.frame, p}
-		c.sent(pieces.WriteTo(c.Conn))
+		_, err := pieces.WriteTo(c.Conn)
+		c.check(err)
 		c.frame = c.frame[:0]
 	case len(c.frame) > 0:
 		c.frame = append(c.frame, p...)
@@ -156,15 +175,14 @@ func (c *frameConn) Write(p []byte) (int, error) {
 
 func (c *frameConn) send(p []byte) {
 	if !c.lost {
-		n, err := c.Conn.Write(p)
-		c.sent(int64(n), err)
+		_, err := c.Conn.Write(p)
+		c.check(err)
 	}
 }
 
-// sent takes the result of writing.
-func (c *frameConn) sent(_ int64, err error) {
-	if err != nil && !c.lost {
-		c.lost = true
+// check takes the error of a write.
+func (c *frameConn) check(err error) {
+	if c.lost = err != nil; c.lost {
 		_ = c.SetReadDeadline(time.Now().Add(lastTimeout))
 	}
 }
@@ -256,7 +274,9 @@ func (s *session) accept() (*stream, error) {
 
 // serve serves calls on a stream until the caller hangs up.
 func (s *session) serve(st *stream, services map[string]*service) {
-	newRPCServer(st, services, s.logger, s.host).serve(s.calls)
+	if err := newRPCServer(st, services, s.logger, s.host).serve(s.calls); err != io.EOF {
+		s.note("an RPC stream ended", "error", err)
+	}
 }
 
 // RPCClient is the host's end of a connection to a plugin. It is what
@@ -270,8 +290,7 @@ type RPCClient struct {
 	output [2]*yamux.Stream // the plugin's stdout and stderr
 	copied [2]chan struct{} // closed when all of one has been copied
 
-	quitting sync.Once
-	quitErr  error
+	quitting once[struct{}]
 }
 
 // NewRPCClient makes a client for the plugin on the other end of conn, which
@@ -410,19 +429,19 @@ func (c *RPCClient) Close() error {
 
 // quit asks the plugin to quit, once, and waits for the end of its output.
 func (c *RPCClient) quit(ctx context.Context) error {
-	c.quitting.Do(func() {
+	_, err := c.quitting.do(ctx, func() (none struct{}, err error) {
 		c.session.ending.Store(true)
 		// A plugin made with go-plugin sends no more output once it has
 		// answered Quit; a few round trips give it time to send it before.
 		for range 3 {
-			if c.quitErr = c.ping(ctx); c.quitErr != nil {
-				return
+			if err = c.ping(ctx); err != nil {
+				return none, err
 			}
 		}
-		c.quitErr = Call(ctx, c.control, "Control.Quit", true, &struct{}{})
+		return none, Call(ctx, c.control, "Control.Quit", true, &struct{}{})
 	})
-	if c.quitErr != nil {
-		return fmt.Errorf("plugin: asking it to quit: %w", c.quitErr)
+	if err != nil {
+		return fmt.Errorf("plugin: asking it to quit: %w", err)
 	}
 	c.waitOutput(ctx)
 	return nil
@@ -483,18 +502,28 @@ func (s *RPCServer) Serve(lis net.Listener) {
 	defer s.done()
 	for {
 		conn, err := lis.Accept()
-		if errors.Is(err, net.ErrClosed) {
+		if err != nil && !passing(err) {
 			return
 		}
 		if err != nil {
-			// Out of descriptors, say. It must not be the end of the plugin.
 			s.log().Warn("a connection could not be accepted", "error", err)
-			time.Sleep(100 * time.Millisecond)
+			time.Sleep(acceptPause)
 			continue
 		}
 		// Ends with the connection; close ends that and waits.
 		s.conns.Go(func() { s.ServeConn(conn) })
 	}
+}
+
+// passing reports whether accepting may work again after a while: being out of
+// descriptors must not be the end of a plugin.
+func passing(err error) bool {
+	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *RPCServer) log() hclog.Logger {
@@ -541,8 +570,7 @@ func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 			return err
 		}
 	}
-	server.serve(context.Background())
-	return nil
+	return server.serve(context.Background())
 }
 
 // enter begins a session, with all that the first one needs.

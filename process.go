@@ -42,9 +42,10 @@ const (
 )
 
 // process is a plugin's process. Of one that is not this host's child there is
-// no more than the first four fields and gone.
+// no more than the first fields, logger and gone.
 type process struct {
 	*os.Process
+	pid       int
 	name      string
 	addr      net.Addr      // of a plugin that was reattached to
 	abandoned chan struct{} // closed when its end is not waited for any more
@@ -169,7 +170,7 @@ func launch(ctx context.Context, config *ClientConfig, logger hclog.Logger, vers
 	if err := cmd.Start(); err != nil {
 		return nil, failed(err)
 	}
-	p.Process = cmd.Process
+	p.Process, p.pid = cmd.Process, cmd.Process.Pid
 	givenMu.Lock()
 	p.given.Process, p.given.ProcessState = cmd.Process, nil
 	givenMu.Unlock()
@@ -383,13 +384,14 @@ func findProcess(rc *ReattachConfig, logger hclog.Logger) (*process, error) {
 		return nil, ErrProcessNotFound
 	}
 	p := &process{
-		Process: proc, addr: rc.Addr, logger: logger,
+		Process: proc, pid: rc.Pid, addr: rc.Addr, logger: logger,
 		gone: make(chan struct{}), abandoned: make(chan struct{}),
 	}
 	if p.name, err = os.Readlink(fmt.Sprintf("/proc/%d/exe", rc.Pid)); err != nil {
 		p.name = fmt.Sprintf("with pid %d", rc.Pid)
 	}
 	if !p.alive() {
+		_ = proc.Release()
 		return nil, ErrProcessNotFound
 	}
 	return p, nil
@@ -405,7 +407,7 @@ func (p *process) alive() bool {
 	}
 	// What nobody has waited for is still there for signals. Where there is no
 	// /proc, it counts as running.
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.Pid))
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.pid))
 	if err != nil {
 		return true
 	}
@@ -421,7 +423,7 @@ func (p *process) mine() bool {
 		return true
 	}
 	_, name := filepath.Split(p.addr.String())
-	return strings.HasPrefix(name, socketPrefix+strconv.Itoa(p.Pid)+"-")
+	return strings.HasPrefix(name, socketPrefix+strconv.Itoa(p.pid)+"-")
 }
 
 // kill ends the process, unless it may be somebody else's.
@@ -429,7 +431,7 @@ func (p *process) kill() {
 	if p.mine() {
 		_ = p.Kill()
 	} else {
-		p.logger.Warn("it is not known whether the process is the plugin, so it is left alone", "pid", p.Pid)
+		p.logger.Warn("it is not known whether the process is the plugin, so it is left alone", "pid", p.pid)
 	}
 }
 
@@ -459,6 +461,7 @@ func (p *process) waitStranger() {
 	if runtime.GOOS != "windows" {
 		for p.alive() && !waitFor(pollInterval, p.abandoned) {
 		}
+		_ = p.Release()
 		return
 	}
 	ended := make(chan struct{})

@@ -24,7 +24,8 @@ import (
 // itself cannot do. A stock net/rpc peer on the other end notices nothing.
 //
 //   - Messages are read and checked whole before gob sees them, so that one
-//     bad value costs one call and not the stream.
+//     bad value costs one call and not the stream. (A reply that does not fit
+//     ends a client that was called without Call: net/rpc itself sees to that.)
 //   - A call can be cancelled: a request for a service that does not exist,
 //     with a sequence number that no call has, tells our server and is
 //     answered by a stock server with an error that nobody waits for.
@@ -134,14 +135,8 @@ func contextError(ctx context.Context) error {
 	if cause == err {
 		return err
 	}
-	return &causedError{err, cause}
+	return fmt.Errorf("%w: %w", err, cause)
 }
-
-// causedError is an error together with what caused it; it is both.
-type causedError struct{ err, cause error }
-
-func (e *causedError) Error() string   { return e.err.Error() + ": " + e.cause.Error() }
-func (e *causedError) Unwrap() []error { return []error{e.err, e.cause} }
 
 // call is what Call gives to an *rpc.Client of ours both as the arguments and
 // as the reply, so that the codec knows it when it sees it.
@@ -302,7 +297,14 @@ func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 func (c *clientCodec) ReadResponseBody(body any) error {
 	k, ours := body.(*call)
 	if !ours {
-		return c.r.decode(body)
+		err := c.r.decode(body)
+		if body == nil {
+			return nil // nobody waits for it
+		}
+		if err != nil {
+			err = c.end(err) // net/rpc reads no more after that
+		}
+		return err
 	}
 	reply := k.reply
 	if !k.answered {
@@ -486,16 +488,14 @@ var (
 
 // serve answers calls until the caller hangs up. Methods run in goroutines of
 // their own, which end when the methods return; their contexts end with ctx,
-// with the caller, and when the call has been answered.
-func (s *rpcServer) serve(ctx context.Context) {
+// with the caller, and when the call has been answered. It returns why it ended.
+func (s *rpcServer) serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	err := s.readRequests(ctx)
 	s.w.fail(err)
 	cancel(errCallerGone)
 	_ = s.conn.Close()
-	if err != io.EOF {
-		s.logger.Debug("an RPC stream ended", "error", err)
-	}
+	return err
 }
 
 func (s *rpcServer) readRequests(ctx context.Context) error {

@@ -162,7 +162,7 @@ func serve(config *ServeConfig) error {
 		}
 		return fmt.Errorf("plugin: the handshake could not be written: %w", err)
 	}
-	go s.server.Serve(s.listener) // ends when close closes the listener
+	s.serve()
 	select {
 	case <-s.quit:
 	case <-terminate:
@@ -212,11 +212,17 @@ func hostWaiter(life string) func() bool {
 		if err != nil {
 			return nil
 		}
+		// Whoever stands between may have closed it, and the number may be
+		// another file's by now.
+		info, err := os.Stat(fmt.Sprintf("/dev/fd/%d", n))
+		if err != nil || info.Mode()&os.ModeNamedPipe == 0 {
+			return nil
+		}
 		pipe := os.NewFile(uintptr(n), "lifeline")
 		return func() bool {
 			defer pipe.Close()
-			n, _ := pipe.Read(make([]byte, 1))
-			return n == 0
+			_, err := pipe.Read(make([]byte, 1))
+			return err == io.EOF
 		}
 	}
 	if pid, ok := strings.CutPrefix(life, lifePid); ok {
@@ -269,7 +275,7 @@ func serveTest(config *ServeConfig) {
 			return
 		}
 	}
-	go s.server.Serve(s.listener) // ends when close closes the listener
+	s.serve()
 	select {
 	case <-s.quit:
 	case <-ctx.Done():
@@ -400,10 +406,15 @@ func tee(r io.Reader, w io.Writer) io.Reader {
 	return io.TeeReader(r, w)
 }
 
+// serve accepts connections until close closes the listener and waits.
+func (s *serving) serve() {
+	s.server.conns.Go(func() { s.server.Serve(s.listener) })
+}
+
 // close ends the serving: what was printed is sent, the sessions end, and the
 // process has its own stdout and stderr again.
 func (s *serving) close() {
-	_ = s.listener.Close()
+	s.unlisten()
 	s.server.flush()
 	s.server.close()
 	s.restore()
@@ -414,7 +425,6 @@ func (s *serving) close() {
 			}
 		}
 	}
-	s.unlisten()
 }
 
 // output sends what the plugin prints to the host that connected last. What
