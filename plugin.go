@@ -135,10 +135,11 @@
 // for those given to [RegisterError] on both sides.
 //
 // Arguments and replies are what package gob can encode. A value that it cannot
-// encode, or that does not fit the method, is the error of that call alone. A
-// message holds at most 1 GiB; what is larger should be a stream. A receiver
-// without any method that can be called cannot be dispensed, and the error says
-// what is wrong with each.
+// encode, or an argument that does not fit the method, is the error of that call
+// alone; so is a reply that does not fit, with Call. (Without, net/rpc gives the
+// client up.) A message holds at most 1 GiB; what is larger should be a stream. A
+// receiver without any method that can be called cannot be dispensed, and the
+// error says what is wrong with each.
 //
 // # Streams and callbacks
 //
