@@ -70,7 +70,7 @@ func (s *session) patience() (context.Context, context.CancelFunc) {
 	timer := time.AfterFunc(brokerTimeout, func() {
 		// Ends with the answer and the time, or with the session.
 		s.spawn(func() {
-			defer cancel(context.DeadlineExceeded)
+			defer cancel(errPatience)
 			const stopped = brokerTimeout + time.Second
 			if _, err := s.mux.Ping(); err == nil && time.Since(begin) > stopped {
 				select {
@@ -83,6 +83,16 @@ func (s *session) patience() (context.Context, context.CancelFunc) {
 	})
 	return ctx, func() { timer.Stop(); cancel(nil) }
 }
+
+// waited is why a wait ended with ctx.
+func waited(ctx context.Context) error {
+	if context.Cause(ctx) == errPatience {
+		return context.DeadlineExceeded
+	}
+	return contextError(ctx)
+}
+
+var errPatience = errors.New("plugin: five seconds are over")
 
 // Accept is [MuxBroker.AcceptContext] with five seconds, of which those do not
 // count in which one of the two processes is stopped.
@@ -125,7 +135,7 @@ func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 	case st := <-dialled:
 		return st.acknowledge(id)
 	case <-ctx.Done():
-		err = fmt.Errorf("the other side has not dialled it: %w", contextError(ctx))
+		err = fmt.Errorf("the other side has not dialled it: %w", waited(ctx))
 	case <-b.session.ended():
 		err = b.session.explain(net.ErrClosed)
 	}
@@ -193,7 +203,7 @@ func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
 				abort(r.st)
 			}
 		})
-		return nil, fmt.Errorf("the other side has not accepted it: %w", contextError(ctx))
+		return nil, fmt.Errorf("the other side has not accepted it: %w", waited(ctx))
 	}
 }
 
@@ -209,7 +219,7 @@ func (b *MuxBroker) open(ctx context.Context, id uint32) (*stream, error) {
 	}
 	switch got := binary.LittleEndian.Uint32(ack[:]); {
 	case !stop():
-		err = contextError(ctx)
+		err = waited(ctx)
 	case err == io.EOF:
 		err = errors.New("the other side closed it and did not accept it")
 	case err == nil && got != id:
@@ -442,7 +452,7 @@ func introduce(st *stream, own, other string) error {
 		_, err = io.ReadFull(st, got)
 	}
 	if !stop() {
-		err = contextError(ctx)
+		err = waited(ctx)
 	}
 	switch {
 	case string(got) == own:

@@ -154,8 +154,6 @@ func (c *ClientConfig) validate() error {
 		return ErrSecureConfigAndReattach
 	case (c.Cmd == nil) == (c.Reattach == nil):
 		return errors.New("plugin: exactly one of ClientConfig.Cmd and ClientConfig.Reattach must be set")
-	case len(c.Plugins) == 0 && len(c.VersionedPlugins) == 0:
-		return errors.New("plugin: ClientConfig has no plugins: set Plugins or VersionedPlugins")
 	case c.MinPort > c.MaxPort:
 		return fmt.Errorf("plugin: ClientConfig.MinPort, %d, is above MaxPort, %d", c.MinPort, c.MaxPort)
 	case c.Reattach != nil && c.AutoMTLS:
@@ -164,6 +162,8 @@ func (c *ClientConfig) validate() error {
 		return errors.New("plugin: ReattachConfig has no Addr")
 	case c.Reattach != nil:
 		return nil
+	case len(c.Plugins) == 0 && len(c.VersionedPlugins) == 0:
+		return errors.New("plugin: ClientConfig has no plugins: set Plugins or VersionedPlugins")
 	case c.MagicCookieKey == "" || c.MagicCookieValue == "":
 		return errors.New("plugin: ClientConfig has no magic cookie: set HandshakeConfig.MagicCookieKey and MagicCookieValue")
 	case c.Cmd.Stdout != nil || c.Cmd.Stderr != nil:
@@ -277,9 +277,9 @@ func NewClient(config *ClientConfig) *Client {
 	c := &Client{config: *config, done: make(chan struct{})}
 	cfg := &c.config
 	c.sets = allVersions(cfg.ProtocolVersion, cfg.Plugins, cfg.VersionedPlugins)
-	cfg.StartTimeout = cmp.Or(cfg.StartTimeout, defaultStartTimeout)
-	cfg.KillTimeout = cmp.Or(cfg.KillTimeout, defaultKillTimeout)
-	cfg.PluginLogBufferSize = cmp.Or(cfg.PluginLogBufferSize, defaultLogBufferSize)
+	cfg.StartTimeout = cmp.Or(max(cfg.StartTimeout, 0), defaultStartTimeout)
+	cfg.KillTimeout = cmp.Or(max(cfg.KillTimeout, 0), defaultKillTimeout)
+	cfg.PluginLogBufferSize = cmp.Or(max(cfg.PluginLogBufferSize, 0), defaultLogBufferSize)
 	if cfg.AllowedProtocols == nil {
 		cfg.AllowedProtocols = []Protocol{ProtocolNetRPC}
 	}
@@ -384,7 +384,7 @@ func (c *Client) accept(h handshake, p *process) (r ready, err error) {
 	if h.protocol != ProtocolNetRPC || !slices.Contains(c.config.AllowedProtocols, h.protocol) {
 		return r, fmt.Errorf("it speaks the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
 	}
-	if _, known := c.sets[h.version]; !known {
+	if _, known := c.sets[h.version]; !known && len(c.sets) > 0 {
 		return r, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
 	}
 	r = ready{h, c.config.TLSConfig}
@@ -416,6 +416,9 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 	conn, err := new(net.Dialer).DialContext(ctx, rc.Addr.Network(), rc.Addr.String())
 	if err != nil && p != nil {
 		_ = p.Release()
+	}
+	if err != nil && ctx.Err() != nil {
+		return ready{}, fmt.Errorf("plugin: reattaching: %w", contextError(ctx))
 	}
 	if err != nil {
 		c.logger.Debug("the plugin to reattach to does not listen", "error", err)

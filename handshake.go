@@ -124,9 +124,7 @@ func parseHandshake(line string) (h handshake, err error) {
 	if len(fields) > 4 && fields[4] != "" {
 		h.protocol = Protocol(fields[4])
 	}
-	// Some old plugins have another, short field in the certificate's place.
-	const shortestCert = 50
-	if len(fields) > 5 && len(fields[5]) > shortestCert {
+	if len(fields) > 5 && fields[5] != "" {
 		if h.cert, err = base64.RawStdEncoding.DecodeString(fields[5]); err == nil {
 			_, err = x509.ParseCertificate(h.cert)
 		}
@@ -394,7 +392,7 @@ func startHint(e *StartError, h *HandshakeConfig) string {
 		if kind := binaryKind(e.Path); kind != "" {
 			return fmt.Sprintf("it is built for %s, and this host runs on %s/%s", kind, runtime.GOOS, runtime.GOARCH)
 		}
-		return fmt.Sprintf("it is no program for %s/%s", runtime.GOOS, runtime.GOARCH)
+		return fmt.Sprintf("it is no program for %s/%s, nor a script that names its interpreter in a first line like #!/bin/sh", runtime.GOOS, runtime.GOARCH)
 	}
 	return ""
 }

@@ -2,9 +2,11 @@ package plugin
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -83,44 +85,44 @@ type stderrLog struct {
 	logger hclog.Logger
 	tail   tail
 
-	crash    []byte // the panic or fatal error that was printed last, with its trace
-	inCrash  bool   // the lines belong to it
-	inTraces bool   // its message is over
+	crash      []byte // the panic or fatal error that was printed last, with its trace
+	inCrash    bool   // the lines belong to it
+	inTraces   bool   // its message is over
+	crashLines int    // lines since it began
 }
 
 func (l *stderrLog) line(line []byte, left int) {
 	level, message, args, ok := parseRecord(line)
-	if left > 0 {
-		ok = false // what is left of a record is not one
-	}
-	if ok {
+	if ok && left == 0 {
 		l.logger.Log(level, message, args...)
 		return
 	}
-	level = textLevel(line)
-	if level == hclog.NoLevel {
-		level = hclog.Debug
-		if l.crashing(line) {
-			level = hclog.Error
-		}
+	switch { // of a record that was cut, the level may be known
+	case left > 0 && level != hclog.NoLevel:
+	case l.crashing(line):
+		level = hclog.Error
+	default:
+		level = cmp.Or(textLevel(line), hclog.Debug)
 	}
 	l.logger.Log(level, printable(string(line))+cutMark(left))
 }
 
 // crashing reports whether a line belongs to a panic or a fatal error, and
-// keeps it if so.
+// keeps it if so. Where no trace follows, somebody has only printed the word.
 func (l *stderrLog) crashing(line []byte) bool {
+	const longestMessage = 50
 	switch {
 	case bytes.HasPrefix(line, []byte("panic: ")), bytes.HasPrefix(line, []byte("fatal error: ")):
 		if !l.inCrash {
 			l.crash = nil
 		}
-		l.inCrash, l.inTraces = true, false
+		l.inCrash, l.inTraces, l.crashLines = true, false, 0
 	case l.inCrash && bytes.HasPrefix(line, []byte("goroutine ")):
 		l.inTraces = true
-	case l.inCrash && l.inTraces && !isTrace(line):
+	case l.inCrash && l.inTraces && !isTrace(line), l.crashLines == longestMessage && !l.inTraces:
 		l.inCrash = false
 	}
+	l.crashLines++
 	if room := crashSize - len(l.crash); l.inCrash && len(line) < room {
 		l.crash = append(append(l.crash, line...), '\n')
 	}
@@ -141,51 +143,109 @@ func isTrace(line []byte) bool {
 }
 
 // parseRecord reads a line of hclog's or slog's JSON. The values keep their
-// order.
+// order. The level is returned also for a record that cannot be read to its end.
 func parseRecord(line []byte) (level hclog.Level, message string, args []any, ok bool) {
-	if len(line) == 0 || line[0] != '{' {
-		return
+	pairs, whole := readObject(line)
+	names := slogNames
+	if slices.ContainsFunc(pairs, func(p pair) bool { return p.key == hclogNames.level || p.key == hclogNames.message }) {
+		names = hclogNames
 	}
-	dec := json.NewDecoder(bytes.NewReader(line))
-	dec.UseNumber()
-	if _, err := dec.Token(); err != nil {
-		return
-	}
-	var timestamp, levelText, messageText any
-	for dec.More() {
-		key, err := dec.Token()
-		if err != nil {
-			return
-		}
-		var value any
-		if dec.Decode(&value) != nil {
-			return
-		}
-		switch key {
-		case "@message", "msg":
-			messageText = value
-		case "@level", "level":
-			levelText = value
-		case "@timestamp", "time":
-			timestamp = value
+	var timestamp, messageText any
+	for _, p := range pairs {
+		switch {
+		case p.key == names.level && level == hclog.NoLevel:
+			level = parseLevel(p.value)
+		case p.key == names.message && messageText == nil:
+			messageText = p.value
+		case p.key == names.time && timestamp == nil:
+			timestamp = p.value
 		default:
-			args = append(args, printable(key.(string)), value)
+			args = append(args, oneLine(p.key), printableValue(p.value))
 		}
-	}
-	if _, err := dec.Token(); err != nil || dec.InputOffset() != int64(len(bytes.TrimRight(line, " \t"))) {
-		return
 	}
 	message, ok = messageText.(string)
-	level = parseLevel(levelText)
 	if t, isText := timestamp.(string); isText {
 		if at, err := time.Parse(time.RFC3339Nano, t); err == nil {
 			t = at.Format(hclog.TimeFormat)
 		}
 		args = append(args, "timestamp", t)
 	}
-	// One line, so that it cannot be taken for a record of the host's own.
-	message = strings.ReplaceAll(printable(message), "\n", `\n`)
-	return level, message, args, ok && level != hclog.NoLevel
+	return level, oneLine(message), args, ok && whole && level != hclog.NoLevel
+}
+
+// The names that hclog and slog give to what every record has.
+var (
+	hclogNames = recordNames{"@level", "@message", "@timestamp"}
+	slogNames  = recordNames{"level", "msg", "time"}
+)
+
+type recordNames struct{ level, message, time string }
+
+type pair struct {
+	key   string
+	value any
+}
+
+// readObject reads a JSON object as far as it can be read, and reports whether
+// that is all of the line.
+func readObject(line []byte) (pairs []pair, whole bool) {
+	if len(line) == 0 || line[0] != '{' {
+		return nil, false
+	}
+	dec := json.NewDecoder(bytes.NewReader(line))
+	dec.UseNumber()
+	if _, err := dec.Token(); err != nil {
+		return nil, false
+	}
+	for dec.More() {
+		key, err := dec.Token()
+		if err != nil {
+			return pairs, false
+		}
+		var value any
+		if dec.Decode(&value) != nil {
+			return pairs, false
+		}
+		pairs = append(pairs, pair{key.(string), value})
+	}
+	_, err := dec.Token()
+	return pairs, err == nil && dec.InputOffset() == int64(len(bytes.TrimRight(line, " \t")))
+}
+
+// oneLine is printable for what must not be taken for a record of the host's.
+func oneLine(s string) string {
+	return strings.NewReplacer("\n", `\n`, "\t", `\t`).Replace(printable(s))
+}
+
+// printableValue is printable for all that is inside a value. hclog quotes
+// plain strings itself.
+func printableValue(v any) any {
+	switch v := v.(type) {
+	case []any:
+		for i := range v {
+			v[i] = printableInside(v[i])
+		}
+	case map[string]any:
+		return printableInside(v)
+	}
+	return v
+}
+
+func printableInside(v any) any {
+	switch v := v.(type) {
+	case string:
+		return oneLine(v)
+	case []any:
+		for i := range v {
+			v[i] = printableInside(v[i])
+		}
+	case map[string]any:
+		for key, value := range v {
+			delete(v, key)
+			v[oneLine(key)] = printableInside(value)
+		}
+	}
+	return v
 }
 
 // parseLevel reads hclog's levels, and slog's, which may have an offset, as in

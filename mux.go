@@ -570,7 +570,10 @@ func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 			return err
 		}
 	}
-	return server.serve(context.Background())
+	if err := server.serve(context.Background()); err != io.EOF {
+		return err
+	}
+	return nil
 }
 
 // enter begins a session, with all that the first one needs.

@@ -392,21 +392,23 @@ func Dispense[T any](c ClientProtocol, name string) (T, error) {
 }
 
 // Discover returns the files in dir that match the pattern glob, as
-// [path.Match] has it, and can be executed: absolute paths, sorted. On Windows
-// a file can be executed if it ends in .exe, .com, .bat or .cmd. A dir that
-// does not exist has none; a malformed pattern is an error.
+// [filepath.Match] has it, and can be executed: absolute paths, sorted. On
+// Windows a file can be executed if it ends in .exe, .com, .bat or .cmd. A dir
+// that does not exist has none; a malformed pattern is an error.
 func Discover(glob, dir string) ([]string, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, fmt.Errorf("plugin: discovering plugins: %w", err)
 	}
-	names, err := fs.Glob(os.DirFS(dir), filepath.ToSlash(glob))
+	if runtime.GOOS != "windows" { // where nothing can be escaped
+		dir = strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`).Replace(dir)
+	}
+	paths, err := filepath.Glob(filepath.Join(dir, glob))
 	if err != nil {
 		return nil, fmt.Errorf("plugin: discovering plugins like %q: %w", glob, err)
 	}
 	var found []string
-	for _, name := range names {
-		path := filepath.Join(dir, filepath.FromSlash(name))
+	for _, path := range paths {
 		if info, err := os.Stat(path); err == nil && executable(info) {
 			found = append(found, path)
 		}
@@ -477,7 +479,7 @@ type ExitError struct {
 // Error says what happened in one line, as in
 // "plugin greeter: panic: boom (exit status 2)".
 func (e *ExitError) Error() string {
-	what, _, _ := strings.Cut(e.Panic, "\n")
+	what, _, _ := strings.Cut(printable(e.Panic), "\n")
 	if what == "" {
 		what = "the process ended unasked"
 		if last := lastLine(e.Stderr); last != "" {

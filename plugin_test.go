@@ -883,8 +883,8 @@ func TestHandshakeLine(t *testing.T) {
 		{line: "1|3|unix|/s|netrpc|" + cert, version: 3, addr: "unix /s", protocol: "netrpc", cert: der},
 		{line: "1|3|unix|/s|netrpc|" + cert + "|false|more", version: 3, addr: "unix /s", protocol: "netrpc", cert: der},
 		{line: "1|3|unix|/s|netrpc||true", version: 3, addr: "unix /s", protocol: "netrpc"},
-		{line: "1|3|unix|/s|netrpc|false", version: 3, addr: "unix /s", protocol: "netrpc"},
 
+		{line: "1|3|unix|/s|netrpc|false", err: "certificate"},
 		{line: "2|3|unix|/s|netrpc|", err: `"2"`},
 		{line: "01|3|unix|/s|netrpc|", err: "core protocol"},
 		{line: "99999999999999999999|3|unix|/s", err: "core protocol"},
@@ -1401,9 +1401,10 @@ func TestLongLogLine(t *testing.T) {
 		// Whatever stands behind the cut is never at the beginning of a line.
 		{strings.Repeat("x", max) + "[ERROR] e" + strings.Repeat("x", max) + "\n", []string{"debug " + strings.Repeat("x", max) + " [1009 more bytes]"}},
 		{fits + "\n", []string{"error " + strings.Repeat("x", max-len(record(0)))}},
-		// What is left of a line is no record, even if it looks like one.
-		{fits + "junk\n", []string{"debug " + fits + " [4 more bytes]"}},
-		{record(max) + "\n", []string{"debug " + record(max)[:max] + fmt.Sprintf(" [%d more bytes]", len(record(max))-max)}},
+		// What is left of a line is no record, even if it looks like one, but
+		// its level is known.
+		{fits + "junk\n", []string{"error " + fits + " [4 more bytes]"}},
+		{record(max) + "\n", []string{"error " + record(max)[:max] + fmt.Sprintf(" [%d more bytes]", len(record(max))-max)}},
 		{"without an end", []string{"debug without an end"}},
 		{"a\n\nb", []string{"debug a", "debug ", "debug b"}},
 		{"", nil},
@@ -7198,5 +7199,136 @@ func TestStreamNumbersOfOthers(t *testing.T) {
 		case <-time.After(hangs):
 			t.Error("the session lives on; host:", host)
 		}
+	}
+}
+
+// ==== What reviews have found ====
+
+// A reply that does not fit ends the client of a plain c.Call, as net/rpc has
+// it, and nothing else: neither Kill nor a session waits for it.
+func TestMisfitReply(t *testing.T) {
+	c, p := start(t, config(t, "greeter"))
+	g := dispense[Greeter](t, p, "greeter").(*greeterClient)
+	if err := g.client.Call("Plugin.Greet", new(any), new(int)); err == nil || !strings.Contains(err.Error(), "int") {
+		t.Error("a string was read into an int:", err)
+	}
+	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
+		t.Error("another client:", got)
+	}
+	baseReturns(t, "Kill", c.Kill)
+	if _, known := codecs.Load(g.client); known {
+		t.Error("the client is still known")
+	}
+}
+
+// After Kill, Client returns what it has returned before.
+func TestClientAfterKill(t *testing.T) {
+	c, p := start(t, config(t, "greeter"))
+	c.Kill()
+	for range 100 {
+		if again, err := c.Client(); again != p || err != nil {
+			t.Fatal("another result:", again, err)
+		}
+	}
+}
+
+// Nothing in a record can look like a record of the host's own, or reach a
+// terminal; names that only slog gives a meaning are names like others in a
+// record of hclog's, and a record that was cut keeps its level.
+func TestForgedRecords(t *testing.T) {
+	var log bytes.Buffer
+	logger := hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Trace})
+	l := stderrLog{logger: logger}
+	for line, left := range map[string]int{
+		`{"@level":"info","@message":"m\n2026-01-01T00:00:00.000Z [ERROR] host: forged"}`:                   0,
+		`{"@level":"info","@message":"m","k\n2026-01-01T00:00:00.000Z [ERROR] host: forged":1}`:             0,
+		`{"@level":"info","@message":"m","a":[["\u001b[2J"]],"b":{"\u001b":"\n2026 [ERROR] host: forged"}}`: 0,
+		`{"@level":"info","@message":"m","level":"error","msg":"other","time":"noon"}`:                      0,
+		`{"1st":1,"@level":"info","@message":"m"}`:                                                          0,
+		`{"@level":"info","@message":"cut`:                                                                  70,
+	} {
+		log.Reset()
+		l.line([]byte(line), left)
+		out := log.String()
+		if !strings.Contains(out, "[INFO]") || strings.Contains(out, "\x1b") || strings.Contains(out, "\n2026") || strings.Contains(out, "@") && left == 0 {
+			t.Errorf("%s was logged as %q", line, out)
+		}
+	}
+}
+
+// What is only said to be a panic does not make errors of all that follows.
+func TestOnlyTheWordPanic(t *testing.T) {
+	var levels []hclog.Level
+	logger, records := baseLogger()
+	l := stderrLog{logger: logger}
+	l.line([]byte("panic: it was only a drill"), 0)
+	for range 100 {
+		l.line([]byte("as ever"), 0)
+	}
+	for _, r := range records.get() {
+		levels = append(levels, r.level)
+	}
+	if levels[0] != hclog.Error || levels[len(levels)-1] != hclog.Debug {
+		t.Error(levels)
+	}
+}
+
+// A plugin without any plugins says so, and odd sizes and times mean the
+// defaults.
+func TestOddConfigs(t *testing.T) {
+	for _, sets := range []map[int]PluginSet{nil, {}, {1: nil}, {1: {}}} {
+		if s, err := newServing(&ServeConfig{Plugins: PluginSet{}, VersionedPlugins: sets}, nil, hclog.NewNullLogger()); err == nil {
+			s.close()
+			t.Error("there is nothing to serve, and it is served:", sets)
+		}
+	}
+	cfg := config(t, "greeter")
+	cfg.PluginLogBufferSize, cfg.StartTimeout, cfg.KillTimeout = -1, -1, -1
+	c, _ := start(t, cfg)
+	c.Kill()
+	if err := c.Err(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A descriptor that is not a pipe is somebody else's: it is neither read, nor
+// closed, nor taken for the end of the host.
+func TestForeignLifeline(t *testing.T) {
+	f, err := os.Open(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, life := range []string{fmt.Sprint(lifePipe, f.Fd()), lifePipe + "9999", lifePipe + "x", lifePid + "x", lifeDetached, ""} {
+		if hostWaiter(life) != nil {
+			t.Errorf("%q is watched", life)
+		}
+	}
+	if _, err := f.Read(make([]byte, 1)); err != nil {
+		t.Error("the file cannot be read any more:", err)
+	}
+}
+
+// A connection to reattach to is not missing because there was no time to look.
+func TestReattachInNoTime(t *testing.T) {
+	c, _ := start(t, config(t, "greeter"))
+	again := config(t, "")
+	again.Cmd, again.Reattach = nil, c.ReattachConfig()
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	other := NewClient(again)
+	defer other.Kill()
+	if _, err := other.StartContext(ctx); !errors.Is(err, context.Canceled) || err == ErrProcessNotFound {
+		t.Error(err)
+	}
+}
+
+// A time-out of the broker is one, and nothing else.
+func TestBrokerTimeoutIsOne(t *testing.T) {
+	t.Parallel()
+	host, _ := callsBrokers(t)
+	_, err := host.Accept(host.NextId())
+	if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		t.Error(err)
 	}
 }

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -61,7 +62,8 @@ type process struct {
 	output [2]*os.File      // where stdout and stderr are read
 	copied [2]chan struct{} // closed when that has ended
 	shaken chan string      // gets the handshake line
-	shook  bool             // it has come; for stdout's reader alone
+	shook  bool             // it has come; for stdout's reader alone, as is blank
+	blank  bool             // the line before was empty
 	head   bytes.Buffer     // what came before it; to be read when copied[0] is closed
 	log    stderrLog        // to be read when copied[1] is closed
 
@@ -178,7 +180,11 @@ func launch(ctx context.Context, config *ClientConfig, logger hclog.Logger, vers
 	return p, nil
 }
 
-// SecureConfig describes a binary by its checksum.
+// SecureConfig describes a binary by its checksum. On Linux with /proc the file
+// that is summed is the file that is executed, even if another is put in its
+// place meanwhile; a script then finds another path than its own in $0.
+// Elsewhere that other file would be executed, and nothing helps where the file
+// itself is rewritten.
 type SecureConfig struct {
 	// Checksum is what Hash must sum the binary up to.
 	Checksum []byte
@@ -246,6 +252,10 @@ func (s *SecureConfig) open(ctx context.Context, cmd *exec.Cmd) (*os.File, error
 	path := cmd.Path
 	if !filepath.IsAbs(path) {
 		path = filepath.Join(cmd.Dir, path)
+	}
+	// Opening anything else may block.
+	if info, err := os.Stat(path); err != nil || !info.Mode().IsRegular() {
+		return nil, cmp.Or(err, fmt.Errorf("%s is not a regular file", path))
 	}
 	f, err := os.Open(path)
 	if err != nil {
@@ -330,23 +340,33 @@ func (p *process) copyOutput(config *ClientConfig) {
 
 // stdoutLine takes a line of the process's own stdout. That is the handshake,
 // once; what is printed before is a mistake of the plugin's, but no fatal one.
+// The handshake may have an empty line ahead of it.
 func (p *process) stdoutLine(line []byte, left int) {
 	text := printable(string(line)) + cutMark(left)
-	switch {
-	case p.shook:
+	if p.shook {
 		p.logger.Debug(text)
-	case isHandshake(line):
-		p.shook = true
-		if left > 0 {
-			line = line[:0]
-		}
+		return
+	}
+	p.shook = isHandshake(line)
+	if p.blank && !p.shook {
+		p.noise("")
+	}
+	p.blank = text == ""
+	switch {
+	case p.shook && left > 0:
+		p.shaken <- "" // too long
+	case p.shook:
 		p.shaken <- string(line)
-	default:
-		p.logger.Warn("the plugin printed to stdout before its handshake", "line", text)
-		if room := headSize - p.head.Len(); room > 0 {
-			p.head.WriteString(text[:min(room, len(text))])
-			p.head.WriteByte('\n')
-		}
+	case !p.blank:
+		p.noise(text)
+	}
+}
+
+func (p *process) noise(text string) {
+	p.logger.Warn("the plugin printed to stdout before its handshake", "line", text)
+	if room := headSize - p.head.Len(); room > 0 {
+		p.head.WriteString(text[:min(room, len(text))])
+		p.head.WriteByte('\n')
 	}
 }
 

@@ -47,7 +47,8 @@ const (
 // that comes later is dropped.
 //
 // Where both sides use this library and the served method takes a context,
-// that context ends with ctx. Any other method runs to its end, unheard.
+// that context ends with ctx; its Err is context.Canceled, and context.Cause
+// tells a deadline apart. Any other method runs to its end, unheard.
 //
 // An error that the method returned is found as an [rpc.ServerError] by
 // errors.As. Where both sides use this library, errors.Is also finds those

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/rpc"
@@ -133,16 +134,14 @@ func serve(config *ServeConfig) error {
 	}
 
 	// Signals are caught, and not ignored, because children would inherit that.
-	// SIGPIPE is so to the end: what main prints when the host is gone must not
-	// kill it.
-	terminate, interrupt := make(chan os.Signal, 1), make(chan os.Signal, 1)
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	signal.Notify(interrupt, os.Interrupt)
+	// These two are so to the end: main should finish, also when it prints what
+	// nobody reads any more.
+	terminate := make(chan os.Signal, 1)
+	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGPIPE)
 	signal.Notify(terminate, syscall.SIGTERM)
 	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
 		signal.Notify(terminate, syscall.SIGHUP)
 	}
-	defer signal.Stop(interrupt)
 	defer signal.Stop(terminate)
 	orphaned := watchHost(env[envHost], env[EnvUnixSocketDir])
 
@@ -154,7 +153,11 @@ func serve(config *ServeConfig) error {
 	if err := s.capture(stdout, stderr, nil, nil); err != nil {
 		return err
 	}
-	if _, err := fmt.Fprintln(stdout, s.handshake); err != nil {
+	line := s.handshake.String() + "\n"
+	if env[envHost] != "" {
+		line = "\n" + line // something may have been printed without an end
+	}
+	if _, err := io.WriteString(stdout, line); err != nil {
 		select {
 		case <-orphaned: // which is why, and no failure
 			return nil
@@ -297,6 +300,7 @@ type serving struct {
 // newServing listens, with what the host has said in the environment.
 func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger) (_ *serving, err error) {
 	sets := allVersions(config.ProtocolVersion, config.Plugins, config.VersionedPlugins)
+	maps.DeleteFunc(sets, func(_ int, set PluginSet) bool { return len(set) == 0 })
 	if len(sets) == 0 {
 		return nil, errors.New("plugin: ServeConfig has no plugins: set Plugins or VersionedPlugins")
 	}
