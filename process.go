@@ -101,7 +101,11 @@ func launch(ctx context.Context, config *ClientConfig, logger hclog.Logger, vers
 
 	var checked *os.File
 	if config.SecureConfig != nil {
-		if checked, err = config.SecureConfig.open(ctx, &cmd); checked != nil {
+		path := cmd.Path
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(cmd.Dir, path)
+		}
+		if checked, err = config.SecureConfig.open(ctx, path); checked != nil {
 			passed = append(passed, checked)
 		}
 		switch err {
@@ -197,18 +201,14 @@ type SecureConfig struct {
 // Check reports whether the file's checksum is the right one. It may be called
 // again and again.
 func (s *SecureConfig) Check(filePath string) (bool, error) {
-	if len(s.Checksum) == 0 {
-		return false, ErrSecureConfigNoChecksum
+	f, err := s.open(context.Background(), filePath)
+	if f != nil {
+		_ = f.Close()
 	}
-	if s.Hash == nil {
-		return false, ErrSecureConfigNoHash
+	if err == ErrChecksumsDoNotMatch {
+		return false, nil
 	}
-	f, err := os.Open(filePath)
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	return s.check(context.Background(), f)
+	return err == nil, err
 }
 
 func (s *SecureConfig) check(ctx context.Context, r io.Reader) (bool, error) {
@@ -241,17 +241,14 @@ func (i interruptible) Read(p []byte) (int, error) {
 	return i.r.Read(p)
 }
 
-// open opens the binary that cmd runs and checks it.
-func (s *SecureConfig) open(ctx context.Context, cmd *exec.Cmd) (*os.File, error) {
-	if len(s.Checksum) == 0 {
+// open opens a file whose checksum is the right one. If it returns a file,
+// that has to be closed, also with an error.
+func (s *SecureConfig) open(ctx context.Context, path string) (*os.File, error) {
+	switch {
+	case len(s.Checksum) == 0:
 		return nil, ErrSecureConfigNoChecksum
-	}
-	if s.Hash == nil {
+	case s.Hash == nil:
 		return nil, ErrSecureConfigNoHash
-	}
-	path := cmd.Path
-	if !filepath.IsAbs(path) {
-		path = filepath.Join(cmd.Dir, path)
 	}
 	// Opening anything else may block.
 	if info, err := os.Stat(path); err != nil || !info.Mode().IsRegular() {
