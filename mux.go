@@ -47,7 +47,8 @@ const (
 // session is one connection: a yamux session, what runs on it, and why it ended.
 type session struct {
 	mux    *yamux.Session
-	host   bool // this side is the host's
+	conn   io.Closer // what mux runs on
+	host   bool      // this side is the host's
 	logger hclog.Logger
 	lost   func() error // why the connection was lost; may take a moment to find out
 
@@ -66,7 +67,7 @@ type session struct {
 // ends. If why is not nil it tells why the connection was lost, or nil if it
 // was meant to end.
 func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func() error) (*session, error) {
-	s := &session{host: host, logger: logger}
+	s := &session{host: host, logger: logger, conn: conn}
 	s.calls, s.cancel = context.WithCancel(ctx)
 	s.lost = sync.OnceValue(func() error {
 		if why == nil {
@@ -212,6 +213,13 @@ func (s *session) close() {
 	s.closing = true
 	s.mu.Unlock()
 	s.cancel()
+	// Readers of yamux's streams spin between the beginning of a Close and the
+	// end of receiving. So receiving is ended first, if the connection lets it.
+	_ = s.conn.Close()
+	select {
+	case <-s.mux.CloseChan():
+	case <-time.After(lastTimeout):
+	}
 	_ = s.mux.Close()
 	s.running.Wait()
 }
