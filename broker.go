@@ -164,7 +164,11 @@ func (st *stream) acknowledge(id uint32) (*stream, error) {
 func (b *MuxBroker) Dial(id uint32) (net.Conn, error) {
 	ctx, cancel := b.session.patience()
 	defer cancel()
-	return b.DialContext(ctx, id)
+	st, err := b.open(ctx, id)
+	if err != nil {
+		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
+	}
+	return st, nil
 }
 
 // DialContext opens a stream to the side that accepts id, and waits until it
@@ -258,37 +262,45 @@ func (b *MuxBroker) receive(st *stream) {
 		return
 	}
 	_ = st.SetReadDeadline(time.Time{})
-	if !b.deliver(binary.LittleEndian.Uint32(id[:]), st) {
+	b.deliver(binary.LittleEndian.Uint32(id[:]), st)
+}
+
+// deliver gives a stream to who accepts id, or keeps it for a while. It ends
+// the stream if there is one with that id already.
+func (b *MuxBroker) deliver(id uint32, st *stream) {
+	b.mu.Lock()
+	dialled := b.accepting[id]
+	free := b.parked[id] == nil && !st.lost()
+	switch {
+	case dialled != nil:
+		delete(b.accepting, id)
+		dialled <- st // has room
+	case free:
+		b.parked[id] = st
+	}
+	b.mu.Unlock()
+	switch {
+	case dialled != nil: // who accepts announces it
+	case free:
+		// yamux has an end of streams that nobody knows of here.
+		st.announce()
+		time.AfterFunc(brokerTimeout, func() { b.expire(id, st) })
+	default:
 		abort(st)
 	}
 }
 
-// deliver reports false if nobody can take the stream because there is one
-// with its id already, or because the connection has ended.
-func (b *MuxBroker) deliver(id uint32, st *stream) bool {
+// expire ends a stream that nobody has accepted.
+func (b *MuxBroker) expire(id uint32, st *stream) {
 	b.mu.Lock()
-	defer b.mu.Unlock()
-	if dialled := b.accepting[id]; dialled != nil {
-		delete(b.accepting, id)
-		dialled <- st
-		return true
+	late := b.parked[id] == st
+	if late {
+		delete(b.parked, id)
 	}
-	if b.parked[id] != nil || b.session.mux.IsClosed() {
-		return false
+	b.mu.Unlock()
+	if late {
+		abort(st)
 	}
-	b.parked[id] = st
-	time.AfterFunc(brokerTimeout, func() {
-		b.mu.Lock()
-		late := b.parked[id] == st
-		if late {
-			delete(b.parked, id)
-		}
-		b.mu.Unlock()
-		if late {
-			abort(st)
-		}
-	})
-	return true
 }
 
 // Close ends the whole connection: every stream on it, and every wait.

@@ -2,19 +2,16 @@ package plugin
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"math"
 	"net"
 	"net/rpc"
 	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -23,269 +20,18 @@ import (
 )
 
 const (
-	// streamWindow is how much a stream may hold that nobody has read, in bytes.
-	streamWindow = 1 << 20
-	// socketBuffer is how much the kernel is asked to hold of what is sent.
-	socketBuffer = 1 << 20
-	// maxJoined is the longest body that is copied behind its header.
-	maxJoined = 4 << 10
 	// pingTimeout is how long Ping waits.
 	pingTimeout = 4 * time.Second
 	// quitTimeout is how long RPCClient.Close waits for the plugin.
 	quitTimeout = 2 * time.Second
 	// acceptPause is how long a server waits before it accepts again.
 	acceptPause = 100 * time.Millisecond
-	// lastTimeout is how long a connection that takes nothing more is read.
-	lastTimeout = 250 * time.Millisecond
 	// outputTimeout is how long a plugin that quits waits until its output is
 	// sent, and outputIdle how long it waits for more where the end of the
 	// output cannot be seen because a child process holds it open.
 	outputTimeout = time.Second
 	outputIdle    = 50 * time.Millisecond
 )
-
-// session is one connection: a yamux session, what runs on it, and why it ended.
-type session struct {
-	mux    *yamux.Session
-	conn   io.Closer // what mux runs on
-	host   bool      // this side is the host's
-	logger hclog.Logger
-	lost   func() error // why the connection was lost; may take a moment to find out
-
-	calls  context.Context // ends when methods that are served here should stop
-	cancel context.CancelFunc
-
-	noting atomic.Bool // something is being logged
-	ending atomic.Bool // this side has asked the other to end, or will now
-
-	mu      sync.Mutex // guards closing, and adding to running
-	closing bool       // this side has ended the session
-	running sync.WaitGroup
-}
-
-// newSession begins a session on conn. Methods are served on it until ctx
-// ends. If why is not nil it tells why the connection was lost, or nil if it
-// was meant to end.
-func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func() error) (*session, error) {
-	s := &session{host: host, logger: logger, conn: conn}
-	s.calls, s.cancel = context.WithCancel(ctx)
-	s.lost = sync.OnceValue(func() error {
-		if why == nil {
-			return &lostError{errors.New("plugin: the connection was lost")}
-		}
-		if err := why(); err != nil {
-			return &lostError{err}
-		}
-		return nil
-	})
-	if c, ok := conn.(net.Conn); ok {
-		if b, ok := c.(interface{ SetWriteBuffer(int) error }); ok {
-			_ = b.SetWriteBuffer(socketBuffer) // slower without, no more
-		}
-		conn = &frameConn{Conn: c}
-	}
-	config := &yamux.Config{
-		AcceptBacklog: 256, // what go-plugin has: more would be refused there
-		// A process that is stopped is not lost: as long as it lives, nothing
-		// here runs out of time.
-		EnableKeepAlive:        false,
-		KeepAliveInterval:      math.MaxInt64,
-		ConnectionWriteTimeout: math.MaxInt64,
-		StreamOpenTimeout:      0,
-		StreamCloseTimeout:     0,
-		MaxStreamWindowSize:    streamWindow,
-		Logger:                 muxLogger{s},
-	}
-	var err error
-	if host {
-		s.mux, err = yamux.Client(conn, config)
-	} else {
-		s.mux, err = yamux.Server(conn, config)
-	}
-	if err != nil {
-		_ = conn.Close()
-		return nil, err
-	}
-	return s, nil
-}
-
-// lostError is what every call and stream gets when the connection was lost.
-type lostError struct{ cause error }
-
-func (e *lostError) Error() string   { return e.cause.Error() }
-func (e *lostError) Unwrap() []error { return []error{e.cause, io.ErrUnexpectedEOF} }
-
-// muxLogger takes yamux's messages. They are for those who debug this package:
-// what matters in them comes out as the error of a call or stream.
-type muxLogger struct{ s *session }
-
-func (l muxLogger) Print(v ...any)   { l.Printf("%s", fmt.Sprint(v...)) }
-func (l muxLogger) Println(v ...any) { l.Printf("%s", fmt.Sprint(v...)) }
-func (l muxLogger) Printf(format string, v ...any) {
-	if !l.s.ending.Load() {
-		l.s.note(strings.TrimSpace(fmt.Sprintf(format, v...)))
-	}
-}
-
-// note logs something at Debug, from a goroutine of its own: the logger is the
-// caller's, and no end of a session waits for it. While it does not return,
-// nothing more is noted.
-func (s *session) note(text string, args ...any) {
-	if !s.noting.CompareAndSwap(false, true) {
-		return
-	}
-	go func() {
-		defer s.noting.Store(false)
-		defer func() { _ = recover() }()
-		s.logger.Debug(text, args...)
-	}()
-}
-
-// frameConn is a connection that writes a frame in one piece. yamux writes a
-// frame's header first and its body behind it, both from one goroutine.
-//
-// An error of writing is kept from yamux, which would end the session at once:
-// the other side is gone, but what it sent before may not have been read. The
-// session ends when reading does, which has a bound from then on.
-type frameConn struct {
-	net.Conn
-	frame []byte // the header of a frame whose body comes next
-	lost  bool   // nothing can be written any more
-}
-
-func (c *frameConn) Write(p []byte) (int, error) {
-	const headerSize, dataFrame = 12, 0
-	switch {
-	case len(c.frame) > 0 && len(p) > maxJoined && !c.lost:
-		// One system call and no copy, where there is such a call.
-		pieces := net.Buffers{c.frame, p}
-		_, err := pieces.WriteTo(c.Conn)
-		c.check(err)
-		c.frame = c.frame[:0]
-	case len(c.frame) > 0:
-		c.frame = append(c.frame, p...)
-		c.send(c.frame)
-		c.frame = c.frame[:0]
-	case len(p) == headerSize && p[1] == dataFrame && binary.BigEndian.Uint32(p[8:]) > 0:
-		c.frame = append(c.frame, p...)
-	default:
-		c.send(p)
-	}
-	return len(p), nil
-}
-
-func (c *frameConn) send(p []byte) {
-	if !c.lost {
-		_, err := c.Conn.Write(p)
-		c.check(err)
-	}
-}
-
-// check takes the error of a write.
-func (c *frameConn) check(err error) {
-	if c.lost = err != nil; c.lost {
-		_ = c.SetReadDeadline(time.Now().Add(lastTimeout))
-	}
-}
-
-// spawn runs f in a goroutine that close waits for. It reports false, and does
-// nothing, if the session is being closed. f must end when the session does.
-func (s *session) spawn(f func()) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closing {
-		return false
-	}
-	s.running.Go(f)
-	return true
-}
-
-func (s *session) isClosing() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.closing
-}
-
-// close ends the session and waits for its goroutines.
-func (s *session) close() {
-	s.ending.Store(true)
-	s.mu.Lock()
-	s.closing = true
-	s.mu.Unlock()
-	s.cancel()
-	// Readers of yamux's streams spin between the beginning of a Close and the
-	// end of receiving. So receiving is ended first, if the connection lets it.
-	_ = s.conn.Close()
-	select {
-	case <-s.mux.CloseChan():
-	case <-time.After(lastTimeout):
-	}
-	_ = s.mux.Close()
-	s.running.Wait()
-}
-
-// ended is closed when the session has ended, from whichever side.
-func (s *session) ended() <-chan struct{} { return s.mux.CloseChan() }
-
-// explain returns err, or why the connection was lost if that is the cause.
-func (s *session) explain(err error) error {
-	if err == nil || !s.mux.IsClosed() || s.isClosing() {
-		return err
-	}
-	if lost := s.lost(); lost != nil {
-		return lost
-	}
-	return err
-}
-
-// stream is one stream of a session. Its errors say why a session was lost.
-type stream struct {
-	*yamux.Stream
-	session *session
-}
-
-func (st *stream) Read(p []byte) (int, error) {
-	n, err := st.Stream.Read(p)
-	return n, st.session.explain(err)
-}
-
-func (st *stream) Write(p []byte) (int, error) {
-	n, err := st.Stream.Write(p)
-	return n, st.session.explain(err)
-}
-
-// lost reports whether the session has ended.
-func (st *stream) lost() bool { return st.session.mux.IsClosed() }
-
-func (s *session) open() (*stream, error) {
-	st, err := s.mux.OpenStream()
-	if err != nil {
-		return nil, s.explain(err)
-	}
-	return &stream{st, s}, nil
-}
-
-// accept returns the next stream that the other side opens. One with a number
-// of this side's ends the session: yamux would forget it when that number is
-// given out here, and whoever reads from it would never learn of the end.
-func (s *session) accept() (*stream, error) {
-	st, err := s.mux.AcceptStream()
-	if err != nil {
-		return nil, err
-	}
-	if odd := st.StreamID()%2 == 1; odd == s.host {
-		_ = s.mux.Close()
-		return nil, fmt.Errorf("plugin: the other side opened stream %d, whose number is not its own", st.StreamID())
-	}
-	return &stream{st, s}, nil
-}
-
-// serve serves calls on a stream until the caller hangs up.
-func (s *session) serve(st *stream, services map[string]*service) {
-	if err := newRPCServer(st, services, s.logger, s.host).serve(s.calls); err != io.EOF {
-		s.note("an RPC stream ended", "error", err)
-	}
-}
 
 // RPCClient is the host's end of a connection to a plugin. It is what
 // [Client.Client] returns. Its methods may be called concurrently.
@@ -314,15 +60,17 @@ func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hc
 	}
 	c := &RPCClient{session: s, plugins: plugins, broker: newMuxBroker(s)}
 	// The order is part of the protocol: control, stdout, stderr.
-	control, err := s.open()
-	for i := 0; err == nil && i < len(c.output); i++ {
-		c.output[i], err = s.mux.OpenStream()
+	var streams [3]*stream
+	for i := range streams {
+		if streams[i], err = s.open(); err != nil {
+			s.close()
+			return nil, fmt.Errorf("plugin: connecting: %w", err)
+		}
+		streams[i].announce()
 	}
-	if err != nil {
-		s.close()
-		return nil, fmt.Errorf("plugin: connecting: %w", err)
-	}
-	c.control = newRPCClient(control, s.spawn)
+	c.control = newRPCClient(streams[0], s.spawn)
+	// Without the reason for an error: finding it out waits for the output.
+	c.output = [2]*yamux.Stream{streams[1].Stream, streams[2].Stream}
 	// Ends with the session, and with it end the methods that it serves.
 	s.spawn(func() { defer s.cancel(); c.broker.Run() })
 	return c, nil
@@ -377,7 +125,7 @@ func (c *RPCClient) dispense(name string) (any, error) {
 	if err := Call(ctx, c.control, "Dispenser.Dispense", name, &id); err != nil {
 		return nil, err
 	}
-	st, err := c.broker.dial(ctx, id)
+	st, err := c.broker.open(ctx, id)
 	if err != nil {
 		return nil, err
 	}
@@ -558,12 +306,14 @@ func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 	if err != nil {
 		return err
 	}
+	control.announce()
 	for _, out := range s.outputs {
 		st, err := sess.accept()
 		if err != nil {
 			return err
 		}
-		out.attach(st.Stream)
+		st.announce()
+		out.attach(st)
 	}
 	broker := newMuxBroker(sess)
 	// Ends with the session.

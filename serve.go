@@ -21,7 +21,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"github.com/hashicorp/yamux"
 )
 
 // orphanTimeout is how long a plugin whose host is gone may take to end.
@@ -439,7 +438,7 @@ type output struct {
 	done chan struct{} // closed when all of src has been sent
 
 	mu       sync.Mutex // guards the fields below
-	host     *yamux.Stream
+	host     *stream
 	finished bool
 	waiting  time.Time     // since when src has had nothing; zero while it has
 	attached chan struct{} // closed when the first host is there, or none will come
@@ -500,7 +499,7 @@ func (o *output) send(p []byte) {
 }
 
 // attach makes st the stream of the host that gets the output.
-func (o *output) attach(st *yamux.Stream) {
+func (o *output) attach(st *stream) {
 	o.mu.Lock()
 	before, finished := o.host, o.finished
 	o.host = st
