@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -37,6 +38,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -5856,7 +5858,7 @@ func TestTenThousandStreams(t *testing.T) {
 		dialled[i].Close()
 		r.conns[i].Close()
 	}
-	callsSoon(t, "all streams were gone", func() bool { return b.session.mux.NumStreams()+raw.NumStreams() == 0 })
+	callsSoon(t, "all streams were gone", func() bool { return streamsOf(b)+raw.NumStreams() == 0 })
 }
 
 // Many goroutines dial and accept on both sides, in any order.
@@ -5870,7 +5872,7 @@ func TestBrokerCrowd(t *testing.T) {
 	}
 	crowd.Wait()
 	for _, b := range []*MuxBroker{host, plugin} {
-		callsSoon(t, "all streams were gone", func() bool { return b.session.mux.NumStreams() == 0 })
+		callsSoon(t, "all streams were gone", func() bool { return streamsOf(b) == 0 })
 	}
 }
 
@@ -6636,6 +6638,154 @@ func TestGarbage(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// Flow: what a stream may send, by the account that the connection keeps.
+
+// rawStream returns a stream that is open here and the other end of it, which
+// a yamux session of nobody's holds.
+func rawStream(t testing.TB) (*MuxBroker, *stream, *yamux.Stream) {
+	t.Helper()
+	b, raw := callsRaw(t)
+	accepted := callsGo(func() (st *yamux.Stream) {
+		if st, _ = raw.AcceptStream(); st != nil {
+			_, _ = io.CopyN(st, st, 4)
+		}
+		return st
+	})
+	conn, err := b.DialContext(callsContext(t), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b, conn.(*stream), callsGet(t, "the other end", accepted)
+}
+
+// A Write stops where the window ends, and goes on when it is read.
+func TestWriteWaitsForTheReader(t *testing.T) {
+	_, st, raw := rawStream(t)
+	sent := make([]byte, 5*firstWindow+123)
+	_, _ = cryptorand.Read(sent)
+	_ = st.SetDeadline(time.Now().Add(100 * time.Millisecond))
+	n, err := st.Write(sent)
+	var late net.Error
+	if n != firstWindow-4 || !errors.As(err, &late) || !late.Timeout() {
+		t.Fatalf("of a Write that nobody reads came back %d, %v; the window is %d", n, err, firstWindow-4)
+	}
+	_ = st.SetWriteDeadline(time.Time{})
+	writing := callsGo(func() error { _, err := st.Write(sent[n:]); return err })
+	got := make([]byte, len(sent))
+	if _, err := io.ReadFull(iotest.OneByteReader(bufio.NewReader(raw)), got); err != nil || !bytes.Equal(got, sent) {
+		t.Error("what arrives is not what was sent:", err)
+	}
+	if err := callsGet(t, "Write", writing); err != nil {
+		t.Error(err)
+	}
+}
+
+// A Write that waits for room ends with the stream or the session.
+func TestWriteEnds(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		end  func(*MuxBroker, *stream, *yamux.Stream)
+		want error
+	}{
+		{"closed here", func(_ *MuxBroker, st *stream, _ *yamux.Stream) { st.Close() }, yamux.ErrStreamClosed},
+		{"given up here", func(_ *MuxBroker, st *stream, _ *yamux.Stream) { abort(st) }, nil},
+		{"deadline", func(_ *MuxBroker, st *stream, _ *yamux.Stream) { st.SetWriteDeadline(time.Unix(1, 0)) }, yamux.ErrTimeout},
+		{"broken off there", func(b *MuxBroker, st *stream, _ *yamux.Stream) {
+			reset := make([]byte, frameHeader)
+			reset[1], reset[3] = frameWindow, flagRST
+			binary.BigEndian.PutUint32(reset[4:], st.StreamID())
+			b.session.frames.pass(reset, true)
+		}, yamux.ErrConnectionReset},
+		{"session closed here", func(b *MuxBroker, _ *stream, _ *yamux.Stream) { b.session.close() }, yamux.ErrSessionShutdown},
+		{"session closed there", func(_ *MuxBroker, _ *stream, raw *yamux.Stream) { raw.Session().Close() }, io.ErrUnexpectedEOF},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			b, st, raw := rawStream(t)
+			writing := callsGo(func() error { _, err := st.Write(make([]byte, 2*firstWindow)); return err })
+			callsSoon(t, "the window was used up", func() bool {
+				b.session.frames.mu.Lock()
+				defer b.session.frames.mu.Unlock()
+				return st.flow.window == 0
+			})
+			test.end(b, st, raw)
+			err := callsGet(t, "Write", writing)
+			if err == nil || test.want != nil && !errors.Is(err, test.want) {
+				t.Errorf("it ended with %v and not %v", err, test.want)
+			}
+			if _, err := st.Write([]byte("more")); test.name != "deadline" && err == nil {
+				t.Error("one more Write works")
+			}
+		})
+	}
+}
+
+// The frames are found wherever reads cut them.
+func TestFramesInPieces(t *testing.T) {
+	a, b := TestConn(t)
+	host := callsBroker(t, struct {
+		io.Reader
+		io.WriteCloser
+	}{iotest.OneByteReader(a), a}, true)
+	plugin := callsBroker(t, b, false)
+	sent := make([]byte, 3*firstWindow)
+	_, _ = cryptorand.Read(sent)
+	id := plugin.ServeReader(bytes.NewReader(sent))
+	r, err := host.DialReader(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := plugin.DialWriter(host.ServeWriter(io.Discard))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(r)
+	if err != nil || !bytes.Equal(got, sent) {
+		t.Errorf("%d bytes were read, %v", len(got), err)
+	}
+	r.Close()
+	if _, err := w.Write(sent); err != nil {
+		t.Error(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Error(err)
+	}
+	for _, b := range []*MuxBroker{host, plugin} {
+		callsSoon(t, "all streams were gone", func() bool { return streamsOf(b) == 0 })
+	}
+}
+
+// streamsOf is how many streams are known on one side.
+func streamsOf(b *MuxBroker) int {
+	b.session.frames.mu.Lock()
+	defer b.session.frames.mu.Unlock()
+	return b.session.mux.NumStreams() + len(b.session.frames.flows)
+}
+
+// More streams than yamux leaves unanswered wait to be accepted.
+func TestManyParkedStreams(t *testing.T) {
+	b, raw := callsRaw(t)
+	const many = 600
+	opened := callsGo(func() (err error) {
+		for id := uint32(1); id <= many && err == nil; id++ {
+			var st *yamux.Stream
+			if st, err = raw.OpenStream(); err == nil {
+				_, err = st.Write(callsID(id))
+			}
+		}
+		return err
+	})
+	if err := callsGet(t, "opening", opened); err != nil {
+		t.Fatal(err)
+	}
+	for id := uint32(1); id <= many; id++ {
+		conn, err := b.AcceptContext(callsContext(t), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
 	}
 }
 
