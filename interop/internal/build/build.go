@@ -75,7 +75,9 @@ func (b *Builder) Version(module string) (string, error) {
 }
 
 // Program builds the package ./pkg and returns the binary's path. There are no
-// flags that a user would not give, and all programs get the same.
+// flags that a user would not give, and all programs get the same. They do
+// without cgo, as programs that are built for other systems do, unless
+// CGO_ENABLED says otherwise.
 func (b *Builder) Program(pkg string, lib Library) (string, error) {
 	path := filepath.Join(b.dir, strings.ReplaceAll(pkg, "/", "-")+"-"+string(lib))
 	_, err := run(b.root, "go", b.args(lib, "build", "-o", path, "./"+pkg)...)
@@ -109,6 +111,7 @@ func (b *Builder) args(lib Library, command string, rest ...string) []string {
 func run(dir, name string, args ...string) (string, error) {
 	cmd := exec.Command(name, args...)
 	cmd.Dir = dir
+	cmd.Env = append([]string{"CGO_ENABLED=0"}, os.Environ()...) // the last one counts
 	out, err := cmd.Output()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
