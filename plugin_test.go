@@ -6764,6 +6764,30 @@ func streamsOf(b *MuxBroker) int {
 	return b.session.mux.NumStreams() + len(b.session.frames.flows)
 }
 
+// A logger at Trace sees the frames, one at Debug does not.
+func TestFramesInTheLog(t *testing.T) {
+	for _, level := range []hclog.Level{hclog.Trace, hclog.Debug} {
+		var log baseBuffer
+		cfg := config(t, "calls")
+		cfg.Plugins = callsPlugins()
+		cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: &log, Level: level})
+		_, c := start(t, cfg)
+		callsEcho(t, dispense[*callsClient](t, c, "calls").Client)
+		for _, want := range []string{
+			"from=host type=window flags=SYN stream=1 ",
+			"from=plugin type=window flags=ACK stream=1 ",
+			"from=host type=data flags=\"\" stream=1 length=",
+			"from=plugin type=data flags=\"\" stream=7 length=",
+		} {
+			if level == hclog.Trace {
+				callsSoon(t, want, func() bool { return strings.Contains(log.String(), want) })
+			} else if strings.Contains(log.String(), "from=") {
+				t.Errorf("frames are logged at %v:\n%s", level, &log)
+			}
+		}
+	}
+}
+
 // More streams than yamux leaves unanswered wait to be accepted.
 func TestManyParkedStreams(t *testing.T) {
 	b, raw := callsRaw(t)

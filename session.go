@@ -74,6 +74,9 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 			addresses
 		}{s.frames, a}
 	}
+	if host && logger.IsTrace() {
+		s.frames.trace = make(chan tracedFrame, 1000)
+	}
 	config := &yamux.Config{
 		AcceptBacklog: 256, // what go-plugin has: more would be refused there
 		// A process that is stopped is not lost: as long as it lives, nothing
@@ -96,7 +99,59 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		_ = conn.Close()
 		return nil, err
 	}
+	if s.frames.trace != nil {
+		go s.logFrames() // ends with the session
+	}
 	return s, nil
+}
+
+// tracedFrame is a frame for the log.
+type tracedFrame struct {
+	received bool
+	header   [frameHeader]byte
+}
+
+// logFrames logs the frames of the session until it ends. Nothing waits for
+// it, because the logger is the caller's.
+func (s *session) logFrames() {
+	defer func() { _ = recover() }()
+	for {
+		select {
+		case f := <-s.frames.trace:
+			f.log(s.logger)
+		case <-s.ended():
+			return
+		}
+	}
+}
+
+func (f *tracedFrame) log(logger hclog.Logger) {
+	from, h := "host", f.header
+	if f.received {
+		from = "plugin"
+	}
+	name := func(names []string, i byte) string {
+		if int(i) < len(names) {
+			return names[i]
+		}
+		return fmt.Sprint(i)
+	}
+	logger.Trace("frame", "from", from,
+		"type", name([]string{"data", "window", "ping", "goaway"}, h[1]),
+		"flags", name([]string{"", "SYN", "ACK", "", "FIN", "", "", "", "RST"}, h[3]),
+		"stream", binary.BigEndian.Uint32(h[4:]), "length", binary.BigEndian.Uint32(h[8:]))
+}
+
+// traceFrame is called with each frame. It leaves out what the logger is too
+// slow for.
+func (c *frameConn) traceFrame(header []byte, received bool) {
+	if c.trace == nil {
+		return
+	}
+	select {
+	case c.trace <- tracedFrame{received, [frameHeader]byte(header)}:
+	default:
+	}
 }
 
 // addresses are what yamux passes on of a connection.
@@ -300,7 +355,8 @@ func (s *session) stream(st *yamux.Stream) *stream {
 // before may not have been read. The session ends when reading does, which has
 // a bound from then on.
 type frameConn struct {
-	conn io.ReadWriteCloser
+	conn  io.ReadWriteCloser
+	trace chan tracedFrame // nil if nobody looks
 
 	writing sync.Mutex // serialises writers; guards the fields below and flow.held
 	lost    bool       // nothing can be written any more
@@ -356,6 +412,7 @@ func (c *frameConn) Read(p []byte) (int, error) {
 		b = b[more:]
 		if c.have == frameHeader {
 			c.have = 0
+			c.traceFrame(c.header[:], true)
 			c.pass(c.header[:], true)
 			if c.header[1] == frameData {
 				c.body = binary.BigEndian.Uint32(c.header[8:])
@@ -370,6 +427,7 @@ func (c *frameConn) Read(p []byte) (int, error) {
 func (c *frameConn) Write(p []byte) (int, error) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
+	c.traceFrame(p, false)
 	f := c.pass(p, false)
 	switch flags := binary.BigEndian.Uint16(p[2:]); {
 	case f == nil:
@@ -460,6 +518,7 @@ func (c *frameConn) sendData(id uint32, f *flow, p []byte) (int, error) {
 	c.frame = append(append(c.frame[:0], f.held...), 0, frameData, 0, 0)
 	c.frame = binary.BigEndian.AppendUint32(c.frame, id)
 	c.frame = binary.BigEndian.AppendUint32(c.frame, uint32(n))
+	c.traceFrame(c.frame[len(f.held):], false)
 	f.held = nil
 	if n <= maxJoined {
 		c.frame = append(c.frame, p[:n]...)
