@@ -6067,7 +6067,7 @@ func TestReader(t *testing.T) {
 	}{
 		{"empty", 0, io.EOF},
 		{"small", 5, io.EOF},
-		{"a frame", maxFrame, io.EOF},
+		{"a frame", maxChunk, io.EOF},
 		{"large", 8<<20 + 1, io.EOF},
 		{"fails at once", 0, lost},
 		{"fails half-way", 3<<20 + 7, lost},
