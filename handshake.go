@@ -376,6 +376,11 @@ func startHint(e *StartError, h *HandshakeConfig) string {
 	case e.Stdout != "":
 		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
 	}
+	// What fails before the binary is executed does not tell about it.
+	var failed *fs.PathError
+	if errors.As(e.Err, &failed) && failed.Op != "fork/exec" && failed.Path != e.Path {
+		return ""
+	}
 	info, err := os.Stat(e.Path)
 	switch {
 	case errors.Is(e.Err, exec.ErrNotFound), err != nil && errors.Is(e.Err, fs.ErrNotExist):
