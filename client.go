@@ -457,7 +457,13 @@ func (c *Client) connect(ctx context.Context) (*RPCClient, error) {
 		if waitFor(drainTimeout/2, c.done) && c.Err() != nil {
 			err = c.Err()
 		}
-		return nil, fmt.Errorf("plugin: connecting: %w", err)
+		who := "plugin"
+		c.mu.Lock()
+		if c.proc != nil {
+			who += " " + pluginName(c.proc.name)
+		}
+		c.mu.Unlock()
+		return nil, fmt.Errorf("%s: connecting: %w", who, hinted(err))
 	})
 }
 

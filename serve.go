@@ -307,7 +307,7 @@ func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger)
 	s := &serving{quit: make(chan struct{}), restore: func() {}}
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("plugin: cannot serve: %w", err)
+			err = fmt.Errorf("plugin: cannot serve: %w", hinted(err))
 			s.unlisten()
 		}
 	}()
@@ -388,7 +388,7 @@ func (s *serving) unlisten() {
 func (s *serving) capture(stdout, stderr *os.File, teeOut, teeErr io.Writer) (err error) {
 	for i := range s.pipes {
 		if s.pipes[i][0], s.pipes[i][1], err = os.Pipe(); err != nil {
-			return fmt.Errorf("plugin: cannot serve: %w", err)
+			return fmt.Errorf("plugin: cannot serve: %w", hinted(err))
 		}
 	}
 	s.server.Stdout, s.server.Stderr = tee(s.pipes[0][0], teeOut), tee(s.pipes[1][0], teeErr)
