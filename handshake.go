@@ -275,7 +275,7 @@ func (u *UnixSocketConfig) makeDir(cmd *exec.Cmd) (dir string, err error) {
 			return "", err
 		}
 		if dir, err = os.MkdirTemp(base, socketPrefix+"*"); err != nil {
-			return "", err
+			return "", fmt.Errorf("no directory for its socket can be made in %s: %w: set UnixSocketConfig.TempDir or TMPDIR to another one", base, err)
 		}
 		if len(dir)+socketName <= maxSocketPath {
 			break
