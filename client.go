@@ -420,6 +420,9 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 	if err != nil && ctx.Err() != nil {
 		return ready{}, fmt.Errorf("plugin: reattaching: %w", contextError(ctx))
 	}
+	if shortage(err) != "" { // says nothing about the plugin
+		return ready{}, fmt.Errorf("plugin: reattaching: %w", hinted(err))
+	}
 	if err != nil {
 		c.logger.Debug("the plugin to reattach to does not listen", "error", err)
 		return ready{}, ErrProcessNotFound
