@@ -153,6 +153,9 @@ func serve(config *ServeConfig) error {
 	if err := s.capture(stdout, stderr, nil, nil); err != nil {
 		return err
 	}
+	if err := spare(); err != nil {
+		return err
+	}
 	line := s.handshake.String() + "\n"
 	if env[envHost] != "" {
 		line = "\n" + line // something may have been printed without an end
@@ -401,6 +404,19 @@ func (s *serving) capture(stdout, stderr *os.File, teeOut, teeErr io.Writer) (er
 	s.server.release = s.restore
 	os.Stdout, os.Stderr = s.pipes[0][1], s.pipes[1][1]
 	return nil
+}
+
+// spare reports an error if there is no descriptor for the host's connection,
+// for which the host would wait in vain.
+func spare() error {
+	f, err := os.Open(os.DevNull)
+	if err == nil {
+		_ = f.Close()
+	}
+	if shortage(err) == "" { // that it can be opened is not needed
+		return nil
+	}
+	return fmt.Errorf("plugin: cannot serve: %w", hinted(err))
 }
 
 func tee(r io.Reader, w io.Writer) io.Reader {
