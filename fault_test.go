@@ -1,0 +1,372 @@
+//go:build unix
+
+package plugin
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// ==== Faults of the system and of the host's own code ====
+
+const (
+	faultConfigEnv = "TEST_FAULT_CONFIG" // a name in faultConfigs
+	faultLimitEnv  = "TEST_FAULT_LIMIT"  // how many descriptors a plugin may have beside those it began with
+)
+
+// faultConfigs change a configuration in what takes descriptors.
+var faultConfigs = map[string]func(*ClientConfig) error{
+	"plain":    func(*ClientConfig) error { return nil },
+	"AutoMTLS": func(cfg *ClientConfig) error { cfg.AutoMTLS = true; return nil },
+	"SecureConfig": func(cfg *ClientConfig) error {
+		binary, err := os.ReadFile(cfg.Cmd.Path)
+		sum := sha256.Sum256(binary)
+		cfg.SecureConfig = &SecureConfig{sum[:], sha256.New()}
+		return err
+	},
+	"detached": func(cfg *ClientConfig) error { cfg.Detach = true; return nil },
+}
+
+func init() {
+	modes["fault host"] = faultHost
+	modes["fault host that runs out"] = faultHostRunsOut
+	modes["fault host that reattaches"] = faultHostReattaches
+	modes["fault plugin"] = func() {
+		spare, err := strconv.Atoi(os.Getenv(faultLimitEnv))
+		if err != nil {
+			panic(err)
+		}
+		faultLimit(spare)
+		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
+	}
+}
+
+// faultLimit lets this process open so many more descriptors, until the
+// returned function is called.
+func faultLimit(spare int) (restore func()) {
+	// The runtime's own descriptors must be there: it cannot go on without.
+	r, w, err := os.Pipe()
+	if err != nil {
+		panic(err)
+	}
+	_, _ = r.Close(), w.Close()
+	next, err := syscall.Open(os.DevNull, syscall.O_RDONLY, 0)
+	if err != nil {
+		panic(err)
+	}
+	_ = syscall.Close(next)
+	var before syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &before); err != nil {
+		panic(err)
+	}
+	after := before
+	faultSet(&after.Cur, next+spare)
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &after); err != nil {
+		panic(err)
+	}
+	return func() {
+		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &before); err != nil {
+			panic(err)
+		}
+	}
+}
+
+// faultSet sets a number whose type depends on the system.
+func faultSet[T int64 | uint64](to *T, n int) { *to = T(n) }
+
+// FaultReport is what a host in a process of its own tells its test, one for
+// each life of a plugin.
+type FaultReport struct {
+	Spare int    // the descriptors it had
+	Step  string // at which it failed
+	Err   string // "" if it did not
+	Left  string // what was left behind
+}
+
+// faultConfig is the configuration of the hosts in processes of their own.
+func faultConfig() *ClientConfig {
+	cfg := baseConfig("calls")
+	cfg.Plugins = callsPlugins()
+	return cfg
+}
+
+// faultBounded runs f and returns its error, or that it hangs.
+func faultBounded(f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(hangs):
+		buf := make([]byte, 1<<20)
+		return fmt.Errorf("it hangs:\n%s", buf[:runtime.Stack(buf, true)])
+	}
+}
+
+// faultLife starts a plugin, uses it, and ends it; before each step it calls
+// before. It returns the step that failed.
+func faultLife(cfg *ClientConfig, before func(step string)) (step string, err error) {
+	c := NewClient(cfg)
+	var p ClientProtocol
+	for _, s := range []struct {
+		name string
+		run  func() error
+	}{
+		{"Start", func() error { _, err := c.Start(); return err }},
+		{"Client", func() (err error) { p, err = c.Client(); return err }},
+		{"Ping", func() error { return p.Ping() }},
+		{"everything", func() error { return everything(p.(*RPCClient)) }},
+	} {
+		before(s.name)
+		if err = faultBounded(s.run); err != nil {
+			step = s.name
+			break
+		}
+	}
+	before("Kill")
+	if hung := faultBounded(func() error { c.Kill(); return nil }); hung != nil {
+		return "Kill", hung
+	}
+	if err == nil && c.Err() != nil {
+		return "Kill", c.Err()
+	}
+	return step, err
+}
+
+// faultLeft says what this process has left of what it had not before.
+func faultLeft(before []string, goroutines int) (left string) {
+	poll(hangs, func() bool {
+		held := slices.DeleteFunc(baseHeld(os.TempDir()), func(s string) bool { return slices.Contains(before, s) })
+		left = strings.Join(held, "\n")
+		if n := runtime.NumGoroutine(); n > goroutines {
+			buf := make([]byte, 1<<20)
+			left += fmt.Sprintf("\n%d goroutines:\n%s", n-goroutines, buf[:runtime.Stack(buf, true)])
+		}
+		return left == ""
+	})
+	return left
+}
+
+// faultTell sends a report to the test.
+func faultTell(r FaultReport) {
+	if err := json.NewEncoder(os.Stdout).Encode(r); err != nil {
+		panic(err)
+	}
+}
+
+// faultHost lives through the life of a plugin again and again, each time with
+// one descriptor more, until it does so without an error.
+func faultHost() {
+	cfg := faultConfig()
+	if err := faultConfigs[os.Getenv(faultConfigEnv)](cfg); err != nil {
+		panic(err)
+	}
+	held, goroutines := baseHeld(os.TempDir()), runtime.NumGoroutine()
+	for r := (FaultReport{Err: "none yet"}); r.Err != "" && r.Spare < 100; r.Spare++ {
+		restore := faultLimit(r.Spare)
+		var err error
+		r.Step, err = faultLife(cfg, func(string) {})
+		restore()
+		r.Err, r.Left = faultText(err), faultLeft(held, goroutines)
+		faultTell(r)
+	}
+}
+
+func faultText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// faultHostRunsOut has all descriptors until a step, and none more from there
+// on, for each step in turn.
+func faultHostRunsOut() {
+	held, goroutines := baseHeld(os.TempDir()), runtime.NumGoroutine()
+	for _, at := range []string{"Start", "Client", "Ping", "everything", "Kill"} {
+		restore := func() {}
+		step, err := faultLife(faultConfig(), func(step string) {
+			if step == at {
+				restore = faultLimit(0)
+			}
+		})
+		restore()
+		if step == "" {
+			step = "none after " + at
+		}
+		faultTell(FaultReport{Step: step, Err: faultText(err), Left: faultLeft(held, goroutines)})
+	}
+}
+
+// faultHostReattaches reattaches with one descriptor more each time.
+func faultHostReattaches() {
+	c := NewClient(faultConfig())
+	defer c.Kill()
+	if _, err := c.Client(); err != nil {
+		panic(err)
+	}
+	held, goroutines := baseHeld(os.TempDir()), runtime.NumGoroutine()
+	for r := (FaultReport{Err: "none yet"}); r.Err != "" && r.Spare < 100; r.Spare++ {
+		cfg := faultConfig()
+		cfg.Cmd, cfg.Reattach = nil, c.ReattachConfig()
+		cfg.Reattach.Test = true // so that Kill leaves the plugin to the next one
+		again := NewClient(cfg)
+		restore := faultLimit(r.Spare)
+		err := faultBounded(func() error { _, err := again.Client(); return err })
+		restore()
+		r.Err = faultText(err)
+		if errors.Is(err, ErrProcessNotFound) {
+			r.Err = "the plugin is taken for dead: " + r.Err
+		}
+		if err := faultBounded(func() error { again.Kill(); return nil }); err != nil {
+			r.Err = "Kill: " + err.Error()
+		}
+		r.Left = faultLeft(held, goroutines)
+		faultTell(r)
+	}
+}
+
+// faultReports runs a host in a process of its own and returns what it tells.
+func faultReports(t *testing.T, mode string, env ...string) (reports []FaultReport) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 6*hangs)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0])
+	cmd.Env = append(os.Environ(), append(env, modeEnv+"="+mode, "TMPDIR="+baseShortDir(t))...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	cmd.WaitDelay = hangs
+	out, err := cmd.Output()
+	if err != nil || stderr.Len() > 0 {
+		t.Errorf("the host ended with %v\n%s", err, &stderr)
+	}
+	lines := bufio.NewScanner(strings.NewReader(string(out)))
+	lines.Buffer(nil, 4<<20)
+	for lines.Scan() {
+		var r FaultReport
+		if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
+			t.Fatalf("the host says %q: %v", lines.Text(), err)
+		}
+		reports = append(reports, r)
+	}
+	return reports
+}
+
+// A host that runs out of descriptors, at any moment, gets an error that says
+// so, and has no fewer of them afterwards.
+func TestFaultDescriptors(t *testing.T) {
+	t.Parallel()
+	for name := range faultConfigs {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			reports := faultReports(t, "fault host", faultConfigEnv+"="+name)
+			if len(reports) < 5 {
+				t.Fatalf("there are %d reports", len(reports))
+			}
+			for i, r := range reports {
+				t.Logf("%d: %s: %s", r.Spare, r.Step, r.Err)
+				if r.Left != "" {
+					t.Errorf("with %d descriptors there is left:\n%s", r.Spare, r.Left)
+				}
+				if i == len(reports)-1 {
+					if r.Err != "" {
+						t.Errorf("with %d descriptors it still fails", r.Spare)
+					}
+					continue
+				}
+				baseCheckError(t, errors.New(r.Err), pluginName(os.Args[0]), "too many open files", "ulimit -n")
+			}
+		})
+	}
+}
+
+// A host that has no descriptor left goes on with the plugins that it is
+// connected to, and can end those to which it is not.
+func TestFaultNoDescriptorsLeft(t *testing.T) {
+	t.Parallel()
+	reports := faultReports(t, "fault host that runs out")
+	var steps []string
+	for _, r := range reports {
+		t.Logf("%s: %s", r.Step, r.Err)
+		steps = append(steps, r.Step)
+		if r.Left != "" {
+			t.Errorf("%s: left is\n%s", r.Step, r.Left)
+		}
+		if r.Step == "Start" || r.Step == "Client" {
+			baseCheckError(t, errors.New(r.Err), pluginName(os.Args[0]), "too many open files", "ulimit -n")
+		}
+	}
+	want := []string{"Start", "Client", "none after Ping", "none after everything", "none after Kill"}
+	if !slices.Equal(steps, want) {
+		t.Errorf("it failed at %q", steps)
+	}
+}
+
+// A host that is out of descriptors does not take a plugin for dead.
+func TestFaultReattach(t *testing.T) {
+	t.Parallel()
+	reports := faultReports(t, "fault host that reattaches")
+	if len(reports) < 2 {
+		t.Fatalf("there are %d reports", len(reports))
+	}
+	for i, r := range reports {
+		t.Logf("%d: %s", r.Spare, r.Err)
+		if r.Left != "" {
+			t.Errorf("with %d descriptors there is left:\n%s", r.Spare, r.Left)
+		}
+		if last := i == len(reports)-1; last != (r.Err == "") {
+			t.Errorf("with %d descriptors: %q", r.Spare, r.Err)
+		} else if !last {
+			baseCheckError(t, errors.New(r.Err), "reattaching", "too many open files", "ulimit -n")
+		}
+		if strings.Contains(r.Err, "taken for dead") {
+			t.Error(r.Err)
+		}
+	}
+}
+
+// A plugin that has too few descriptors to serve says so, and does not leave
+// its host waiting for it.
+func TestFaultDescriptorsOfPlugin(t *testing.T) {
+	t.Parallel()
+	for name, change := range faultConfigs {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for spare := 0; ; spare++ {
+				l := newLab(t)
+				cfg := l.config("fault plugin")
+				cfg.Plugins = callsPlugins()
+				cfg.Cmd.Env = append(cfg.Cmd.Env, fmt.Sprintf("%s=%d", faultLimitEnv, spare))
+				if err := change(cfg); err != nil {
+					t.Fatal(err)
+				}
+				step, err := faultLife(cfg, func(string) {})
+				l.deserted(hangs)
+				if err == nil {
+					if spare == 0 {
+						t.Error("it needs no descriptors")
+					}
+					break
+				}
+				t.Logf("%d: %s: %v", spare, step, err)
+				baseCheckError(t, err, pluginName(os.Args[0]), "too many open files", "ulimit -n")
+				if step != "Start" || spare > 100 {
+					t.Fatalf("with %d descriptors, %s fails: %v", spare, step, err)
+				}
+			}
+		})
+	}
+}
