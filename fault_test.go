@@ -84,6 +84,26 @@ func faultLimit(spare int) (restore func()) {
 	}
 }
 
+// faultFill takes every descriptor that this process may still open, as one
+// does that never closes any, until the returned function is called.
+func faultFill() (restore func()) {
+	raise := faultLimit(10)
+	var taken []int
+	for {
+		fd, err := syscall.Open(os.DevNull, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+		if err != nil {
+			break
+		}
+		taken = append(taken, fd)
+	}
+	return func() {
+		for _, fd := range taken {
+			_ = syscall.Close(fd)
+		}
+		raise()
+	}
+}
+
 // faultSet sets a number whose type depends on the system.
 func faultSet[T int64 | uint64](to *T, n int) { *to = T(n) }
 
@@ -148,7 +168,7 @@ func faultLife(cfg *ClientConfig, before func(step string)) (step string, err er
 
 // faultLeft says what this process has left of what it had not before.
 func faultLeft(before []string, goroutines int) (left string) {
-	poll(hangs, func() bool {
+	poll(5*time.Second, func() bool {
 		held := slices.DeleteFunc(baseHeld(os.TempDir()), func(s string) bool { return slices.Contains(before, s) })
 		left = strings.Join(held, "\n")
 		if n := runtime.NumGoroutine(); n > goroutines {
@@ -200,7 +220,7 @@ func faultHostRunsOut() {
 		restore := func() {}
 		step, err := faultLife(faultConfig(), func(step string) {
 			if step == at {
-				restore = faultLimit(0)
+				restore = faultFill()
 			}
 		})
 		restore()
