@@ -290,6 +290,7 @@ func NewClient(config *ClientConfig) *Client {
 	if cfg.Cmd != nil {
 		c.logger = c.logger.Named(pluginName(cfg.Cmd.Path))
 	}
+	c.logger = &notes{Logger: c.logger}
 	c.life, c.end = context.WithCancelCause(context.Background())
 	if cfg.Managed {
 		managed.mu.Lock()
@@ -497,7 +498,7 @@ func (c *Client) orLog(w io.Writer) io.Writer {
 		return w
 	}
 	return &lineWriter{max: c.config.PluginLogBufferSize, emit: func(line []byte, left int) {
-		c.logger.Debug(printable(string(line)) + cutMark(left))
+		c.logger.Log(hclog.Debug, printable(string(line))+cutMark(left))
 	}}
 }
 
