@@ -9,15 +9,20 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/iotest"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
 )
 
 // ==== Faults of the system and of the host's own code ====
@@ -44,6 +49,15 @@ func init() {
 	modes["fault host"] = faultHost
 	modes["fault host that runs out"] = faultHostRunsOut
 	modes["fault host that reattaches"] = faultHostReattaches
+	modes["fault endless"] = func() {
+		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
+		time.Sleep(baseForever)
+	}
+	modes["fault noisy"] = func() {
+		fmt.Println("welcome to the jungle")
+		fmt.Fprintln(os.Stderr, "so far, so good")
+		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
+	}
 	modes["fault plugin"] = func() {
 		spare, err := strconv.Atoi(os.Getenv(faultLimitEnv))
 		if err != nil {
@@ -388,5 +402,115 @@ func TestFaultDescriptorsOfPlugin(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// faultLogger is a logger of the host's that does something else than logging
+// from some record on.
+type faultLogger struct {
+	hclog.Logger
+	from  string // a part of that record; every one has ""
+	fault func()
+	hit   *atomic.Bool
+}
+
+func newFaultLogger(from string, fault func()) *faultLogger {
+	return &faultLogger{hclog.NewNullLogger(), from, fault, new(atomic.Bool)}
+}
+
+func (l *faultLogger) Log(_ hclog.Level, msg string, _ ...any) {
+	if strings.Contains(msg, l.from) {
+		l.hit.Store(true)
+	}
+	if l.hit.Load() {
+		l.fault()
+	}
+}
+func (l *faultLogger) Trace(msg string, args ...any) { l.Log(hclog.Trace, msg, args...) }
+func (l *faultLogger) Debug(msg string, args ...any) { l.Log(hclog.Debug, msg, args...) }
+func (l *faultLogger) Info(msg string, args ...any)  { l.Log(hclog.Info, msg, args...) }
+func (l *faultLogger) Warn(msg string, args ...any)  { l.Log(hclog.Warn, msg, args...) }
+func (l *faultLogger) Error(msg string, args ...any) { l.Log(hclog.Error, msg, args...) }
+func (l *faultLogger) Named(string) hclog.Logger     { return l }
+func (l *faultLogger) With(...any) hclog.Logger      { return l }
+
+// faultOf makes a fault that panics or blocks until the test has ended.
+func faultOf(t *testing.T, how string) func() {
+	if how == "panics" {
+		return func() { panic("the host's own code is broken") }
+	}
+	block := make(chan struct{})
+	t.Cleanup(func() { close(block) })
+	return func() { <-block }
+}
+
+// A logger that panics or blocks for ever, whatever it is that it is given,
+// keeps nobody from using and ending a plugin.
+func TestFaultLogger(t *testing.T) {
+	for _, how := range []string{"panics", "blocks"} {
+		for _, test := range []struct {
+			from string
+			mode string
+			use  func(*testing.T, *Client, ClientProtocol)
+		}{
+			{"", "calls", nil},
+			{"started", "calls", nil},
+			{"the process has ended", "calls", nil},
+			{"is killed", "fault endless", nil},
+			{"printed to stdout", "fault noisy", nil},
+			{"a method that a plugin called panicked", "calls", func(t *testing.T, _ *Client, p ClientProtocol) {
+				c := dispense[*callsClient](t, p, "calls")
+				back := CallsBack{c.broker.ServeRPC(newCallsService(nil)), "Plugin.Panic", "ouch"}
+				if err := Call(callsContext(t), c.Client, "Plugin.CallBack", back, new(string)); err == nil || !strings.Contains(err.Error(), "ouch") {
+					t.Errorf("a callback that panics returns %v", err)
+				}
+			}},
+			{"a served reader", "calls", func(t *testing.T, _ *Client, p ClientProtocol) {
+				c := dispense[*callsClient](t, p, "calls")
+				pipe := CallsPipe{c.broker.ServeReader(iotest.ErrReader(io.ErrClosedPipe)), c.broker.ServeWriter(io.Discard)}
+				if err := Call(callsContext(t), c.Client, "Plugin.Pipe", pipe, new(string)); err == nil {
+					t.Error("a broken reader is read")
+				}
+			}},
+			{"a service cannot be called", "calls", func(t *testing.T, _ *Client, p ClientProtocol) {
+				c := dispense[*callsClient](t, p, "calls")
+				back := CallsBack{c.broker.ServeRPC(struct{}{}), "Plugin.Echo", ""}
+				if err := Call(callsContext(t), c.Client, "Plugin.CallBack", back, new(string)); err == nil {
+					t.Error("what has no methods is called")
+				}
+			}},
+			{"is dropped from here on", "fault noisy", nil},
+		} {
+			t.Run(how+": "+test.from, func(t *testing.T) {
+				t.Parallel()
+				cfg := newLab(t).config(test.mode)
+				logger := newFaultLogger(test.from, faultOf(t, how))
+				cfg.Plugins, cfg.Logger = callsPlugins(), logger
+				cfg.Stderr = callsWriter(func([]byte) (int, error) { return 0, io.ErrShortWrite })
+				cfg.StartTimeout, cfg.KillTimeout = 5*time.Second, 500*time.Millisecond
+				c := NewClient(cfg)
+				defer c.Kill()
+				var p ClientProtocol
+				err := faultBounded(func() (err error) { p, err = c.Client(); return err })
+				if err != nil {
+					t.Fatal(err)
+				}
+				if test.use != nil {
+					test.use(t, c, p)
+				}
+				var out string
+				if err := Call(callsContext(t), dispense[*callsClient](t, p, "calls").Client, "Plugin.Echo", "x", &out); err != nil || out != "x" {
+					t.Errorf("Echo returns %q, %v", out, err)
+				}
+				within(t, "Kill", cfg.KillTimeout+time.Second, c.Kill)
+				awaitClosed(t, "Done", c.Done())
+				if err := c.Err(); err != nil {
+					t.Error(err)
+				}
+				if !logger.hit.Load() {
+					t.Error("nothing of that kind was logged")
+				}
+			})
+		}
 	}
 }
