@@ -409,6 +409,9 @@ func (h *heedless) Write(p []byte) (int, error) {
 
 func (h *heedless) write(p []byte) (err error) {
 	defer recoverTo(&err)
-	_, err = h.w.Write(p)
+	n, err := h.w.Write(p)
+	if err == nil && n != len(p) {
+		err = io.ErrShortWrite
+	}
 	return err
 }
