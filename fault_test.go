@@ -4,12 +4,14 @@ package plugin
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net/rpc"
 	"os"
 	"os/exec"
 	"runtime"
@@ -509,6 +511,97 @@ func TestFaultLogger(t *testing.T) {
 				}
 				if !logger.hit.Load() {
 					t.Error("nothing of that kind was logged")
+				}
+			})
+		}
+	}
+}
+
+// faultFullDisk returns a file that cannot be written to: /dev/full where the
+// system has it, and otherwise one that is open for reading alone.
+func faultFullDisk(t *testing.T) io.Writer {
+	f, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		f, err = os.Open(os.DevNull)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.Close() })
+	return f
+}
+
+// A writer of the host's that fails in whatever way loses its own part of the
+// output, and that is logged; one that blocks for ever holds up nothing else.
+func TestFaultWriters(t *testing.T) {
+	junk := bytes.Repeat([]byte("so much to say\n"), 20000) // more than a pipe holds
+	for _, test := range []struct {
+		name   string
+		writer func(*testing.T) io.Writer
+		text   string // of what is logged
+	}{
+		{"error", func(*testing.T) io.Writer {
+			return callsWriter(func([]byte) (int, error) { return 0, errors.New("no paper") })
+		}, "no paper"},
+		{"short write", func(*testing.T) io.Writer {
+			return callsWriter(func(p []byte) (int, error) { return len(p) / 2, nil })
+		}, "short write"},
+		{"impossible count", func(*testing.T) io.Writer {
+			return callsWriter(func(p []byte) (int, error) { return -1, nil })
+		}, "short write"},
+		{"panic", func(t *testing.T) io.Writer {
+			fault := faultOf(t, "panics")
+			return callsWriter(func(p []byte) (int, error) { fault(); return len(p), nil })
+		}, "the host's own code is broken"},
+		{"nil in a writer", func(*testing.T) io.Writer { return (*bytes.Buffer)(nil) }, "nil pointer"},
+		{"full disk", faultFullDisk, "/dev/"},
+		{"blocked", func(t *testing.T) io.Writer {
+			fault := faultOf(t, "blocks")
+			return callsWriter(func(p []byte) (int, error) { fault(); return len(p), nil })
+		}, ""},
+	} {
+		for which := range 3 {
+			name := []string{"SyncStdout", "SyncStderr", "Stderr"}[which]
+			t.Run(test.name+" of "+name, func(t *testing.T) {
+				t.Parallel()
+				l := newLab(t)
+				cfg := l.config("base")
+				cfg.Plugins = basePlugins(&baseServer{})
+				cfg.KillTimeout = 500 * time.Millisecond
+				logger, records := baseLogger()
+				cfg.Logger = logger
+				var good [3]baseBuffer
+				to := [3]io.Writer{&good[0], &good[1], &good[2]}
+				to[which] = test.writer(t)
+				cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = to[0], to[1], to[2]
+				c, p := start(t, cfg)
+				client := dispense[*rpc.Client](t, p, "base")
+				said := [3][]byte{junk, junk, junk}
+				if test.text == "" {
+					said[which] = junk[:1000] // it would fill what is between
+				}
+				if err := Call(callsContext(t), client, "Plugin.Print", BaseOutput{said[0], said[1], said[2]}, new(struct{})); err != nil {
+					t.Error(err)
+				}
+				baseEcho(t, client, "and still here")
+				for i := range good {
+					if i != which {
+						baseUntil(t, "the rest of the output", func() bool { return strings.HasPrefix(good[i].String(), string(junk)) })
+					}
+				}
+				within(t, "Kill", cfg.KillTimeout+time.Second, c.Kill)
+				awaitClosed(t, "Done", c.Done())
+				if err := c.Err(); err != nil {
+					t.Error(err)
+				}
+				dropped := records.find("cannot be written")
+				if test.text == "" && len(dropped) > 0 || test.text != "" && len(dropped) != 1 {
+					t.Fatalf("that it fails is logged %d times", len(dropped))
+				}
+				if test.text != "" {
+					if text := fmt.Sprint(dropped[0].args...); dropped[0].level != hclog.Warn || !strings.Contains(text, test.text) {
+						t.Errorf("what is logged at %v has no %q: %s", dropped[0].level, test.text, text)
+					}
 				}
 			})
 		}
