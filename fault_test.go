@@ -11,9 +11,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/rpc"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -51,6 +53,18 @@ func init() {
 	modes["fault host"] = faultHost
 	modes["fault host that runs out"] = faultHostRunsOut
 	modes["fault host that reattaches"] = faultHostReattaches
+	modes["fault host on a small disk"] = faultHostOnSmallDisk
+	modes["fault host without processes"] = faultHostWithoutProcesses
+	modes["fault without a directory"] = func() {
+		dir := os.Getenv(EnvUnixSocketDir)
+		if err := os.Remove(dir); err != nil {
+			panic(err)
+		}
+		if err := os.WriteFile(dir, nil, 0o600); err != nil {
+			panic(err)
+		}
+		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
+	}
 	modes["fault endless"] = func() {
 		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
 		time.Sleep(baseForever)
@@ -275,12 +289,14 @@ func faultHostReattaches() {
 	}
 }
 
-// faultReports runs a host in a process of its own and returns what it tells.
-func faultReports(t *testing.T, mode string, env ...string) (reports []FaultReport) {
+// faultReports runs a host in a process of its own, started through another program
+// if that is given, and returns what it tells.
+func faultReports(t *testing.T, mode string, env []string, through ...string) (reports []FaultReport) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 6*hangs)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, os.Args[0])
+	argv := append(through, os.Args[0])
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Env = append(os.Environ(), append(env, modeEnv+"="+mode, "TMPDIR="+baseShortDir(t))...)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
@@ -308,7 +324,7 @@ func TestFaultDescriptors(t *testing.T) {
 	for name := range faultConfigs {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			reports := faultReports(t, "fault host", faultConfigEnv+"="+name)
+			reports := faultReports(t, "fault host", []string{faultConfigEnv + "=" + name})
 			if len(reports) < 5 {
 				t.Fatalf("there are %d reports", len(reports))
 			}
@@ -333,7 +349,7 @@ func TestFaultDescriptors(t *testing.T) {
 // connected to, and can end those to which it is not.
 func TestFaultNoDescriptorsLeft(t *testing.T) {
 	t.Parallel()
-	reports := faultReports(t, "fault host that runs out")
+	reports := faultReports(t, "fault host that runs out", nil)
 	var steps []string
 	for _, r := range reports {
 		t.Logf("%s: %s", r.Step, r.Err)
@@ -354,7 +370,7 @@ func TestFaultNoDescriptorsLeft(t *testing.T) {
 // A host that is out of descriptors does not take a plugin for dead.
 func TestFaultReattach(t *testing.T) {
 	t.Parallel()
-	reports := faultReports(t, "fault host that reattaches")
+	reports := faultReports(t, "fault host that reattaches", nil)
 	if len(reports) < 2 {
 		t.Fatalf("there are %d reports", len(reports))
 	}
@@ -534,7 +550,7 @@ func faultFullDisk(t *testing.T) io.Writer {
 // A writer of the host's that fails in whatever way loses its own part of the
 // output, and that is logged; one that blocks for ever holds up nothing else.
 func TestFaultWriters(t *testing.T) {
-	junk := bytes.Repeat([]byte("so much to say\n"), 20000) // more than a pipe holds
+	junk := bytes.Repeat([]byte(strings.Repeat("so much to say ", 70)+"\n"), 300) // more than a pipe holds
 	for _, test := range []struct {
 		name   string
 		writer func(*testing.T) io.Writer
@@ -605,5 +621,219 @@ func TestFaultWriters(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// Where the socket's directory, or the socket, cannot be made, a start says
+// where that is and how another place is set.
+func TestFaultSocket(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	missing := filepath.Join(t.TempDir(), "missing")
+	loop := filepath.Join(t.TempDir(), "loop")
+	if err := os.Symlink(loop, loop); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{file, missing, loop, "/dev/null", "/dev/fd", strings.Repeat("x", 300)} {
+		for _, variable := range []string{"TMPDIR", "TempDir"} {
+			t.Run(variable+"="+dir[:min(len(dir), 50)], func(t *testing.T) {
+				cfg := baseConfig("calls")
+				if variable == "TMPDIR" {
+					t.Setenv(variable, dir)
+				} else {
+					cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: dir}
+				}
+				err := startError(t, NewClient(cfg))
+				baseCheckError(t, err, pluginName(os.Args[0]), dir, "TMPDIR", "TempDir")
+				if strings.Contains(err.Error(), "interpreter") {
+					t.Error(err)
+				}
+				if cfg.Cmd.Process != nil {
+					t.Error("it was started")
+				}
+			})
+		}
+	}
+	// The plugin's side of it.
+	cfg := newLab(t).config("fault without a directory")
+	err := startError(t, NewClient(cfg))
+	baseCheckError(t, err, pluginName(os.Args[0]), "cannot serve", "listen unix", cfg.UnixSocketConfig.TempDir)
+}
+
+// faultHostOnSmallDisk tells how starts fail on a disk that takes no more
+// files: none at all, and then one, which the directory of the socket is.
+func faultHostOnSmallDisk() {
+	dir := filepath.Join(os.TempDir(), "disk")
+	for _, files := range []int{1, 2, 10} {
+		must := func(err error) {
+			if err != nil {
+				panic(err)
+			}
+		}
+		must(os.Mkdir(dir, 0o700))
+		out, err := exec.Command("mount", "-t", "tmpfs", "-o", fmt.Sprintf("nr_inodes=%d", files), "tmpfs", dir).CombinedOutput()
+		if err != nil {
+			panic(fmt.Sprintf("%v: %s", err, out))
+		}
+		held, goroutines := baseHeld(os.TempDir()), runtime.NumGoroutine()
+		cfg := faultConfig()
+		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: dir}
+		step, err := faultLife(cfg, func(string) {})
+		left := faultLeft(held, goroutines)
+		if entries, _ := os.ReadDir(dir); len(entries) > 0 {
+			left += fmt.Sprint(entries)
+		}
+		faultTell(FaultReport{Spare: files, Step: step, Err: faultText(err), Left: left})
+		out, err = exec.Command("umount", dir).CombinedOutput()
+		if err != nil {
+			panic(fmt.Sprintf("%v: %s", err, out))
+		}
+		must(os.Remove(dir))
+	}
+}
+
+// A disk that is full is said to be. This needs a disk of its own, which Linux
+// gives to everybody in a name space of their own, unless that is forbidden;
+// there, and elsewhere, TestFaultSocket has to do.
+func TestFaultDiskFull(t *testing.T) {
+	t.Parallel()
+	apart := []string{"unshare", "--user", "--map-root-user", "--mount"}
+	dir := baseShortDir(t)
+	if out, err := exec.Command(apart[0], append(apart[1:], "mount", "-t", "tmpfs", "tmpfs", dir)...).CombinedOutput(); err != nil {
+		t.Logf("there are no disks here: %v: %s", err, out)
+		return
+	}
+	reports := faultReports(t, "fault host on a small disk", nil, apart...)
+	if len(reports) != 3 {
+		t.Fatalf("there are %d reports", len(reports))
+	}
+	for i, r := range reports {
+		t.Logf("%d: %s: %s", r.Spare, r.Step, r.Err)
+		if r.Left != "" {
+			t.Errorf("with room for %d files there is left:\n%s", r.Spare, r.Left)
+		}
+		switch i {
+		case 0, 1:
+			baseCheckError(t, errors.New(r.Err), pluginName(os.Args[0]), "no space left on device", "/disk")
+		case 2:
+			if r.Err != "" {
+				t.Error("it does not start where there is room:", r.Err)
+			}
+		}
+	}
+}
+
+// Where the system cannot execute the binary, a start says why and what to do.
+func TestFaultExec(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		edit  func(*testing.T, *ClientConfig)
+		texts []string
+		is    error
+	}{
+		// This is no fault on macOS.
+		{"open for writing", func(t *testing.T, cfg *ClientConfig) {
+			faultCopy(t, cfg)
+			f, err := os.OpenFile(cfg.Cmd.Path, os.O_WRONLY, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = f.Close() })
+		}, []string{"being built or copied"}, syscall.ETXTBSY},
+		{"too many arguments", func(_ *testing.T, cfg *ClientConfig) {
+			cfg.Cmd.Args = append(cfg.Cmd.Args, slices.Repeat([]string{strings.Repeat("x", 100<<10)}, 100)...)
+		}, []string{"arguments"}, syscall.E2BIG},
+		{"no directory to run in", func(t *testing.T, cfg *ClientConfig) {
+			cfg.Cmd.Dir = filepath.Join(t.TempDir(), "missing")
+		}, []string{"chdir", "missing", "no such file"}, fs.ErrNotExist},
+		{"a name with a zero in it", func(_ *testing.T, cfg *ClientConfig) {
+			cfg.Cmd.Env = append(cfg.Cmd.Env, "A=\x00")
+		}, []string{"environment"}, nil},
+	} {
+		if test.is == syscall.ETXTBSY && runtime.GOOS == "darwin" {
+			continue
+		}
+		for _, secure := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, SecureConfig: %v", test.name, secure), func(t *testing.T) {
+				cfg := newLab(t).config("calls")
+				test.edit(t, cfg)
+				if secure {
+					if err := faultConfigs["SecureConfig"](cfg); err != nil {
+						t.Fatal(err)
+					}
+				}
+				err := startError(t, NewClient(cfg))
+				t.Log(err)
+				baseCheckError(t, err, append(test.texts, pluginName(cfg.Cmd.Path))...)
+				if test.is != nil && !errors.Is(err, test.is) {
+					t.Errorf("it is no %v: %v", test.is, err.Err)
+				}
+				if cfg.Cmd.Process != nil {
+					t.Error("it was started")
+				}
+			})
+		}
+	}
+}
+
+// faultCopy makes a configuration start a copy of the test binary.
+func faultCopy(t *testing.T, cfg *ClientConfig) {
+	t.Helper()
+	binary, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Cmd.Path = filepath.Join(t.TempDir(), "greeter")
+	lifeWriteProgram(t, cfg.Cmd.Path, binary, 0o700)
+}
+
+// faultHostWithoutProcesses starts two plugins as a user who may have one.
+func faultHostWithoutProcesses() {
+	held, goroutines := baseHeld(os.TempDir()), runtime.NumGoroutine()
+	dir := os.Getenv(faultConfigEnv)
+	start := func() (*Client, error) {
+		cfg := faultConfig()
+		cfg.Cmd.Path, cfg.Cmd.Dir = filepath.Join(dir, "greeter"), dir
+		cfg.Cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 54321, Gid: 54321, NoSetGroups: true}}
+		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: dir}
+		c := NewClient(cfg)
+		return c, faultBounded(func() error { _, err := c.Client(); return err })
+	}
+	first, err := start()
+	if err != nil {
+		panic(err)
+	}
+	const processes = 6 // RLIMIT_NPROC on Linux
+	if err := syscall.Setrlimit(processes, &syscall.Rlimit{Cur: 1, Max: 1}); err != nil {
+		panic(err)
+	}
+	second, err := start()
+	second.Kill()
+	if alive := faultBounded(func() error { _, err := first.Client(); return err }); alive != nil {
+		panic(alive)
+	}
+	first.Kill()
+	faultTell(FaultReport{Err: faultText(err), Left: faultLeft(held, goroutines)})
+}
+
+// A fork that fails for want of processes is said to have. The limit does not
+// bind root, but another user as which root starts something; with any other
+// user the host itself could not go on, so there TestFaultExec has to do.
+func TestFaultProcesses(t *testing.T) {
+	if runtime.GOOS != "linux" || os.Getuid() != 0 {
+		t.Log("this is for root on Linux")
+		return
+	}
+	dir, _ := baseShared(t)
+	reports := faultReports(t, "fault host without processes", []string{faultConfigEnv + "=" + dir})
+	if len(reports) != 1 {
+		t.Fatalf("there are %d reports", len(reports))
+	}
+	t.Log(reports[0].Err)
+	baseCheckError(t, errors.New(reports[0].Err), "greeter", "resource temporarily unavailable", "ulimit -u")
+	if reports[0].Left != "" {
+		t.Errorf("left behind:\n%s", reports[0].Left)
 	}
 }
