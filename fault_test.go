@@ -74,6 +74,9 @@ func init() {
 		fmt.Fprintln(os.Stderr, "so far, so good")
 		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
 	}
+	modes["fault greedy"] = func() {
+		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: faultGreedyPlugins()})
+	}
 	modes["fault plugin"] = func() {
 		spare, err := strconv.Atoi(os.Getenv(faultLimitEnv))
 		if err != nil {
@@ -835,5 +838,77 @@ func TestFaultProcesses(t *testing.T) {
 	baseCheckError(t, errors.New(reports[0].Err), "greeter", "resource temporarily unavailable", "ulimit -u")
 	if reports[0].Left != "" {
 		t.Errorf("left behind:\n%s", reports[0].Left)
+	}
+}
+
+// FaultGreedy is served by a plugin that takes all its descriptors, and gives
+// them back.
+type FaultGreedy struct{ give func() }
+
+func (g *FaultGreedy) Take(struct{}, *struct{}) error {
+	g.give = faultFill()
+	return nil
+}
+
+func (g *FaultGreedy) Give(struct{}, *struct{}) error {
+	g.give()
+	return nil
+}
+
+func faultGreedyPlugins() PluginSet {
+	set := callsPlugins()
+	set["greedy"] = testPlugin{serves(&FaultGreedy{}), func(_ *MuxBroker, c *rpc.Client) (any, error) { return c, nil }}
+	return set
+}
+
+// A plugin that runs out of descriptors while it serves goes on serving its
+// host, accepts another one when it has descriptors again, and can be ended.
+func TestFaultNoDescriptorsLeftInPlugin(t *testing.T) {
+	t.Parallel()
+	cfg := newLab(t).config("fault greedy")
+	logger, records := baseLogger()
+	cfg.Plugins, cfg.Logger = faultGreedyPlugins(), logger
+	c, p := start(t, cfg)
+	greedy := dispense[*rpc.Client](t, p, "greedy")
+	ask := func(method string) {
+		t.Helper()
+		if err := Call(callsContext(t), greedy, "Plugin."+method, struct{}{}, new(struct{})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ask("Take")
+	calls := dispense[*callsClient](t, p, "calls")
+	var out string
+	back := CallsBack{calls.broker.ServeRPC(newCallsService(nil)), "Plugin.Echo", "y"}
+	if err := Call(callsContext(t), calls.Client, "Plugin.CallBack", back, &out); err != nil || out != "y" {
+		t.Errorf("%q, %v", out, err)
+	}
+	var written baseBuffer
+	pipe := CallsPipe{calls.broker.ServeReader(strings.NewReader("all of it")), calls.broker.ServeWriter(&written)}
+	if err := Call(callsContext(t), calls.Client, "Plugin.Pipe", pipe, &out); err != nil {
+		t.Error(err)
+	}
+	baseUntil(t, "what was written", func() bool { return written.String() == "all of it" })
+
+	again := *cfg
+	again.Cmd, again.Reattach = nil, c.ReattachConfig()
+	again.Reattach.Test = true // Kill only disconnects it
+	_, other := start(t, &again)
+	answered := callsGo(func() error {
+		_, err := Dispense[*callsClient](other, "calls")
+		return err
+	})
+	baseUntil(t, "what is wrong is logged", func() bool { return len(records.find("could not be accepted")) > 0 })
+	if len(answered) > 0 {
+		t.Error("the other host has a connection:", <-answered)
+	}
+	ask("Give")
+	if err := callsGet(t, "the other host's connection", answered); err != nil {
+		t.Error(err)
+	}
+	ask("Take")
+	within(t, "Kill", defaultKillTimeout+time.Second, c.Kill)
+	if err := c.Err(); err != nil || !cfg.Cmd.ProcessState.Success() {
+		t.Error("it ended with", err, cfg.Cmd.ProcessState)
 	}
 }
