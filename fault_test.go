@@ -501,6 +501,7 @@ func TestFaultLogger(t *testing.T) {
 				}
 			}},
 			{"is dropped from here on", "fault noisy", nil},
+			{"so far, so good", "fault noisy", nil},
 		} {
 			t.Run(how+": "+test.from, func(t *testing.T) {
 				t.Parallel()
