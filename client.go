@@ -290,6 +290,7 @@ func NewClient(config *ClientConfig) *Client {
 	if cfg.Cmd != nil {
 		c.logger = c.logger.Named(pluginName(cfg.Cmd.Path))
 	}
+	c.logger = &notes{Logger: c.logger}
 	c.life, c.end = context.WithCancelCause(context.Background())
 	if cfg.Managed {
 		managed.mu.Lock()
@@ -420,6 +421,9 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 	if err != nil && ctx.Err() != nil {
 		return ready{}, fmt.Errorf("plugin: reattaching: %w", contextError(ctx))
 	}
+	if shortage(err) != "" { // says nothing about the plugin
+		return ready{}, fmt.Errorf("plugin: reattaching: %w", hinted(err))
+	}
 	if err != nil {
 		c.logger.Debug("the plugin to reattach to does not listen", "error", err)
 		return ready{}, ErrProcessNotFound
@@ -457,7 +461,13 @@ func (c *Client) connect(ctx context.Context) (*RPCClient, error) {
 		if waitFor(drainTimeout/2, c.done) && c.Err() != nil {
 			err = c.Err()
 		}
-		return nil, fmt.Errorf("plugin: connecting: %w", err)
+		who := "plugin"
+		c.mu.Lock()
+		if c.proc != nil {
+			who += " " + pluginName(c.proc.name)
+		}
+		c.mu.Unlock()
+		return nil, fmt.Errorf("%s: connecting: %w", who, hinted(err))
 	})
 }
 
@@ -488,7 +498,7 @@ func (c *Client) orLog(w io.Writer) io.Writer {
 		return w
 	}
 	return &lineWriter{max: c.config.PluginLogBufferSize, emit: func(line []byte, left int) {
-		c.logger.Debug(printable(string(line)) + cutMark(left))
+		c.logger.Log(hclog.Debug, printable(string(line))+cutMark(left))
 	}}
 }
 

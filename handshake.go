@@ -275,7 +275,7 @@ func (u *UnixSocketConfig) makeDir(cmd *exec.Cmd) (dir string, err error) {
 			return "", err
 		}
 		if dir, err = os.MkdirTemp(base, socketPrefix+"*"); err != nil {
-			return "", err
+			return "", fmt.Errorf("no directory for its socket can be made in %s: %w: set UnixSocketConfig.TempDir or TMPDIR to another one", base, err)
 		}
 		if len(dir)+socketName <= maxSocketPath {
 			break
@@ -376,6 +376,21 @@ func startHint(e *StartError, h *HandshakeConfig) string {
 	case e.Stdout != "":
 		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
 	}
+	switch {
+	case shortage(e.Err) != "":
+		return shortage(e.Err)
+	case errors.Is(e.Err, syscall.EAGAIN):
+		return "there may be no more processes, of this user or at all: see ulimit -u"
+	case errors.Is(e.Err, syscall.E2BIG):
+		return "its arguments and environment together are longer than the system takes"
+	case errors.Is(e.Err, syscall.ETXTBSY):
+		return "the file is open for writing: is it still being built or copied?"
+	}
+	// What fails before the binary is executed does not tell about it.
+	var failed *fs.PathError
+	if errors.As(e.Err, &failed) && failed.Op != "fork/exec" && failed.Path != e.Path {
+		return ""
+	}
 	info, err := os.Stat(e.Path)
 	switch {
 	case errors.Is(e.Err, exec.ErrNotFound), err != nil && errors.Is(e.Err, fs.ErrNotExist):
@@ -395,6 +410,25 @@ func startHint(e *StartError, h *HandshakeConfig) string {
 		return fmt.Sprintf("it is no program for %s/%s, nor a script that names its interpreter in a first line like #!/bin/sh", runtime.GOOS, runtime.GOARCH)
 	}
 	return ""
+}
+
+// shortage says what to do when there are no more descriptors.
+func shortage(err error) string {
+	switch {
+	case errors.Is(err, syscall.EMFILE):
+		return "raise the limit of the process (ulimit -n), or look for what it does not close"
+	case errors.Is(err, syscall.ENFILE):
+		return "raise the system's limit, or look for the process that does not close its files"
+	}
+	return ""
+}
+
+// hinted returns err, with what to do about it if that is known.
+func hinted(err error) error {
+	if hint := shortage(err); hint != "" {
+		return fmt.Errorf("%w: %s", err, hint)
+	}
+	return err
 }
 
 // fileHead reads the beginning of a file.

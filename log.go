@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -21,7 +22,36 @@ const (
 	tailSize = 8 << 10
 	// crashSize is how much of a panic and its trace is kept, in bytes.
 	crashSize = 64 << 10
+	// noteTimeout is how long the host's logger may take for a note.
+	noteTimeout = 100 * time.Millisecond
 )
+
+// notes is a logger of the host's for what this library itself has to say,
+// with Debug, Warn and Error: whatever that logger does, it stops nobody. While
+// it does not return, nothing more is noted. The other methods are its own.
+type notes struct {
+	hclog.Logger
+	late atomic.Pointer[chan struct{}] // closed when a note that took too long is through
+}
+
+func (n *notes) Debug(msg string, args ...any) { n.note(n.Logger.Debug, msg, args) }
+func (n *notes) Warn(msg string, args ...any)  { n.note(n.Logger.Warn, msg, args) }
+func (n *notes) Error(msg string, args ...any) { n.note(n.Logger.Error, msg, args) }
+
+func (n *notes) note(log func(string, ...any), msg string, args []any) {
+	if late := n.late.Load(); late != nil && !isClosed(*late) {
+		return
+	}
+	done := make(chan struct{})
+	go func() { // ends when the logger returns
+		defer close(done)
+		defer func() { _ = recover() }()
+		log(msg, args...)
+	}()
+	if !waitFor(noteTimeout, done) {
+		n.late.Store(&done)
+	}
+}
 
 // lineWriter cuts what is written to it into lines.
 type lineWriter struct {
@@ -379,6 +409,9 @@ func (h *heedless) Write(p []byte) (int, error) {
 
 func (h *heedless) write(p []byte) (err error) {
 	defer recoverTo(&err)
-	_, err = h.w.Write(p)
+	n, err := h.w.Write(p)
+	if err == nil && n != len(p) {
+		err = io.ErrShortWrite
+	}
 	return err
 }

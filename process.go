@@ -341,7 +341,7 @@ func (p *process) copyOutput(config *ClientConfig) {
 func (p *process) stdoutLine(line []byte, left int) {
 	text := printable(string(line)) + cutMark(left)
 	if p.shook {
-		p.logger.Debug(text)
+		p.logger.Log(hclog.Debug, text)
 		return
 	}
 	p.shook = isHandshake(line)

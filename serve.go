@@ -152,6 +152,9 @@ func serve(config *ServeConfig) error {
 	if err := s.capture(stdout, stderr, nil, nil); err != nil {
 		return err
 	}
+	if err := spare(); err != nil {
+		return err
+	}
 	line := s.handshake.String() + "\n"
 	if env[envHost] != "" {
 		line = "\n" + line // something may have been printed without an end
@@ -306,7 +309,7 @@ func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger)
 	s := &serving{quit: make(chan struct{}), restore: func() {}}
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("plugin: cannot serve: %w", err)
+			err = fmt.Errorf("plugin: cannot serve: %w", hinted(err))
 			s.unlisten()
 		}
 	}()
@@ -387,7 +390,7 @@ func (s *serving) unlisten() {
 func (s *serving) capture(stdout, stderr *os.File, teeOut, teeErr io.Writer) (err error) {
 	for i := range s.pipes {
 		if s.pipes[i][0], s.pipes[i][1], err = os.Pipe(); err != nil {
-			return fmt.Errorf("plugin: cannot serve: %w", err)
+			return fmt.Errorf("plugin: cannot serve: %w", hinted(err))
 		}
 	}
 	s.server.Stdout, s.server.Stderr = tee(s.pipes[0][0], teeOut), tee(s.pipes[1][0], teeErr)
@@ -400,6 +403,19 @@ func (s *serving) capture(stdout, stderr *os.File, teeOut, teeErr io.Writer) (er
 	s.server.release = s.restore
 	os.Stdout, os.Stderr = s.pipes[0][1], s.pipes[1][1]
 	return nil
+}
+
+// spare reports an error if there is no descriptor for the host's connection,
+// for which the host would wait in vain.
+func spare() error {
+	f, err := os.Open(os.DevNull)
+	if err == nil {
+		_ = f.Close()
+	}
+	if shortage(err) == "" { // that it can be opened is not needed
+		return nil
+	}
+	return fmt.Errorf("plugin: cannot serve: %w", hinted(err))
 }
 
 func tee(r io.Reader, w io.Writer) io.Reader {
