@@ -355,7 +355,7 @@ func (b *MuxBroker) whenDialled(what string, f func(*stream)) uint32 {
 		defer cancel()
 		st, err := b.accept(ctx, id)
 		if err != nil {
-			b.session.note("a "+what+" was not dialled", "stream", id, "error", err)
+			b.session.logger.Debug("a "+what+" was not dialled", "stream", id, "error", err)
 			return
 		}
 		// Runs the caller's own code, so nothing waits for it. It ends with

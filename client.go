@@ -290,7 +290,7 @@ func NewClient(config *ClientConfig) *Client {
 	if cfg.Cmd != nil {
 		c.logger = c.logger.Named(pluginName(cfg.Cmd.Path))
 	}
-	c.logger = &notes{Logger: c.logger}
+	c.logger = newNotes(c.logger)
 	c.life, c.end = context.WithCancelCause(context.Background())
 	if cfg.Managed {
 		managed.mu.Lock()

@@ -34,6 +34,13 @@ type notes struct {
 	late atomic.Pointer[chan struct{}] // closed when a note that took too long is through
 }
 
+func newNotes(logger hclog.Logger) *notes {
+	if n, ok := logger.(*notes); ok {
+		return n
+	}
+	return &notes{Logger: logger}
+}
+
 func (n *notes) Debug(msg string, args ...any) { n.note(n.Logger.Debug, msg, args) }
 func (n *notes) Warn(msg string, args ...any)  { n.note(n.Logger.Warn, msg, args) }
 func (n *notes) Error(msg string, args ...any) { n.note(n.Logger.Error, msg, args) }

@@ -41,7 +41,6 @@ type session struct {
 	calls  context.Context // ends when methods that are served here should stop
 	cancel context.CancelFunc
 
-	noting atomic.Bool // something is being logged
 	ending atomic.Bool // this side has asked the other to end, or will now
 
 	mu      sync.Mutex // guards closing, and adding to running
@@ -53,7 +52,7 @@ type session struct {
 // ends. If why is not nil it tells why the connection was lost, or nil if it
 // was meant to end.
 func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func() error) (*session, error) {
-	s := &session{host: host, logger: logger, frames: &frameConn{conn: conn, flows: make(map[uint32]*flow)}}
+	s := &session{host: host, logger: newNotes(logger), frames: &frameConn{conn: conn, flows: make(map[uint32]*flow)}}
 	s.calls, s.cancel = context.WithCancel(ctx)
 	s.lost = sync.OnceValue(func() error {
 		if why == nil {
@@ -174,22 +173,8 @@ func (l muxLogger) Print(v ...any)   { l.Printf("%s", fmt.Sprint(v...)) }
 func (l muxLogger) Println(v ...any) { l.Printf("%s", fmt.Sprint(v...)) }
 func (l muxLogger) Printf(format string, v ...any) {
 	if !l.s.ending.Load() {
-		l.s.note(strings.TrimSpace(fmt.Sprintf(format, v...)))
+		l.s.logger.Debug(strings.TrimSpace(fmt.Sprintf(format, v...)))
 	}
-}
-
-// note logs something at Debug, from a goroutine of its own: the logger is the
-// caller's, and no end of a session waits for it. While it does not return,
-// nothing more is noted.
-func (s *session) note(text string, args ...any) {
-	if !s.noting.CompareAndSwap(false, true) {
-		return
-	}
-	go func() {
-		defer s.noting.Store(false)
-		defer func() { _ = recover() }()
-		s.logger.Debug(text, args...)
-	}()
 }
 
 // spawn runs f in a goroutine that close waits for. It reports false, and does
@@ -245,7 +230,7 @@ func (s *session) explain(err error) error {
 // serve serves calls on a stream until the caller hangs up.
 func (s *session) serve(st *stream, services map[string]*service) {
 	if err := newRPCServer(st, services, s.logger, s.host).serve(s.calls); err != io.EOF {
-		s.note("an RPC stream ended", "error", err)
+		s.logger.Debug("an RPC stream ended", "error", err)
 	}
 }
 
