@@ -29,7 +29,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"runtime"
+	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
@@ -74,7 +76,8 @@ func TestMain(m *testing.M) {
 }
 
 // runTests runs the tests in a temporary directory of their own, and fails if
-// they leave a file, process or goroutine behind.
+// they leave a goroutine, process, descriptor or file behind. It is the only
+// one to see that of parallel tests.
 func runTests(m *testing.M) int {
 	tmp, err := os.MkdirTemp("", "mux-*")
 	if err != nil {
@@ -84,35 +87,36 @@ func runTests(m *testing.M) int {
 	os.Setenv("TMPDIR", tmp)
 	// The race detector makes every process sleep a second before it exits.
 	os.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE"))
-	before := runtime.NumGoroutine()
+	goroutines, held := runtime.NumGoroutine(), baseHeld(tmp)
+	flag.Parse()
+	fuzzing := flag.Lookup("test.fuzz").Value.String() != ""
+	if n := flag.Lookup("test.parallel"); !fuzzing && n.Value.String() == n.DefValue {
+		// The parallel tests wait most of their time, for processes and
+		// time-outs, so there may be more of them than processors.
+		_ = n.Value.Set("16")
+	}
 	code := m.Run()
-	if f := flag.Lookup("test.fuzz"); f != nil && f.Value.String() != "" {
+	if fuzzing {
 		return code // the workers are killed, and leave their directories in ours
 	}
-	if left := leftovers(tmp, before); left != "" {
+	if left := leftovers(tmp, goroutines, held); left != "" {
 		fmt.Fprintln(os.Stderr, "the tests left behind:", left)
 		return 1
 	}
 	return code
 }
 
-// leftovers says what is left behind, giving it a while to go.
-func leftovers(tmp string, goroutines int) (left string) {
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		left = ""
-		if entries, _ := os.ReadDir(tmp); len(entries) > 0 {
-			left += fmt.Sprintf("files in TMPDIR: %v\n", entries)
-		}
-		for _, pid := range processesWith("TMPDIR=" + tmp) {
-			cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-			left += fmt.Sprintf("process %d: %q\n", pid, cmdline)
-		}
+// leftovers says what there is beyond what was held before, and how many more
+// goroutines, giving it a while to go.
+func leftovers(tmp string, goroutines int, held []string) string {
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		left := slices.DeleteFunc(baseHeld(tmp), func(s string) bool { return slices.Contains(held, s) })
 		if n := runtime.NumGoroutine(); n > goroutines {
 			buf := make([]byte, 1<<20)
-			left += fmt.Sprintf("%d goroutines:\n%s", n-goroutines, buf[:runtime.Stack(buf, true)])
+			left = append(left, fmt.Sprintf("%d goroutines:\n%s", n-goroutines, buf[:runtime.Stack(buf, true)]))
 		}
-		if left == "" || time.Now().After(end) {
-			return left
+		if len(left) == 0 || time.Now().After(end) {
+			return strings.Join(left, "\n")
 		}
 	}
 }
@@ -467,21 +471,9 @@ func baseClean(t testing.TB) {
 	tmp := os.TempDir()
 	goroutines, held := runtime.NumGoroutine(), baseHeld(tmp)
 	t.Cleanup(func() {
-		var left []string
-		for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-			left = slices.DeleteFunc(baseHeld(tmp), func(s string) bool { return slices.Contains(held, s) })
-			if n := runtime.NumGoroutine(); n > goroutines {
-				buf := make([]byte, 1<<20)
-				left = append(left, fmt.Sprintf("%d goroutines:\n%s", n-goroutines, buf[:runtime.Stack(buf, true)]))
-			}
-			if len(left) == 0 {
-				return
-			}
-			if time.Now().After(end) {
-				break
-			}
+		if left := leftovers(tmp, goroutines, held); left != "" {
+			t.Errorf("left behind:\n%s", left)
 		}
-		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
 	})
 }
 
@@ -502,7 +494,8 @@ func baseHeld(tmp string) (held []string) {
 		}
 	}
 	for _, pid := range processesWith("TMPDIR=" + tmp) {
-		held = append(held, fmt.Sprintf("process %d", pid))
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		held = append(held, fmt.Sprintf("process %d: %q", pid, cmdline))
 	}
 	fds, _ := filepath.Glob("/proc/self/fd/*")
 	for _, fd := range fds {
@@ -2031,7 +2024,7 @@ func TestReattachToNobody(t *testing.T) {
 // something that listens: a plugin, which is asked to quit, and something that
 // never answers. That process is never signalled.
 func TestReattachWithWrongPid(t *testing.T) {
-	baseClean(t)
+	t.Parallel()
 	innocent, check := baseInnocent(t)
 	silent, err := net.Listen("unix", filepath.Join(baseShortDir(t), "plugin-1-1"))
 	if err != nil {
@@ -2168,7 +2161,7 @@ func baseTLSConfig(t *testing.T) (*tls.Config, string) {
 
 // TestTLS checks that both sides' own TLS configurations are used.
 func TestTLS(t *testing.T) {
-	baseClean(t)
+	t.Parallel()
 	secure, env := baseTLSConfig(t)
 	cfg := baseConfig("base-tls", env)
 	cfg.TLSConfig = secure
@@ -3131,7 +3124,7 @@ func BenchmarkStartToFirstReply(b *testing.B) {
 // The life and death of plugins. What needs Unix signals is in
 // life_unix_test.go.
 
-var lifeLong = flag.Bool("long", false, "let plugins live, pause and leak for as long as is promised")
+var lifeLong = flag.Bool("long", false, "let plugins live, pause and leak for as long as is promised, and calls be as large")
 
 const (
 	// lifeNotesEnv names the directory of a lab's notes.
@@ -4523,6 +4516,22 @@ func callsGoroutines(t testing.TB) {
 	})
 }
 
+// callsOwn returns a function that counts the goroutines of this test, be they
+// started by others of it, and not those of tests beside it.
+func callsOwn(t testing.TB) func() int {
+	pprof.SetGoroutineLabels(pprof.WithLabels(t.Context(), pprof.Labels("test", t.Name())))
+	own := regexp.MustCompile(`(?m)^(\d+) @.*\n# labels: .*` + regexp.QuoteMeta(strconv.Quote(t.Name())))
+	return func() (n int) {
+		var profile strings.Builder
+		_ = pprof.Lookup("goroutine").WriteTo(&profile, 1)
+		for _, alike := range own.FindAllStringSubmatch(profile.String(), -1) {
+			count, _ := strconv.Atoi(alike[1])
+			n += count
+		}
+		return n
+	}
+}
+
 func callsSpawn(f func()) bool {
 	go f()
 	return true
@@ -5492,8 +5501,15 @@ func TestRegisterError(t *testing.T) {
 // Sizes.
 
 func TestLargeCall(t *testing.T) {
+	t.Parallel()
 	_, c, _ := callsPlugin(t, hclog.NewNullLogger())
-	in := make([]byte, 256<<20)
+	// Above 16 MiB gob writes a size with one byte more, and above 10 MiB it
+	// reads in pieces. Beyond that, more of it is only more of the same.
+	size := 32 << 20
+	if *lifeLong {
+		size = 256 << 20
+	}
+	in := make([]byte, size)
 	for i := 0; i < len(in); i += 4093 {
 		in[i] = byte(i)
 	}
@@ -5504,7 +5520,7 @@ func TestLargeCall(t *testing.T) {
 	if err := Call(ctx, c.Client, "Plugin.Bytes", in, &out); err != nil || !bytes.Equal(in, out) {
 		t.Errorf("%d bytes came back, %v", len(out), err)
 	}
-	t.Logf("256 MiB to and fro took %v", time.Since(began))
+	t.Logf("%d MiB to and fro took %v", size>>20, time.Since(began))
 	callsEcho(t, c.Client)
 }
 
@@ -5610,9 +5626,10 @@ func TestBrokerTimeouts(t *testing.T) {
 // Accept and Dial take five seconds, and so does everything that waits for the
 // other side; afterwards nothing is left of it.
 func TestNothingIsLeftAfterTimeout(t *testing.T) {
-	callsGoroutines(t)
+	t.Parallel()
+	goroutines := callsOwn(t)
 	host, plugin := callsBrokers(t)
-	baseline := runtime.NumGoroutine()
+	baseline := goroutines()
 	began := time.Now()
 	for i := range 300 {
 		host.ServeReader(strings.NewReader("x"))
@@ -5647,7 +5664,7 @@ func TestNothingIsLeftAfterTimeout(t *testing.T) {
 			return len(b.accepting)+len(b.parked) == 0
 		})
 	}
-	callsSoon(t, "all goroutines ended", func() bool { return runtime.NumGoroutine() <= baseline })
+	callsSoon(t, "all goroutines ended", func() bool { return goroutines() <= baseline })
 	callsTalk(t, host, plugin)
 }
 
@@ -5807,6 +5824,7 @@ func TestBrokerDuplicateDial(t *testing.T) {
 
 // Ten thousand streams are open at once, and each is its own.
 func TestTenThousandStreams(t *testing.T) {
+	t.Parallel()
 	const streams = 10000
 	b, raw := callsRaw(t)
 	type result struct {
