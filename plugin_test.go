@@ -5505,7 +5505,7 @@ func TestLargeCall(t *testing.T) {
 	_, c, _ := callsPlugin(t, hclog.NewNullLogger())
 	// Above 16 MiB gob writes a size with one byte more, and above 10 MiB it
 	// reads in pieces. Beyond that, more of it is only more of the same.
-	size := 32 << 20
+	size := 20 << 20
 	if *lifeLong {
 		size = 256 << 20
 	}
@@ -6210,7 +6210,7 @@ func TestReaderEarlyClose(t *testing.T) {
 // A slow reader slows the other side, however much there is to send.
 func TestReaderBoundedMemory(t *testing.T) {
 	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-		const size, most = 96 << 20, 3 << 20
+		const size, most = 32 << 20, 3 << 20
 		var sent, received, worst int64
 		var mu sync.Mutex // guards the above
 		sum, want := crc32.NewIEEE(), crc32.NewIEEE()
