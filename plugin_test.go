@@ -93,7 +93,7 @@ func runTests(m *testing.M) int {
 	if n := flag.Lookup("test.parallel"); !fuzzing && n.Value.String() == n.DefValue {
 		// The parallel tests wait most of their time, for processes and
 		// time-outs, so there may be more of them than processors.
-		_ = n.Value.Set("8")
+		_ = n.Value.Set("12")
 	}
 	code := m.Run()
 	if fuzzing {
@@ -6253,7 +6253,7 @@ func TestReaderBoundedMemory(t *testing.T) {
 // and nothing more than a window is on the way.
 func TestWriterSlow(t *testing.T) {
 	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-		const size, most = 16 << 20, 3 << 20
+		const size, most = 8 << 20, 3 << 20
 		data := callsData(size)
 		var got bytes.Buffer
 		var taken, worst atomic.Int64
