@@ -2035,8 +2035,9 @@ func TestReattachWithWrongPid(t *testing.T) {
 	real, _ := start(t, baseConfig("base"))
 	for name, addr := range map[string]net.Addr{"a plugin": real.ReattachConfig().Addr, "silence": silent.Addr()} {
 		c := NewClient(&ClientConfig{
-			HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), KillTimeout: 300 * time.Millisecond,
-			Reattach: &ReattachConfig{ProtocolVersion: int(testHandshake.ProtocolVersion), Addr: addr, Pid: innocent},
+			HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(),
+			KillTimeout: 3 * time.Second, // in which a plugin must have been asked
+			Reattach:    &ReattachConfig{ProtocolVersion: int(testHandshake.ProtocolVersion), Addr: addr, Pid: innocent},
 		})
 		if _, err := c.Client(); err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -3140,7 +3141,7 @@ func lifeCycles() int {
 	if *lifeLong {
 		return 500
 	}
-	return 60
+	return 40
 }
 
 // lab is where the processes of one test live: with a TMPDIR of their own, and
