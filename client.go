@@ -537,10 +537,12 @@ func (c *Client) finish(err error) {
 			c.err = err
 		}
 		c.mu.Unlock()
-		close(c.done)
+		// Both at once: whoever sees that it has ended finds it managed no
+		// more, and CleanupClients misses none that has not.
 		managed.mu.Lock()
+		defer managed.mu.Unlock()
 		delete(managed.clients, c)
-		managed.mu.Unlock()
+		close(c.done)
 	})
 }
 

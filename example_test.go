@@ -552,6 +552,7 @@ func init() {
 // TestGodocPrograms saves each example as godoc shows it as the
 // main.go of a module, builds it, runs it, and compares what it prints.
 func TestGodocPrograms(t *testing.T) {
+	t.Parallel()
 	dir := newModule(t)
 	fset, examples := documentedExamples(t)
 	if len(examples) != len(examplePlugins) {
@@ -654,6 +655,7 @@ func documentation(t *testing.T) (*token.FileSet, *doc.Package) {
 // TestReadmeProgram builds the files of the README's first program as the
 // README says, and runs it.
 func TestReadmeProgram(t *testing.T) {
+	t.Parallel()
 	readme := readFile(t, "README.md")
 	dir := newModule(t)
 	blocks := regexp.MustCompile("(?s)```go\n// ([a-z/]+\\.go)\n(.*?)```").FindAllStringSubmatch(readme, -1)
@@ -682,6 +684,7 @@ func TestReadmeProgram(t *testing.T) {
 // TestReplaceLine builds and runs a program that imports go-plugin, with the
 // line in its go.mod that the README gives to those who come from there.
 func TestReplaceLine(t *testing.T) {
+	t.Parallel()
 	const theirs, ours = "github.com/hashicorp/go-plugin", "github.com/muxplug/plugin"
 	dir := newModule(t)
 	if line := "go mod edit -replace=" + theirs + "=../plugin"; !strings.Contains(readFile(t, "README.md"), "\n"+line+"\n") {
@@ -766,7 +769,8 @@ func runIn(t *testing.T, dir string, args ...string) string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "GOFLAGS=-mod=mod", "GOWORK=off")
+	// Without symbols, as linking takes most of the time.
+	cmd.Env = append(os.Environ(), "GOFLAGS=-mod=mod -ldflags=-s", "GOWORK=off")
 	cmd.WaitDelay = 20 * time.Second
 	var stderr strings.Builder
 	cmd.Stderr = &stderr

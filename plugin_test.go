@@ -30,7 +30,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"runtime"
+	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
@@ -76,7 +78,8 @@ func TestMain(m *testing.M) {
 }
 
 // runTests runs the tests in a temporary directory of their own, and fails if
-// they leave a file, process or goroutine behind.
+// they leave a goroutine, process, descriptor or file behind. It is the only
+// one to see that of parallel tests.
 func runTests(m *testing.M) int {
 	tmp, err := os.MkdirTemp("", "mux-*")
 	if err != nil {
@@ -86,35 +89,36 @@ func runTests(m *testing.M) int {
 	os.Setenv("TMPDIR", tmp)
 	// The race detector makes every process sleep a second before it exits.
 	os.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE"))
-	before := runtime.NumGoroutine()
+	goroutines, held := runtime.NumGoroutine(), baseHeld(tmp)
+	flag.Parse()
+	fuzzing := flag.Lookup("test.fuzz").Value.String() != ""
+	if n := flag.Lookup("test.parallel"); !fuzzing && n.Value.String() == n.DefValue {
+		// The parallel tests wait most of their time, for processes and
+		// time-outs, so there may be more of them than processors.
+		_ = n.Value.Set("12")
+	}
 	code := m.Run()
-	if f := flag.Lookup("test.fuzz"); f != nil && f.Value.String() != "" {
+	if fuzzing {
 		return code // the workers are killed, and leave their directories in ours
 	}
-	if left := leftovers(tmp, before); left != "" {
+	if left := leftovers(tmp, goroutines, held); left != "" {
 		fmt.Fprintln(os.Stderr, "the tests left behind:", left)
 		return 1
 	}
 	return code
 }
 
-// leftovers says what is left behind, giving it a while to go.
-func leftovers(tmp string, goroutines int) (left string) {
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		left = ""
-		if entries, _ := os.ReadDir(tmp); len(entries) > 0 {
-			left += fmt.Sprintf("files in TMPDIR: %v\n", entries)
-		}
-		for _, pid := range processesWith("TMPDIR=" + tmp) {
-			cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-			left += fmt.Sprintf("process %d: %q\n", pid, cmdline)
-		}
+// leftovers says what there is beyond what was held before, and how many more
+// goroutines, giving it a while to go.
+func leftovers(tmp string, goroutines int, held []string) string {
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		left := slices.DeleteFunc(baseHeld(tmp), func(s string) bool { return slices.Contains(held, s) })
 		if n := runtime.NumGoroutine(); n > goroutines {
 			buf := make([]byte, 1<<20)
-			left += fmt.Sprintf("%d goroutines:\n%s", n-goroutines, buf[:runtime.Stack(buf, true)])
+			left = append(left, fmt.Sprintf("%d goroutines:\n%s", n-goroutines, buf[:runtime.Stack(buf, true)]))
 		}
-		if left == "" || time.Now().After(end) {
-			return left
+		if len(left) == 0 || time.Now().After(end) {
+			return strings.Join(left, "\n")
 		}
 	}
 }
@@ -469,21 +473,9 @@ func baseClean(t testing.TB) {
 	tmp := os.TempDir()
 	goroutines, held := runtime.NumGoroutine(), baseHeld(tmp)
 	t.Cleanup(func() {
-		var left []string
-		for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-			left = slices.DeleteFunc(baseHeld(tmp), func(s string) bool { return slices.Contains(held, s) })
-			if n := runtime.NumGoroutine(); n > goroutines {
-				buf := make([]byte, 1<<20)
-				left = append(left, fmt.Sprintf("%d goroutines:\n%s", n-goroutines, buf[:runtime.Stack(buf, true)]))
-			}
-			if len(left) == 0 {
-				return
-			}
-			if time.Now().After(end) {
-				break
-			}
+		if left := leftovers(tmp, goroutines, held); left != "" {
+			t.Errorf("left behind:\n%s", left)
 		}
-		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
 	})
 }
 
@@ -504,7 +496,8 @@ func baseHeld(tmp string) (held []string) {
 		}
 	}
 	for _, pid := range processesWith("TMPDIR=" + tmp) {
-		held = append(held, fmt.Sprintf("process %d", pid))
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		held = append(held, fmt.Sprintf("process %d: %q", pid, cmdline))
 	}
 	fds, _ := filepath.Glob("/proc/self/fd/*")
 	for _, fd := range fds {
@@ -1779,11 +1772,12 @@ func TestOutputToLog(t *testing.T) {
 			cfg.SyncStderr = io.Discard
 		}
 		c, p := start(t, cfg)
-		const lines = 50000
+		const lines = 7000
+		length := strings.Repeat("of some length ", 10) // more than a stream holds, in all
 		var out, errs bytes.Buffer
 		for i := range lines {
-			fmt.Fprintf(&out, "out %d is a line of some length\n", i)
-			fmt.Fprintf(&errs, "err %d is a line of some length\n", i)
+			fmt.Fprintf(&out, "out %d is a line %s\n", i, length)
+			fmt.Fprintf(&errs, "err %d is a line %s\n", i, length)
 		}
 		out.WriteString("[ERROR] out without an end")
 		client := dispense[*rpc.Client](t, p, "base")
@@ -2033,7 +2027,7 @@ func TestReattachToNobody(t *testing.T) {
 // something that listens: a plugin, which is asked to quit, and something that
 // never answers. That process is never signalled.
 func TestReattachWithWrongPid(t *testing.T) {
-	baseClean(t)
+	t.Parallel()
 	innocent, check := baseInnocent(t)
 	silent, err := net.Listen("unix", filepath.Join(baseShortDir(t), "plugin-1-1"))
 	if err != nil {
@@ -2043,8 +2037,9 @@ func TestReattachWithWrongPid(t *testing.T) {
 	real, _ := start(t, baseConfig("base"))
 	for name, addr := range map[string]net.Addr{"a plugin": real.ReattachConfig().Addr, "silence": silent.Addr()} {
 		c := NewClient(&ClientConfig{
-			HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), KillTimeout: 300 * time.Millisecond,
-			Reattach: &ReattachConfig{ProtocolVersion: int(testHandshake.ProtocolVersion), Addr: addr, Pid: innocent},
+			HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(),
+			KillTimeout: 3 * time.Second, // in which a plugin must have been asked
+			Reattach:    &ReattachConfig{ProtocolVersion: int(testHandshake.ProtocolVersion), Addr: addr, Pid: innocent},
 		})
 		if _, err := c.Client(); err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -2170,7 +2165,7 @@ func baseTLSConfig(t *testing.T) (*tls.Config, string) {
 
 // TestTLS checks that both sides' own TLS configurations are used.
 func TestTLS(t *testing.T) {
-	baseClean(t)
+	t.Parallel()
 	secure, env := baseTLSConfig(t)
 	cfg := baseConfig("base-tls", env)
 	cfg.TLSConfig = secure
@@ -2532,7 +2527,7 @@ func TestEnvironment(t *testing.T) {
 	for _, name := range protocolEnv {
 		t.Setenv(name, "host")
 	}
-	own := []string{"TEST_BASE_CMD=cmd", "TEST_BASE_BOTH=cmd", testHandshake.MagicCookieKey + "=cmd"}
+	own := []string{"TEST_BASE_CMD=cmd", "TEST_BASE_BOTH=cmd", testHandshake.MagicCookieKey + "=cmd", "GORACE=" + os.Getenv("GORACE")}
 	for _, name := range protocolEnv {
 		own = append(own, name+"=cmd")
 	}
@@ -3133,7 +3128,7 @@ func BenchmarkStartToFirstReply(b *testing.B) {
 // The life and death of plugins. What needs Unix signals is in
 // life_unix_test.go.
 
-var lifeLong = flag.Bool("long", false, "let plugins live, pause and leak for as long as is promised")
+var lifeLong = flag.Bool("long", false, "let plugins live, pause and leak for as long as is promised, and calls be as large")
 
 const (
 	// lifeNotesEnv names the directory of a lab's notes.
@@ -3148,7 +3143,7 @@ func lifeCycles() int {
 	if *lifeLong {
 		return 500
 	}
-	return 60
+	return 40
 }
 
 // lab is where the processes of one test live: with a TMPDIR of their own, and
@@ -4525,6 +4520,22 @@ func callsGoroutines(t testing.TB) {
 	})
 }
 
+// callsOwn returns a function that counts the goroutines of this test, be they
+// started by others of it, and not those of tests beside it.
+func callsOwn(t testing.TB) func() int {
+	pprof.SetGoroutineLabels(pprof.WithLabels(t.Context(), pprof.Labels("test", t.Name())))
+	own := regexp.MustCompile(`(?m)^(\d+) @.*\n# labels: .*` + regexp.QuoteMeta(strconv.Quote(t.Name())))
+	return func() (n int) {
+		var profile strings.Builder
+		_ = pprof.Lookup("goroutine").WriteTo(&profile, 1)
+		for _, alike := range own.FindAllStringSubmatch(profile.String(), -1) {
+			count, _ := strconv.Atoi(alike[1])
+			n += count
+		}
+		return n
+	}
+}
+
 func callsSpawn(f func()) bool {
 	go f()
 	return true
@@ -5474,6 +5485,11 @@ func TestRegisterError(t *testing.T) {
 	first, second := errors.New("calls: the same text"), errors.New("calls: the same text")
 	RegisterError(first, second)
 	RegisterError(second)
+	t.Cleanup(func() { // or it would be the first when the test is run again
+		namedMu.Lock()
+		defer namedMu.Unlock()
+		delete(named, "registered: "+first.Error())
+	})
 	if got := knownErrors(errorNames(fmt.Errorf("wrapped: %w", first))); len(got) != 1 || got[0] != first {
 		t.Error("the first is known as", got)
 	}
@@ -5495,7 +5511,13 @@ func TestRegisterError(t *testing.T) {
 
 func TestLargeCall(t *testing.T) {
 	_, c, _ := callsPlugin(t, hclog.NewNullLogger())
-	in := make([]byte, 256<<20)
+	// Above 16 MiB gob writes a size with one byte more, and above 10 MiB it
+	// reads in pieces. Beyond that, more of it is only more of the same.
+	size := 20 << 20
+	if *lifeLong {
+		size = 256 << 20
+	}
+	in := make([]byte, size)
 	for i := 0; i < len(in); i += 4093 {
 		in[i] = byte(i)
 	}
@@ -5506,7 +5528,7 @@ func TestLargeCall(t *testing.T) {
 	if err := Call(ctx, c.Client, "Plugin.Bytes", in, &out); err != nil || !bytes.Equal(in, out) {
 		t.Errorf("%d bytes came back, %v", len(out), err)
 	}
-	t.Logf("256 MiB to and fro took %v", time.Since(began))
+	t.Logf("%d MiB to and fro took %v", size>>20, time.Since(began))
 	callsEcho(t, c.Client)
 }
 
@@ -5612,9 +5634,10 @@ func TestBrokerTimeouts(t *testing.T) {
 // Accept and Dial take five seconds, and so does everything that waits for the
 // other side; afterwards nothing is left of it.
 func TestNothingIsLeftAfterTimeout(t *testing.T) {
-	callsGoroutines(t)
+	t.Parallel()
+	goroutines := callsOwn(t)
 	host, plugin := callsBrokers(t)
-	baseline := runtime.NumGoroutine()
+	baseline := goroutines()
 	began := time.Now()
 	for i := range 300 {
 		host.ServeReader(strings.NewReader("x"))
@@ -5649,7 +5672,7 @@ func TestNothingIsLeftAfterTimeout(t *testing.T) {
 			return len(b.accepting)+len(b.parked) == 0
 		})
 	}
-	callsSoon(t, "all goroutines ended", func() bool { return runtime.NumGoroutine() <= baseline })
+	callsSoon(t, "all goroutines ended", func() bool { return goroutines() <= baseline })
 	callsTalk(t, host, plugin)
 }
 
@@ -6067,8 +6090,8 @@ func TestReader(t *testing.T) {
 	}{
 		{"empty", 0, io.EOF},
 		{"small", 5, io.EOF},
-		{"a frame", maxChunk, io.EOF},
-		{"large", 8<<20 + 1, io.EOF},
+		{"a chunk", maxChunk, io.EOF},
+		{"large", 4<<20 + 1, io.EOF},
 		{"fails at once", 0, lost},
 		{"fails half-way", 3<<20 + 7, lost},
 		{"unexpected end", 100, io.ErrUnexpectedEOF},
@@ -6195,7 +6218,7 @@ func TestReaderEarlyClose(t *testing.T) {
 // A slow reader slows the other side, however much there is to send.
 func TestReaderBoundedMemory(t *testing.T) {
 	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-		const size, most = 96 << 20, 3 << 20
+		const size, most = 32 << 20, 3 << 20
 		var sent, received, worst int64
 		var mu sync.Mutex // guards the above
 		sum, want := crc32.NewIEEE(), crc32.NewIEEE()
@@ -6238,7 +6261,7 @@ func TestReaderBoundedMemory(t *testing.T) {
 // and nothing more than a window is on the way.
 func TestWriterSlow(t *testing.T) {
 	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-		const size, most = 16 << 20, 3 << 20
+		const size, most = 8 << 20, 3 << 20
 		data := callsData(size)
 		var got bytes.Buffer
 		var taken, worst atomic.Int64

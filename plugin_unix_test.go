@@ -632,6 +632,16 @@ func lifeSignal(t testing.TB, pid int, s syscall.Signal) {
 	if err := syscall.Kill(pid, s); err != nil {
 		t.Fatalf("signalling %d: %v", pid, err)
 	}
+	if s == syscall.SIGSTOP {
+		// Its threads run on until they notice. Without /proc, we cannot.
+		lifeAwait(t, "a stop", func() bool {
+			threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+			return !slices.ContainsFunc(threads, func(name string) bool {
+				stat, err := os.ReadFile(name)
+				return err == nil && !strings.Contains(string(stat), ") T ")
+			})
+		})
+	}
 }
 
 // lifeBuffer is a bytes.Buffer for two goroutines.
