@@ -153,10 +153,13 @@ func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 
 // acknowledge tells the side that dialled that its stream has been accepted.
 func (st *stream) acknowledge(id uint32) (*stream, error) {
+	// Whoever dials leaves room for this. Nobody waits for one who does not.
+	_ = st.SetWriteDeadline(time.Unix(1, 0))
 	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
 		abort(st)
 		return nil, err
 	}
+	_ = st.SetWriteDeadline(time.Time{})
 	return st, nil
 }
 
