@@ -151,10 +151,13 @@ func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 
 // acknowledge tells the side that dialled that its stream has been accepted.
 func (st *stream) acknowledge(id uint32) (*stream, error) {
+	// Whoever dials leaves room for this. Nobody waits for one who does not.
+	_ = st.SetWriteDeadline(time.Unix(1, 0))
 	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
 		abort(st)
 		return nil, err
 	}
+	_ = st.SetWriteDeadline(time.Time{})
 	return st, nil
 }
 
@@ -162,11 +165,7 @@ func (st *stream) acknowledge(id uint32) (*stream, error) {
 func (b *MuxBroker) Dial(id uint32) (net.Conn, error) {
 	ctx, cancel := b.session.patience()
 	defer cancel()
-	st, err := b.open(ctx, id)
-	if err != nil {
-		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
-	}
-	return st, nil
+	return b.DialContext(ctx, id)
 }
 
 // DialContext opens a stream to the side that accepts id, and waits until it
@@ -182,7 +181,8 @@ func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error
 }
 
 // dial opens the stream in a goroutine of the session's, because writing may
-// block for as long as the other process is stopped.
+// block for as long as the other process is stopped, and yamux's OpenStream for
+// as long as 256 others are unanswered.
 func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
 	type result struct {
 		st  *stream

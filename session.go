@@ -540,9 +540,9 @@ func (c *frameConn) send(header, body []byte) {
 		return
 	}
 	c.lost = true
-	if d, ok := c.conn.(interface{ SetReadDeadline(time.Time) error }); ok {
-		_ = d.SetReadDeadline(time.Now().Add(lastTimeout))
-	} else {
+	// Some, as a file, have deadlines in name only.
+	d, ok := c.conn.(interface{ SetReadDeadline(time.Time) error })
+	if !ok || d.SetReadDeadline(time.Now().Add(lastTimeout)) != nil {
 		_ = c.conn.Close()
 	}
 }
