@@ -121,15 +121,14 @@ func (c *RPCClient) dispense(name string) (any, error) {
 		return nil, fmt.Errorf("the host knows no such plugin; it knows %s", strings.Join(sortedKeys(c.plugins), ", "))
 	}
 	var id uint32
-	ctx := context.Background()
-	if err := Call(ctx, c.control, "Dispenser.Dispense", name, &id); err != nil {
+	if err := Call(context.Background(), c.control, "Dispenser.Dispense", name, &id); err != nil {
 		return nil, err
 	}
-	st, err := c.broker.open(ctx, id)
+	conn, err := c.broker.Dial(id)
 	if err != nil {
 		return nil, err
 	}
-	client := newRPCClient(st, c.session.spawn)
+	client := newRPCClient(conn, c.session.spawn)
 	v, err := build(func() (any, error) { return p.Client(c.broker, client) })
 	if err != nil {
 		_ = client.Close()
