@@ -400,10 +400,11 @@ func Discover(glob, dir string) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("plugin: discovering plugins: %w", err)
 	}
-	if runtime.GOOS != "windows" { // where nothing can be escaped
-		dir = strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`).Replace(dir)
+	literally := strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`)
+	if runtime.GOOS == "windows" { // where \ escapes nothing, and no name has * or ?
+		literally = strings.NewReplacer("[", "[[]")
 	}
-	paths, err := filepath.Glob(filepath.Join(dir, glob))
+	paths, err := filepath.Glob(filepath.Join(literally.Replace(dir), glob))
 	if err != nil {
 		return nil, fmt.Errorf("plugin: discovering plugins like %q: %w", glob, err)
 	}
