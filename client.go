@@ -425,6 +425,10 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 		return ready{}, ErrProcessNotFound
 	}
 	_ = conn.Close()
+	if p != nil && p.hasEnded() {
+		_ = p.Release()
+		return ready{}, ErrProcessNotFound
+	}
 	if p != nil {
 		c.own(p)
 	}
