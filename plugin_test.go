@@ -523,6 +523,9 @@ func baseHeld(tmp string) (held []string) {
 	for _, e := range entries {
 		held = append(held, "file "+e.Name())
 	}
+	if runtime.GOOS == "windows" {
+		return held // Wine shows /proc, and there what it needs itself
+	}
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, name := range stats {
 		stat, _ := os.ReadFile(name)
@@ -3427,8 +3430,12 @@ func (*lifeServer) Child(args []string, output *string) error {
 	return nil
 }
 
-// lifeFDs is how many descriptors this process has. Without /proc, none.
+// lifeFDs is how many descriptors this process has. Without /proc, none, and
+// none on Windows, where Wine shows what it needs itself.
 func lifeFDs() int {
+	if runtime.GOOS == "windows" {
+		return 0
+	}
 	fds, _ := os.ReadDir("/proc/self/fd")
 	return len(fds)
 }
