@@ -3666,6 +3666,34 @@ func TestLifeDeath(t *testing.T) {
 	}
 }
 
+// Reattached to, a plugin that dies says what it can: the process is nobody's
+// child.
+func TestLifeReattachedDeath(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	first, _ := start(t, l.config("life"))
+	cfg := l.config("")
+	cfg.Cmd, cfg.Reattach = nil, first.ReattachConfig()
+	second, p := start(t, cfg)
+	life := dispense[*lifeClient](t, p, "life")
+	errs := life.hang(t, 2)
+	if err := life.Call("Plugin.Die", "exit 3", new(bool)); err == nil {
+		t.Error("the call in which it died did not fail")
+	}
+	for range cap(errs) {
+		if err := <-errs; !errors.As(err, new(*ExitError)) || !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("a call that was in flight failed with %T: %v", err, err)
+		}
+	}
+	for c, child := range map[*Client]bool{first: true, second: false} {
+		awaitClosed(t, "Done", c.Done())
+		var exit *ExitError
+		if !errors.As(c.Err(), &exit) || (exit.State != nil) != child {
+			t.Errorf("Err returned %+v", c.Err())
+		}
+	}
+}
+
 // The last lines of stderr are kept, and not more than 8 KiB of them.
 func TestLifeLastWords(t *testing.T) {
 	t.Parallel()
