@@ -3263,11 +3263,12 @@ func (l *lab) deserted(within time.Duration) {
 // read waits for a note and returns its text.
 func (l *lab) read(name string) string {
 	l.t.Helper()
-	lifeAwait(l.t, "the note "+name, func() bool { return l.noted(name) })
-	text, err := os.ReadFile(filepath.Join(l.notes, name))
-	if err != nil {
-		l.t.Fatal(err)
-	}
+	var text []byte
+	lifeAwait(l.t, "the note "+name, func() (ok bool) { // on Windows a new one may be locked
+		var err error
+		text, err = os.ReadFile(filepath.Join(l.notes, name))
+		return err == nil
+	})
 	return string(text)
 }
 
