@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"net"
@@ -234,6 +235,9 @@ func hostWaiter(life string) func() bool {
 			return nil
 		}
 		host, err := os.FindProcess(n)
+		if errors.Is(err, fs.ErrPermission) {
+			return nil // it runs, as another user, and must not be looked at
+		}
 		if err != nil {
 			return func() bool { return true } // gone already
 		}
