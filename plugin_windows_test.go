@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -213,5 +214,26 @@ func TestWindowsDiscover(t *testing.T) {
 	}
 	if err != nil || !slices.Equal(found, want) {
 		t.Errorf("found %v, %v; want %v", found, err, want)
+	}
+}
+
+// What the system says when it cannot run a file is told in words.
+func TestWindowsBadFile(t *testing.T) {
+	t.Parallel()
+	other := map[bool]struct{ name, machine string }{true: {"arm64", "\x64\xaa"}, false: {"amd64", "\x64\x86"}}[runtime.GOARCH == "amd64"]
+	pe := make([]byte, 4096)
+	copy(pe, "MZ")
+	pe[60] = 0x80
+	copy(pe[0x80:], "PE\x00\x00"+other.machine)
+	for text, hint := range map[string]string{
+		"hello":    "it is no program for windows/" + runtime.GOARCH,
+		string(pe): "it is built for Windows on " + other.name,
+	} {
+		cfg := newLab(t).config("")
+		cfg.Cmd.Path = filepath.Join(t.TempDir(), "greeter.exe")
+		lifeWriteProgram(t, cfg.Cmd.Path, []byte(text), 0o700)
+		if err := startError(t, NewClient(cfg)); !strings.Contains(err.Error(), hint) {
+			t.Errorf("there is no hint %q: %v", hint, err)
+		}
 	}
 }
