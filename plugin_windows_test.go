@@ -165,6 +165,7 @@ func TestWindowsStubbornStranger(t *testing.T) {
 	if first.Exited() {
 		t.Error("the process was killed")
 	}
+	awaitClosed(t, "Done", second.Done())
 	baseReturns(t, "Kill", first.Kill)
 	if !first.Exited() {
 		t.Error("its own host has not killed it")
