@@ -534,10 +534,10 @@ func (c *Client) finish(err error) {
 			c.err = err
 		}
 		c.mu.Unlock()
-		close(c.done)
 		managed.mu.Lock()
 		delete(managed.clients, c)
 		managed.mu.Unlock()
+		close(c.done) // last, because Kill waits for it
 	})
 }
 
