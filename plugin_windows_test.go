@@ -238,3 +238,42 @@ func TestWindowsBadFile(t *testing.T) {
 		}
 	}
 }
+
+// A grandchild that holds the output open keeps neither Kill nor the end of a
+// plugin that crashed from being seen.
+func TestWindowsGrandchild(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]func(*Client, *lifeClient){
+		"Kill": func(c *Client, _ *lifeClient) { c.Kill() },
+		"a crash": func(_ *Client, life *lifeClient) {
+			_ = life.Call("Plugin.Die", "panic", new(bool))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			c, p := start(t, l.config("windows parent"))
+			life := dispense[*lifeClient](t, p, "life")
+			grandchild, err := os.FindProcess(l.readPid("plugin"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer grandchild.Wait()
+			defer grandchild.Kill()
+			baseReturns(t, name, func() { end(c, life) })
+			awaitClosed(t, "Done", c.Done())
+		})
+	}
+}
+
+func init() {
+	modes["windows parent"] = func() {
+		child := exec.Command(os.Args[0])
+		child.Env = append(os.Environ(), modeEnv+"=life says nothing")
+		child.Stdout, child.Stderr = os.Stdout, os.Stderr
+		if err := child.Start(); err != nil {
+			panic(err)
+		}
+		lifeServe()
+	}
+}
