@@ -65,9 +65,10 @@ type ClientConfig struct {
 	// Managed makes CleanupClients kill the plugin.
 	Managed bool
 
-	// MinPort and MaxPort are the TCP ports among which a plugin picks one on
-	// Windows. If both are zero, any free one is taken. Elsewhere plugins use
-	// Unix sockets.
+	// MinPort and MaxPort are the TCP ports of the loopback interface among
+	// which a plugin picks one on Windows. If both are zero, any free one is
+	// taken. Any local user can connect to it: see AutoMTLS. Elsewhere plugins
+	// use Unix sockets.
 	MinPort, MaxPort uint
 
 	// StartTimeout is how long the plugin may take until its handshake. Zero
@@ -102,8 +103,9 @@ type ClientConfig struct {
 
 	// AutoMTLS encrypts the connection, with certificates that are made for
 	// this start, so that nobody but this host can connect and nobody but the
-	// plugin can answer. The plugin needs no setting. TLSConfig is ignored
-	// then, and Reattach is not possible.
+	// plugin can answer. Without it, on Windows any local user can call the
+	// plugin. The plugin needs no setting. TLSConfig is ignored then, and
+	// Reattach is not possible.
 	AutoMTLS bool
 
 	// SkipHostEnv keeps the host's environment from the plugin: it gets Cmd.Env
@@ -111,12 +113,13 @@ type ClientConfig struct {
 	SkipHostEnv bool
 
 	// UnixSocketConfig says where the plugin's socket is made and who may
-	// connect. Nil means the directory for temporary files, and this user.
+	// connect. Nil means the directory for temporary files, and this user. On
+	// Windows, where there is no socket, it is ignored.
 	UnixSocketConfig *UnixSocketConfig
 
 	// Detach lets the plugin live on when the host ends without having killed
 	// it, so that another host can reattach. Calling ReattachConfig does so,
-	// too. Otherwise the plugin ends with its host.
+	// too, but not on Windows. Otherwise the plugin ends with its host.
 	Detach bool
 }
 
@@ -141,7 +144,7 @@ type ReattachConfig struct {
 	// Addr is where the plugin listens.
 	Addr net.Addr
 	// Pid is its process. If that process is not the plugin at Addr, it is
-	// never signalled.
+	// never signalled; nor is it on Windows, where that cannot be known.
 	Pid int
 	// Test says that the plugin runs in test mode: Kill only disconnects.
 	Test bool
@@ -429,6 +432,10 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 		return ready{}, ErrProcessNotFound
 	}
 	_ = conn.Close()
+	if p != nil && p.hasEnded() {
+		_ = p.Release()
+		return ready{}, ErrProcessNotFound
+	}
 	if p != nil {
 		c.own(p)
 	}
@@ -563,6 +570,8 @@ func (c *Client) watch(p *process) {
 // been delivered then. It returns after KillTimeout and a second at the
 // latest, may be called at any time, also while Start runs, which it
 // interrupts, and more than once. A plugin in test mode is only disconnected.
+// One that was reattached to is killed only where its process is surely that of
+// the plugin, and so never on Windows; Done is closed all the same.
 func (c *Client) Kill() {
 	c.end(errKilled)
 	_, startErr := c.starting.do(context.Background(), func() (ready, error) {

@@ -403,9 +403,12 @@ func startHint(e *StartError, h *HandshakeConfig) string {
 		return "it is not executable: chmod +x"
 	case errors.Is(e.Err, fs.ErrNotExist):
 		return fmt.Sprintf("the file is there, but its interpreter is not%s", interpreter(e.Path))
-	case errors.Is(e.Err, syscall.ENOEXEC):
+	case noProgram(e.Err):
 		if kind := binaryKind(e.Path); kind != "" {
 			return fmt.Sprintf("it is built for %s, and this host runs on %s/%s", kind, runtime.GOOS, runtime.GOARCH)
+		}
+		if runtime.GOOS == "windows" {
+			return "it is no program for windows/" + runtime.GOARCH
 		}
 		return fmt.Sprintf("it is no program for %s/%s, nor a script that names its interpreter in a first line like #!/bin/sh", runtime.GOOS, runtime.GOARCH)
 	}
@@ -429,6 +432,15 @@ func hinted(err error) error {
 		return fmt.Errorf("%w: %s", err, hint)
 	}
 	return err
+}
+
+// noProgram reports whether the system does not know how to run a file.
+func noProgram(err error) bool {
+	if runtime.GOOS == "windows" {
+		const badFormat, otherMachine = syscall.Errno(193), syscall.Errno(216)
+		return errors.Is(err, badFormat) || errors.Is(err, otherMachine)
+	}
+	return errors.Is(err, syscall.ENOEXEC)
 }
 
 // fileHead reads the beginning of a file.

@@ -221,14 +221,18 @@
 // [Client.Kill] asks the plugin to quit: contexts of methods end, [Serve] returns,
 // and main runs to its end, which ends methods that still run. A process that is
 // still there after [ClientConfig].KillTimeout is killed. Use [CleanupClients] to
-// kill all plugins that are Managed. SIGTERM ends a plugin in the same gentle way;
-// SIGINT, which a terminal sends to the host, too, is left to the host.
+// kill all plugins that are Managed. SIGTERM ends a plugin in the same gentle way,
+// and so does what Windows has for it: a console that is closed, a user who logs
+// off. SIGINT, which a terminal sends to the host, too, is left to the host.
 //
 // A plugin whose host is gone, killed or crashed or exited, ends by itself: Serve
 // returns, and a second and a half later the process exits in any case. It notices
 // as soon as it has entered Serve. With [ClientConfig].Detach, and after
 // [Client.ReattachConfig], it lives on instead, and another host can use it, with
 // [ClientConfig].Reattach. Programs that a plugin has started are its own business.
+// Windows is different in three things: only Detach lets a plugin live on; one that
+// was reattached to is asked to quit and never killed; and one that runs as another
+// user, who must not look at the host's process, does not notice its end.
 // A plugin of ours survives a go-plugin host, and a go-plugin plugin may survive a
 // host of ours.
 //
@@ -401,10 +405,11 @@ func Discover(glob, dir string) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("plugin: discovering plugins: %w", err)
 	}
-	if runtime.GOOS != "windows" { // where nothing can be escaped
-		dir = strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`).Replace(dir)
+	literally := strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`)
+	if runtime.GOOS == "windows" { // where \ escapes nothing, and no name has * or ?
+		literally = strings.NewReplacer("[", "[[]")
 	}
-	paths, err := filepath.Glob(filepath.Join(dir, glob))
+	paths, err := filepath.Glob(filepath.Join(literally.Replace(dir), glob))
 	if err != nil {
 		return nil, fmt.Errorf("plugin: discovering plugins like %q: %w", glob, err)
 	}

@@ -71,6 +71,7 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, "no such mode:", mode)
 			os.Exit(64)
 		}
+		signIn()
 		run()
 		return
 	}
@@ -87,6 +88,7 @@ func runTests(m *testing.M) int {
 	}
 	defer os.RemoveAll(tmp)
 	os.Setenv("TMPDIR", tmp)
+	os.Setenv("TMP", tmp) // on Windows
 	// The race detector makes every process sleep a second before it exits.
 	os.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE"))
 	goroutines, held := runtime.NumGoroutine(), baseHeld(tmp)
@@ -123,9 +125,34 @@ func leftovers(tmp string, goroutines int, held []string) string {
 	}
 }
 
+var signedIn *os.File // by signIn
+
+// signIn lets processesWith find this process on Windows, where nobody can read
+// its environment, but nobody can remove a file either that it holds open.
+func signIn() {
+	if runtime.GOOS != "windows" {
+		return
+	}
+	if dir := cmp.Or(os.Getenv(lifeNotesEnv), os.Getenv("TMPDIR")); dir != "" {
+		signedIn, _ = os.Create(filepath.Join(dir, fmt.Sprintf("process-%d", os.Getpid())))
+	}
+}
+
 // processesWith returns the processes but this one that were started with a
-// variable in their environment and are not zombies. Without /proc, none.
+// variable in their environment and are not zombies. On Windows the variable
+// must be one that signIn uses; elsewhere without /proc, there are none.
 func processesWith(variable string) (pids []int) {
+	if runtime.GOOS == "windows" {
+		_, dir, _ := strings.Cut(variable, "=")
+		files, _ := filepath.Glob(filepath.Join(dir, "process-*"))
+		for _, file := range files {
+			_, number, _ := strings.Cut(filepath.Base(file), "-")
+			if pid, err := strconv.Atoi(number); err == nil && os.Remove(file) != nil {
+				pids = append(pids, pid)
+			}
+		}
+		return pids
+	}
 	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, dir := range dirs {
 		pid, _ := strconv.Atoi(filepath.Base(dir))
@@ -483,9 +510,16 @@ func baseClean(t testing.TB) {
 // same temporary directory, the files there and, where /proc tells, this
 // process's descriptors.
 func baseHeld(tmp string) (held []string) {
+	for _, pid := range processesWith("TMPDIR=" + tmp) {
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		held = append(held, fmt.Sprintf("process %d: %q", pid, cmdline))
+	}
 	entries, _ := os.ReadDir(tmp)
 	for _, e := range entries {
 		held = append(held, "file "+e.Name())
+	}
+	if runtime.GOOS == "windows" {
+		return held // Wine shows /proc, and there what it needs itself
 	}
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, name := range stats {
@@ -494,10 +528,6 @@ func baseHeld(tmp string) (held []string) {
 		if f := strings.Fields(after); len(f) > 1 && f[1] == strconv.Itoa(os.Getpid()) {
 			held = append(held, fmt.Sprintf("child %s (%s)", filepath.Base(filepath.Dir(name)), f[0]))
 		}
-	}
-	for _, pid := range processesWith("TMPDIR=" + tmp) {
-		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		held = append(held, fmt.Sprintf("process %d: %q", pid, cmdline))
 	}
 	fds, _ := filepath.Glob("/proc/self/fd/*")
 	for _, fd := range fds {
@@ -1737,7 +1767,10 @@ func TestOutputUnderWay(t *testing.T) {
 	stdout, stderr := &baseGate{open: make(chan struct{})}, &baseGate{open: make(chan struct{})}
 	cfg.SyncStdout, cfg.SyncStderr = stdout, stderr
 	c, p := start(t, cfg)
-	const size = streamWindow + 80<<10
+	size := streamWindow + 80<<10
+	if runtime.GOOS == "windows" { // whose pipes hold 4 KiB, and not 64
+		size = streamWindow + 20<<10
+	}
 	out, errs := basePattern("stdout", size), basePattern("stderr", size)
 	client := dispense[*rpc.Client](t, p, "base")
 	if err := client.Call("Plugin.Print", BaseOutput{Stdout: out, Stderr: errs}, &struct{}{}); err != nil {
@@ -1869,6 +1902,7 @@ func readBaseTicket(text string) *ReattachConfig {
 func baseFirstHost() {
 	cfg := baseConfig("base-versions", baseVersionsEnv+"=1,2,9")
 	cfg.Plugins, cfg.VersionedPlugins = nil, baseVersions("1,2")
+	cfg.Detach = runtime.GOOS == "windows" // where ReattachConfig does not do it
 	c := NewClient(cfg)
 	if _, err := c.Client(); err != nil {
 		fmt.Println(err)
@@ -2029,7 +2063,11 @@ func TestReattachToNobody(t *testing.T) {
 func TestReattachWithWrongPid(t *testing.T) {
 	t.Parallel()
 	innocent, check := baseInnocent(t)
-	silent, err := net.Listen("unix", filepath.Join(baseShortDir(t), "plugin-1-1"))
+	network, address := "unix", filepath.Join(baseShortDir(t), "plugin-1-1")
+	if runtime.GOOS == "windows" {
+		network, address = "tcp", "127.0.0.1:0"
+	}
+	silent, err := net.Listen(network, address)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2434,7 +2472,10 @@ func TestConfigIsKept(t *testing.T) {
 	cfg := baseConfig("base")
 	roomy := func(s []string) []string { return append(make([]string, 0, len(s)+5), s...) }
 	cfg.Cmd.Env, cfg.Cmd.Args = roomy(cfg.Cmd.Env), roomy(cfg.Cmd.Args)
-	cfg.Cmd.ExtraFiles = append(make([]*os.File, 0, 8), r)
+	cfg.Cmd.ExtraFiles = make([]*os.File, 0, 8)
+	if runtime.GOOS != "windows" { // where there can be none
+		cfg.Cmd.ExtraFiles = append(cfg.Cmd.ExtraFiles, r)
+	}
 	set := PluginSet{} // of pointers, which can be compared
 	for name, p := range cfg.Plugins {
 		p := p.(testPlugin)
@@ -3219,11 +3260,12 @@ func (l *lab) deserted(within time.Duration) {
 // read waits for a note and returns its text.
 func (l *lab) read(name string) string {
 	l.t.Helper()
-	lifeAwait(l.t, "the note "+name, func() bool { return l.noted(name) })
-	text, err := os.ReadFile(filepath.Join(l.notes, name))
-	if err != nil {
-		l.t.Fatal(err)
-	}
+	var text []byte
+	lifeAwait(l.t, "the note "+name, func() (ok bool) { // on Windows a new one may be locked
+		var err error
+		text, err = os.ReadFile(filepath.Join(l.notes, name))
+		return err == nil
+	})
 	return string(text)
 }
 
@@ -3386,8 +3428,12 @@ func (*lifeServer) Child(args []string, output *string) error {
 	return nil
 }
 
-// lifeFDs is how many descriptors this process has. Without /proc, none.
+// lifeFDs is how many descriptors this process has. Without /proc, none, and
+// none on Windows, where Wine shows what it needs itself.
 func lifeFDs() int {
+	if runtime.GOOS == "windows" {
+		return 0
+	}
 	fds, _ := os.ReadDir("/proc/self/fd")
 	return len(fds)
 }
@@ -3491,29 +3537,33 @@ func init() {
 	}
 	modes["life prints and stays"] = func() {
 		fmt.Println("welcome to the jungle")
-		select {}
+		time.Sleep(baseForever) // what waits for nothing is a deadlock
 	}
 	modes["life says nothing"] = func() {
 		note("plugin", strconv.Itoa(os.Getpid()))
-		<-make(chan int)
+		time.Sleep(baseForever)
 	}
 	modes["life exits"] = func() { os.Exit(7) }
 	modes["life speaks gRPC"] = func() {
 		fmt.Println("1|3|unix|/tmp/none|grpc|")
-		select {}
+		time.Sleep(baseForever)
 	}
 	modes["life speaks gibberish"] = func() {
 		fmt.Println("1|three|unix")
-		select {}
+		time.Sleep(baseForever)
 	}
 	modes["life deaf"] = func() {
 		// It is there and listens, but nobody is at home.
-		lis, err := net.Listen("unix", filepath.Join(os.Getenv(EnvUnixSocketDir), "deaf"))
+		network, address := "unix", filepath.Join(os.Getenv(EnvUnixSocketDir), "deaf")
+		if runtime.GOOS == "windows" {
+			network, address = "tcp", "127.0.0.1:0"
+		}
+		lis, err := net.Listen(network, address)
 		if err != nil {
 			panic(err)
 		}
-		fmt.Printf("1|3|unix|%s|netrpc|\n", lis.Addr())
-		select {}
+		fmt.Printf("1|3|%s|%s|netrpc|\n", network, lis.Addr())
+		time.Sleep(baseForever)
 	}
 }
 
@@ -3525,7 +3575,8 @@ func lifeNamed(t testing.TB, name string) string {
 		name += ".exe"
 	}
 	path := filepath.Join(t.TempDir(), name)
-	if os.Link(os.Args[0], path) == nil {
+	// On Windows a link to a binary that runs cannot be removed.
+	if runtime.GOOS != "windows" && os.Link(os.Args[0], path) == nil {
 		return path
 	}
 	data, err := os.ReadFile(os.Args[0])
@@ -3610,6 +3661,34 @@ func TestLifeDeath(t *testing.T) {
 				t.Errorf("after Kill, Err is %v", c.Err())
 			}
 		})
+	}
+}
+
+// Reattached to, a plugin that dies says what it can: the process is nobody's
+// child.
+func TestLifeReattachedDeath(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	first, _ := start(t, l.config("life"))
+	cfg := l.config("")
+	cfg.Cmd, cfg.Reattach = nil, first.ReattachConfig()
+	second, p := start(t, cfg)
+	life := dispense[*lifeClient](t, p, "life")
+	errs := life.hang(t, 2)
+	if err := life.Call("Plugin.Die", "exit 3", new(bool)); err == nil {
+		t.Error("the call in which it died did not fail")
+	}
+	for range cap(errs) {
+		if err := <-errs; !errors.As(err, new(*ExitError)) || !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("a call that was in flight failed with %T: %v", err, err)
+		}
+	}
+	for c, child := range map[*Client]bool{first: true, second: false} {
+		awaitClosed(t, "Done", c.Done())
+		var exit *ExitError
+		if !errors.As(c.Err(), &exit) || (exit.State != nil) != child {
+			t.Errorf("Err returned %+v", c.Err())
+		}
 	}
 }
 
@@ -3771,6 +3850,10 @@ func TestLifeStartError(t *testing.T) {
 		return func(_ testing.TB, cfg *ClientConfig) { cfg.Cmd = exec.Command(path) }
 	}
 	soon := func(_ testing.TB, cfg *ClientConfig) { cfg.StartTimeout = 3 * time.Second }
+	noFile := fs.ErrNotExist
+	if runtime.GOOS == "windows" { // where os/exec looks for it with other endings
+		noFile = exec.ErrNotFound
+	}
 	for _, test := range []lifeFailure{
 		{name: "exit", mode: "life exits", code: 7},
 		{name: "print and exit", mode: "life prints and exits", code: 0, stdout: "welcome to the jungle", stderr: "so long", hint: "plugin.Serve"},
@@ -3781,7 +3864,7 @@ func TestLifeStartError(t *testing.T) {
 		}},
 		{name: "gRPC", mode: "life speaks gRPC", code: -1, hint: "gRPC|net/rpc"},
 		{name: "gibberish", mode: "life speaks gibberish", code: -1, hint: "handshake"},
-		{name: "no file", edit: runs("/no/such/file"), code: -1, hint: "no such file", is: fs.ErrNotExist},
+		{name: "no file", edit: runs("/no/such/file"), code: -1, hint: "no such file", is: noFile},
 		{name: "not in PATH", edit: runs("no-such-program"), code: -1, is: exec.ErrNotFound},
 		// What fails in Serve, is told on stderr.
 		{name: "bad TLSProvider", mode: "life without TLS", code: 1, stderr: "the key is in the other trousers"},
@@ -4058,8 +4141,12 @@ func TestLifeCleanHouse(t *testing.T) {
 	cfg.AutoMTLS = true
 	_, p := start(t, cfg)
 	life := dispense[*lifeClient](t, p, "life")
+	env := []string{"env"}
+	if runtime.GOOS == "windows" {
+		env = []string{"cmd", "/c", "set"}
+	}
 	var child string
-	if err := life.Call("Plugin.Child", []string{"env"}, &child); err != nil {
+	if err := life.Call("Plugin.Child", env, &child); err != nil {
 		t.Fatal(err)
 	}
 	for name, env := range map[string][]string{"plugin": life.self(t).Env, "child": strings.Split(child, "\n")} {

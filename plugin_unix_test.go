@@ -742,34 +742,6 @@ func init() {
 	}
 }
 
-// Reattached to, a plugin that dies says what it can: the process is nobody's
-// child.
-func TestLifeReattachedDeath(t *testing.T) {
-	t.Parallel()
-	l := newLab(t)
-	first, _ := start(t, l.config("life"))
-	cfg := l.config("")
-	cfg.Cmd, cfg.Reattach = nil, first.ReattachConfig()
-	second, p := start(t, cfg)
-	life := dispense[*lifeClient](t, p, "life")
-	errs := life.hang(t, 2)
-	if err := life.Call("Plugin.Die", "exit 3", new(bool)); err == nil {
-		t.Error("the call in which it died did not fail")
-	}
-	for range cap(errs) {
-		if err := <-errs; !errors.As(err, new(*ExitError)) || !errors.Is(err, io.ErrUnexpectedEOF) {
-			t.Errorf("a call that was in flight failed with %T: %v", err, err)
-		}
-	}
-	for c, child := range map[*Client]bool{first: true, second: false} {
-		awaitClosed(t, "Done", c.Done())
-		var exit *ExitError
-		if !errors.As(c.Err(), &exit) || (exit.State != nil) != child {
-			t.Errorf("Err returned %+v", c.Err())
-		}
-	}
-}
-
 // Under a host made with go-plugin a plugin survives, as it does there.
 func TestLifeOtherHost(t *testing.T) {
 	t.Parallel()

@@ -50,6 +50,7 @@ type process struct {
 	name      string
 	addr      net.Addr      // of a plugin that was reattached to
 	abandoned chan struct{} // closed when its end is not waited for any more
+	ended     chan struct{} // on Windows, closed when it has ended; see hasEnded
 
 	cmd      *exec.Cmd // a copy of given
 	given    *exec.Cmd // the caller's
@@ -417,7 +418,7 @@ func findProcess(rc *ReattachConfig, logger hclog.Logger) (*process, error) {
 // alive reports whether a process that need not be our child still runs.
 func (p *process) alive() bool {
 	if runtime.GOOS == "windows" {
-		return true // it was found, and nothing more can be known
+		return true // it was found; see hasEnded
 	}
 	if p.Signal(syscall.Signal(0)) != nil {
 		return false
@@ -430,6 +431,21 @@ func (p *process) alive() bool {
 	}
 	_, after, _ := bytes.Cut(stat, []byte(") "))
 	return !bytes.HasPrefix(after, []byte("Z"))
+}
+
+// hasEnded reports whether a process that is not our child had ended when it
+// was found. Windows finds it as long as anybody holds it, and only waiting
+// tells. It is called once, before wait.
+func (p *process) hasEnded() bool {
+	if runtime.GOOS != "windows" {
+		return !p.alive()
+	}
+	p.ended = make(chan struct{})
+	go func() { // ends with the process; nothing could end it sooner
+		defer close(p.ended)
+		_, _ = p.Wait()
+	}()
+	return waitFor(pollInterval, p.ended)
 }
 
 // mine reports whether the process is surely the plugin. Our child is. Another
@@ -481,13 +497,8 @@ func (p *process) waitStranger() {
 		_ = p.Release()
 		return
 	}
-	ended := make(chan struct{})
-	go func() { // ends with the process; nothing could end it sooner
-		defer close(ended)
-		_, _ = p.Wait()
-	}()
 	select {
-	case <-ended:
+	case <-p.ended:
 	case <-p.abandoned:
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"net"
@@ -82,6 +83,8 @@ type ServeTestConfig struct {
 // main calls it and little else. It returns when the host has asked the plugin
 // to quit, when the host is gone, and on SIGTERM and SIGHUP; what main does
 // then it should do in two seconds. An interrupt (SIGINT) is left to the host.
+// On Windows the closing of its console and the end of the user's session count
+// as SIGTERM, and Ctrl-C as SIGINT.
 //
 // While it serves, os.Stdout and os.Stderr go to the host; before and after,
 // they are the process's own. The variables of the handshake are removed from
@@ -236,6 +239,9 @@ func hostWaiter(life string) func() bool {
 			return nil
 		}
 		host, err := os.FindProcess(n)
+		if errors.Is(err, fs.ErrPermission) {
+			return nil // it runs, as another user, and must not be looked at
+		}
 		if err != nil {
 			return func() bool { return true } // gone already
 		}
