@@ -261,8 +261,8 @@
 // [Client.ID] is its pid, and the host waits as long as that takes, but for
 // [ClientConfig].StartTimeout before the handshake and the contexts of its own
 // calls. With a Logger at Debug the host logs when the plugin starts and ends, and
-// why connections and streams did; with one at Trace, every frame of the
-// connection, too: its direction, type, flags, stream and length.
+// why connections and streams did; with one at Trace, under the name "wire", it
+// logs the direction, type, flags, stream and length of every frame, too.
 //
 // # Concurrency
 //

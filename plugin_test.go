@@ -430,6 +430,9 @@ type baseRecords struct {
 }
 
 func (r *baseRecords) Accept(name string, level hclog.Level, msg string, args ...any) {
+	if strings.HasSuffix(name, ".wire") {
+		return // the frames
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.all = append(r.all, baseRecord{name, level, msg, append([]any(nil), args...)})

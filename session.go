@@ -114,10 +114,11 @@ type tracedFrame struct {
 // it, because the logger is the caller's.
 func (s *session) logFrames() {
 	defer func() { _ = recover() }()
+	logger := s.logger.Named("wire")
 	for {
 		select {
 		case f := <-s.frames.trace:
-			f.log(s.logger)
+			f.log(logger)
 		case <-s.ended():
 			return
 		}
