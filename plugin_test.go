@@ -5206,6 +5206,7 @@ var callsUnsendable = []callsBad{
 }
 
 func TestOneBadValueFailsOneCall(t *testing.T) {
+	t.Parallel()
 	for _, wire := range callsWires {
 		for kind, bad := range map[string]struct {
 			calls []callsBad
@@ -5922,6 +5923,7 @@ func TestBrokerDuplicateDial(t *testing.T) {
 
 // Ten thousand streams are open at once, and each is its own.
 func TestTenThousandStreams(t *testing.T) {
+	t.Parallel()
 	const streams = 10000
 	b, raw := callsRaw(t)
 	type result struct {
@@ -6172,6 +6174,7 @@ func callsData(n int) []byte {
 }
 
 func TestReader(t *testing.T) {
+	t.Parallel()
 	lost := fmt.Errorf("the disk is gone: %w", fs.ErrPermission)
 	for _, test := range []struct {
 		name string
@@ -6350,6 +6353,7 @@ func TestReaderBoundedMemory(t *testing.T) {
 // Close waits until the far writer has taken everything, however slow it is,
 // and nothing more than a window is on the way.
 func TestWriterSlow(t *testing.T) {
+	t.Parallel()
 	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
 		const size, most = 8 << 20, 3 << 20
 		data := callsData(size)
@@ -6398,6 +6402,7 @@ func TestWriterSlow(t *testing.T) {
 }
 
 func TestWriterFails(t *testing.T) {
+	t.Parallel()
 	full := fmt.Errorf("the disk is full: %w", errCallsKnown)
 	for _, test := range []struct {
 		name  string
@@ -6776,6 +6781,7 @@ func rawStream(t testing.TB) (*MuxBroker, *stream, *yamux.Stream) {
 
 // A Write stops where the window ends, and goes on when it is read.
 func TestWriteWaitsForTheReader(t *testing.T) {
+	t.Parallel()
 	_, st, raw := rawStream(t)
 	sent := make([]byte, 5*firstWindow+123)
 	_, _ = cryptorand.Read(sent)
@@ -6837,13 +6843,14 @@ func TestWriteEnds(t *testing.T) {
 
 // The frames are found wherever reads cut them.
 func TestFramesInPieces(t *testing.T) {
+	t.Parallel()
 	a, b := TestConn(t)
 	host := callsBroker(t, struct {
 		io.Reader
 		io.WriteCloser
 	}{iotest.OneByteReader(a), a}, true)
 	plugin := callsBroker(t, b, false)
-	sent := make([]byte, 3*firstWindow)
+	sent := make([]byte, firstWindow+1000)
 	_, _ = cryptorand.Read(sent)
 	id := plugin.ServeReader(bytes.NewReader(sent))
 	r, err := host.DialReader(id)
@@ -6951,6 +6958,7 @@ func TestFlowNoDeadlines(t *testing.T) {
 
 // Dial knows a bound also towards a peer that answers pings and takes no streams.
 func TestFlowDialIsBounded(t *testing.T) {
+	t.Parallel()
 	b, _ := callsRaw(t) // never accepts
 	ctx, cancel := context.WithCancel(context.Background())
 	var all sync.WaitGroup
@@ -6983,6 +6991,7 @@ func TestFlowAcceptIsBounded(t *testing.T) {
 
 // The account agrees with that of a stock peer after any traffic.
 func TestFlowAccount(t *testing.T) {
+	t.Parallel()
 	for seed := range int64(5) {
 		b, st, raw := rawStream(t)
 		r := rand.New(rand.NewPCG(0, uint64(seed)))
@@ -7077,6 +7086,11 @@ func flowTLS(t testing.TB, a, b net.Conn) (net.Conn, net.Conn) {
 // Streams opened, used, half closed, given up and broken off in any order
 // leave nothing behind at either end.
 func TestFlowChurn(t *testing.T) {
+	t.Parallel()
+	rounds := 3
+	if *lifeLong {
+		rounds = 100
+	}
 	for name, conns := range flowConns(t) {
 		t.Run(name, func(t *testing.T) {
 			x, y := conns()
@@ -7086,7 +7100,7 @@ func TestFlowChurn(t *testing.T) {
 				crowd.Go(func() {
 					r := rand.New(rand.NewPCG(0, uint64(i)))
 					here, there := sides[i%2], sides[1-i%2]
-					for range 30 {
+					for range rounds {
 						id := here.NextId()
 						how := r.IntN(5)
 						size := r.IntN(700<<10) >> r.IntN(15)
@@ -7171,6 +7185,7 @@ func TestFlowChurn(t *testing.T) {
 // What waits for a socket that takes no more ends with the session, from
 // either side.
 func TestFlowStuckSocket(t *testing.T) {
+	t.Parallel()
 	for name, conns := range flowConns(t) {
 		for _, here := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s, closed here: %v", name, here), func(t *testing.T) {

@@ -346,7 +346,7 @@ func TestTestModeSignals(t *testing.T) {
 
 // ==== Life and death ====
 
-var lifeTorture = flag.Duration("torture", 3*time.Second, "how long hosts and plugins are tortured")
+var lifeTorture = flag.Duration("torture", 2*time.Second, "how long hosts and plugins are tortured")
 
 // orphanBound is how long a plugin may outlive its host.
 const orphanBound = 2 * time.Second
