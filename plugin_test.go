@@ -6852,12 +6852,17 @@ func TestFramesInPieces(t *testing.T) {
 	plugin := callsBroker(t, b, false)
 	sent := make([]byte, firstWindow+1000)
 	_, _ = cryptorand.Read(sent)
-	id := plugin.ServeReader(bytes.NewReader(sent))
-	r, err := host.DialReader(id)
+	w, err := plugin.DialWriter(host.ServeWriter(io.Discard))
 	if err != nil {
 		t.Fatal(err)
 	}
-	w, err := plugin.DialWriter(host.ServeWriter(io.Discard))
+	if _, err := w.Write(sent); err != nil {
+		t.Error(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Error(err)
+	}
+	r, err := host.DialReader(plugin.ServeReader(bytes.NewReader(sent)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -6866,12 +6871,6 @@ func TestFramesInPieces(t *testing.T) {
 		t.Errorf("%d bytes were read, %v", len(got), err)
 	}
 	r.Close()
-	if _, err := w.Write(sent); err != nil {
-		t.Error(err)
-	}
-	if err := w.Close(); err != nil {
-		t.Error(err)
-	}
 	for _, b := range []*MuxBroker{host, plugin} {
 		callsSoon(t, "all streams were gone", func() bool { return streamsOf(b) == 0 })
 	}

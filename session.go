@@ -8,7 +8,6 @@ import (
 	"io"
 	"math"
 	"net"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -381,10 +380,8 @@ const (
 	flagRST = 8
 )
 
-// Read reads for yamux. The goroutine that waits for what has been read before
-// goes first: there may be nothing more to read yet.
+// Read reads for yamux.
 func (c *frameConn) Read(p []byte) (int, error) {
-	runtime.Gosched()
 	n, err := c.conn.Read(p)
 	for b := p[:n]; len(b) > 0; {
 		if c.body > 0 {
