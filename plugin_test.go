@@ -3510,6 +3510,13 @@ func init() {
 		lifeServe()
 		note("main has finished", "")
 	}
+	modes["life finishing"] = func() {
+		note("plugin", strconv.Itoa(os.Getpid()))
+		lifeServe()
+		note("main is finishing", "")
+		awaitNote("finish")
+		note("main has finished", "")
+	}
 	modes["life endless"] = func() {
 		note("plugin", strconv.Itoa(os.Getpid()))
 		lifeServe()

@@ -587,6 +587,30 @@ func TestLifeOrphan(t *testing.T) {
 	}
 }
 
+// The signal that ended the host may reach the plugin later. It lets main finish.
+func TestLifeOrphanLateSignal(t *testing.T) {
+	t.Parallel()
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			host := lifeHost{Plugin: "life finishing", At: "idle"}.start(l)
+			l.read("host is ready")
+			pid := l.readPid("plugin")
+			host.kill(t)
+			l.read("main is finishing")
+			if err := syscall.Kill(pid, sig); err != nil {
+				t.Error(err)
+			}
+			l.write("finish", "")
+			l.deserted(orphanBound + slack)
+			if !l.noted("main has finished") {
+				t.Error("main has not finished")
+			}
+		})
+	}
+}
+
 // A main that goes on when its host is gone is ended.
 func TestLifeOrphanEndless(t *testing.T) {
 	t.Parallel()

@@ -574,7 +574,7 @@ func waitFor(timeout time.Duration, chans ...chan struct{}) bool {
 	return true
 }
 
-func isClosed(ch chan struct{}) bool {
+func isClosed(ch <-chan struct{}) bool {
 	select {
 	case <-ch:
 		return true

@@ -144,8 +144,13 @@ func serve(config *ServeConfig) error {
 	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
 		signal.Notify(terminate, syscall.SIGHUP)
 	}
-	defer signal.Stop(terminate)
 	orphaned := watchHost(env[envHost], env[EnvUnixSocketDir])
+	defer func() {
+		// The signal that ended the host may be under way to this process, too.
+		if !isClosed(orphaned) {
+			signal.Stop(terminate)
+		}
+	}()
 
 	s, err := newServing(config, env, logger)
 	if err != nil {
