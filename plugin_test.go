@@ -7924,6 +7924,7 @@ func TestForeignLifeline(t *testing.T) {
 			t.Errorf("%q is watched", life)
 		}
 	}
+	runtime.GC()
 	if _, err := f.Read(make([]byte, 1)); err != nil {
 		t.Error("the file cannot be read any more:", err)
 	}

@@ -216,6 +216,10 @@ func watchHost(life, dir string) <-chan struct{} {
 	return orphaned
 }
 
+// foreign is what hostWaiter was told of and is no pipe. It is kept, because a
+// file that nobody has is closed.
+var foreign []*os.File
+
 // hostWaiter returns a function that waits for the end of the host and reports
 // true, or false if the host has let the plugin go. It returns nil if there is
 // no such thing: go-plugin's hosts are not watched.
@@ -227,11 +231,12 @@ func hostWaiter(life string) func() bool {
 		}
 		// Whoever stands between may have closed it, and the number may be
 		// another file's by now.
-		info, err := os.Stat(fmt.Sprintf("/dev/fd/%d", n))
+		pipe := os.NewFile(uintptr(n), "lifeline")
+		info, err := pipe.Stat()
 		if err != nil || info.Mode()&os.ModeNamedPipe == 0 {
+			foreign = append(foreign, pipe)
 			return nil
 		}
-		pipe := os.NewFile(uintptr(n), "lifeline")
 		return func() bool {
 			defer pipe.Close()
 			_, err := pipe.Read(make([]byte, 1))
