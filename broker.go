@@ -36,12 +36,12 @@ type MuxBroker struct {
 	ids     atomic.Uint32
 
 	mu        sync.Mutex // guards the fields below
-	accepting map[uint32]chan *stream
+	accepting map[uint32]chan result
 	parked    map[uint32]*stream // dialled before they were accepted
 }
 
 func newMuxBroker(s *session) *MuxBroker {
-	return &MuxBroker{session: s, accepting: make(map[uint32]chan *stream), parked: make(map[uint32]*stream)}
+	return &MuxBroker{session: s, accepting: make(map[uint32]chan result), parked: make(map[uint32]*stream)}
 }
 
 // NextId returns a number that names a stream. Numbers made by the host, those
@@ -112,26 +112,33 @@ func (b *MuxBroker) AcceptContext(ctx context.Context, id uint32) (net.Conn, err
 	return st, nil
 }
 
+// result is a stream, or why there is none.
+type result struct {
+	st  *stream
+	err error
+}
+
 func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 	b.mu.Lock()
 	st := b.parked[id]
 	delete(b.parked, id)
-	if st != nil {
-		b.mu.Unlock()
-		return st.acknowledge(id)
-	}
-	if b.accepting[id] != nil {
+	if st == nil && b.accepting[id] != nil {
 		b.mu.Unlock()
 		return nil, errors.New("it is being accepted already")
 	}
-	dialled := make(chan *stream, 1)
-	b.accepting[id] = dialled
+	dialled := make(chan result, 1)
+	if st == nil {
+		b.accepting[id] = dialled
+	}
 	b.mu.Unlock()
+	if st != nil {
+		b.session.spawn(func() { dialled <- st.acknowledge(id) })
+	}
 
 	var err error
 	select {
-	case st := <-dialled:
-		return st.acknowledge(id)
+	case r := <-dialled:
+		return r.st, r.err
 	case <-ctx.Done():
 		err = fmt.Errorf("the other side has not dialled it: %w", waited(ctx))
 	case <-b.session.ended():
@@ -144,21 +151,32 @@ func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 	}
 	b.mu.Unlock()
 	if !waiting { // it came in the same moment
-		return (<-dialled).acknowledge(id)
+		b.session.discard(dialled)
 	}
 	return nil, err
 }
 
+// discard ends a stream that comes too late.
+func (s *session) discard(late chan result) {
+	s.spawn(func() {
+		if r := <-late; r.err == nil {
+			abort(r.st)
+		}
+	})
+}
+
 // acknowledge tells the side that dialled that its stream has been accepted.
-func (st *stream) acknowledge(id uint32) (*stream, error) {
+// Writing may block for as long as the other process is stopped, so this is
+// for the session's goroutines.
+func (st *stream) acknowledge(id uint32) result {
 	// Whoever dials leaves room for this. Nobody waits for one who does not.
 	_ = st.SetWriteDeadline(time.Unix(1, 0))
 	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
 		abort(st)
-		return nil, err
+		return result{err: err}
 	}
 	_ = st.SetWriteDeadline(time.Time{})
-	return st, nil
+	return result{st: st}
 }
 
 // Dial is [MuxBroker.DialContext] with the five seconds of Accept.
@@ -184,10 +202,6 @@ func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error
 // block for as long as the other process is stopped, and yamux's OpenStream for
 // as long as 256 others are unanswered.
 func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
-	type result struct {
-		st  *stream
-		err error
-	}
 	done := make(chan result, 1)
 	open := func() {
 		st, err := b.open(ctx, id)
@@ -200,11 +214,7 @@ func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
 	case r := <-done:
 		return r.st, r.err
 	case <-ctx.Done():
-		b.session.spawn(func() {
-			if r := <-done; r.err == nil {
-				abort(r.st)
-			}
-		})
+		b.session.discard(done)
 		return nil, fmt.Errorf("the other side has not accepted it: %w", waited(ctx))
 	}
 }
@@ -272,13 +282,13 @@ func (b *MuxBroker) deliver(id uint32, st *stream) {
 	switch {
 	case dialled != nil:
 		delete(b.accepting, id)
-		dialled <- st // has room
 	case free:
 		b.parked[id] = st
 	}
 	b.mu.Unlock()
 	switch {
-	case dialled != nil: // who accepts announces it
+	case dialled != nil:
+		dialled <- st.acknowledge(id) // has room
 	case free:
 		// yamux has an end of streams that nobody knows of here.
 		st.announce()

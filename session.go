@@ -25,8 +25,14 @@ const (
 	socketBuffer = 1 << 20
 	// maxJoined is the longest body that is copied behind its header.
 	maxJoined = 4 << 10
-	// lastTimeout is how long a connection that takes nothing more is read.
+	// lastTimeout is how long a connection that takes nothing more is read, and
+	// how long the ends of streams may take to be written at the end.
 	lastTimeout = 250 * time.Millisecond
+	// maxStreams is how many streams there may be at a time. The other side can
+	// open them, and leave them open here by not closing its end.
+	maxStreams = 1 << 16
+	// maxPings is how many pings may wait for their answers to be written.
+	maxPings = 1 << 14
 )
 
 // session is one connection: a yamux session, what runs on it, and why it ended.
@@ -42,9 +48,10 @@ type session struct {
 
 	ending atomic.Bool // this side has asked the other to end, or will now
 
-	mu      sync.Mutex // guards closing, and adding to running
+	mu      sync.Mutex // guards closing, and adding to the rest
 	closing bool       // this side has ended the session
 	running sync.WaitGroup
+	ends    sync.WaitGroup // streams whose end is being written
 }
 
 // newSession begins a session on conn. Methods are served on it until ctx
@@ -195,13 +202,15 @@ func (s *session) isClosing() bool {
 	return s.closing
 }
 
-// close ends the session and waits for its goroutines.
+// close ends the session and waits for its goroutines, except one that is
+// inside the caller's own code: a GobEncode, say.
 func (s *session) close() {
 	s.ending.Store(true)
 	s.mu.Lock()
 	s.closing = true
 	s.mu.Unlock()
 	s.cancel()
+	waitFor(lastTimeout, allDone(&s.ends))
 	// Readers of yamux's streams spin between the beginning of a Close and the
 	// end of receiving. So receiving is ended first, if the connection lets it.
 	_ = s.frames.Close()
@@ -210,7 +219,17 @@ func (s *session) close() {
 	case <-time.After(lastTimeout):
 	}
 	_ = s.mux.Close()
-	s.running.Wait()
+	waitFor(reapTimeout, allDone(&s.running))
+}
+
+// allDone returns a channel that is closed when all of a group is done.
+func allDone(group *sync.WaitGroup) chan struct{} {
+	done := make(chan struct{})
+	go func() { // ends with the group
+		group.Wait()
+		close(done)
+	}()
+	return done
 }
 
 // ended is closed when the session has ended, from whichever side.
@@ -281,6 +300,20 @@ func (st *stream) waitWindow() error {
 	return nil
 }
 
+// Close ends the stream. It waits for nobody: the other side is told when the
+// connection takes it.
+func (st *stream) Close() error {
+	st.session.frames.finish(st.flow)
+	s := st.session
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closing {
+		// Ends when that is written, or with the session.
+		s.ends.Go(func() { _ = st.Stream.Close() })
+	}
+	return nil
+}
+
 // SetDeadline sets the deadlines of Read and Write.
 func (st *stream) SetDeadline(t time.Time) error {
 	_ = st.SetReadDeadline(t)
@@ -319,8 +352,13 @@ func (s *session) accept() (*stream, error) {
 		return nil, err
 	}
 	if odd := st.StreamID()%2 == 1; odd == s.host {
+		err = fmt.Errorf("plugin: the other side opened stream %d, whose number is not its own", st.StreamID())
+	} else if s.mux.NumStreams() > maxStreams {
+		err = fmt.Errorf("plugin: there are more than %d streams", maxStreams)
+	}
+	if err != nil {
 		_ = s.mux.Close()
-		return nil, fmt.Errorf("plugin: the other side opened stream %d, whose number is not its own", st.StreamID())
+		return nil, err
 	}
 	return s.stream(st), nil
 }
@@ -349,6 +387,7 @@ type frameConn struct {
 
 	mu    sync.Mutex // guards flows and the rest of each flow
 	flows map[uint32]*flow
+	pings int // of the other side, which have not been answered
 
 	// What of a frame has been read. There is one reader.
 	header [frameHeader]byte
@@ -361,7 +400,8 @@ type frameConn struct {
 type flow struct {
 	window   uint32        // how many bytes
 	received bool          // all that the other side sends
-	sent     bool          // all that this side sends
+	finished bool          // this side sends no more
+	sent     bool          // the other side has been told so
 	reset    bool          // the stream was broken off
 	changed  chan struct{} // holds something when one of these has changed
 	held     []byte        // the frame that opens the stream, until there is another
@@ -373,6 +413,7 @@ const (
 
 	frameData   = 0
 	frameWindow = 1
+	framePing   = 2
 
 	flagSYN = 1
 	flagACK = 2
@@ -397,6 +438,9 @@ func (c *frameConn) Read(p []byte) (int, error) {
 			c.have = 0
 			c.traceFrame(c.header[:], true)
 			c.pass(c.header[:], true)
+			if c.header[1] == framePing && c.unanswered() > maxPings {
+				return 0, errors.New("plugin: the other side sends pings and takes no answers")
+			}
 			if c.header[1] == frameData {
 				c.body = binary.BigEndian.Uint32(c.header[8:])
 			}
@@ -429,13 +473,19 @@ func (c *frameConn) Close() error { return c.conn.Close() }
 
 // pass takes account of a frame, and returns the flow that it belongs to.
 func (c *frameConn) pass(header []byte, received bool) *flow {
-	if header[1] > frameWindow {
-		return nil // a ping, or the end of the session
-	}
 	flags := binary.BigEndian.Uint16(header[2:])
 	id := binary.BigEndian.Uint32(header[4:])
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if header[1] > frameWindow { // a ping, or the end of the session
+		switch {
+		case header[1] == framePing && received && flags&flagSYN != 0:
+			c.pings++ // yamux has a goroutine for each
+		case header[1] == framePing && !received && flags&flagACK != 0:
+			c.pings--
+		}
+		return nil
+	}
 	f := c.flows[id]
 	if f == nil && flags&flagSYN != 0 {
 		f = &flow{window: firstWindow, changed: make(chan struct{}, 1)}
@@ -455,6 +505,20 @@ func (c *frameConn) pass(header []byte, received bool) *flow {
 	}
 	f.signal()
 	return f
+}
+
+func (c *frameConn) unanswered() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.pings
+}
+
+// finish says that no more will be sent.
+func (c *frameConn) finish(f *flow) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f.finished = true
+	f.signal()
 }
 
 // signal has the stream look at its flow again.
@@ -482,7 +546,7 @@ func (c *frameConn) reserve(f *flow, size int) (int, error) {
 	switch {
 	case f.reset:
 		return 0, yamux.ErrConnectionReset
-	case f.sent:
+	case f.finished:
 		return 0, yamux.ErrStreamClosed
 	}
 	n := min(uint32(min(size, math.MaxInt32)), f.window)
