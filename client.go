@@ -212,7 +212,7 @@ type once[T any] struct {
 
 // do runs f if it is the first to be called; otherwise it waits for that one,
 // or for the end of ctx.
-func (o *once[T]) do(ctx context.Context, f func() (T, error)) (T, error) {
+func (o *once[T]) do(ctx context.Context, f func() (T, error)) (v T, err error) {
 	o.mu.Lock()
 	first := o.done == nil
 	if first {
@@ -220,16 +220,16 @@ func (o *once[T]) do(ctx context.Context, f func() (T, error)) (T, error) {
 	}
 	o.mu.Unlock()
 	if first {
+		defer close(o.done)
+		o.err = errors.New("plugin: the host's own code panicked") // if f does
 		o.v, o.err = f()
-		close(o.done)
 		return o.v, o.err
 	}
 	select {
 	case <-o.done:
 	case <-ctx.Done():
 		if !isClosed(o.done) {
-			var none T
-			return none, contextError(ctx)
+			return v, fmt.Errorf("plugin: waiting for what is under way: %w", contextError(ctx))
 		}
 	}
 	return o.v, o.err
@@ -240,15 +240,10 @@ func (o *once[T]) result() (v T) {
 	o.mu.Lock()
 	done := o.done
 	o.mu.Unlock()
-	if done == nil {
-		return v
-	}
-	select {
-	case <-done:
+	if done != nil && isClosed(done) {
 		return o.v
-	default:
-		return v
 	}
+	return v
 }
 
 var errKilled = errors.New("plugin: Kill was called")
@@ -467,15 +462,21 @@ func (c *Client) connect(ctx context.Context) (*RPCClient, error) {
 		// A plugin that has just died is the reason.
 		if waitFor(drainTimeout/2, c.done) && c.Err() != nil {
 			err = c.Err()
+		} else if ctx.Err() != nil {
+			err = contextError(ctx)
 		}
-		who := "plugin"
-		c.mu.Lock()
-		if c.proc != nil {
-			who += " " + pluginName(c.proc.name)
-		}
-		c.mu.Unlock()
-		return nil, fmt.Errorf("%s: connecting: %w", who, hinted(err))
+		return nil, fmt.Errorf("plugin %s: connecting: %w", c.name(), hinted(err))
 	})
+}
+
+// name is what the plugin is called in errors.
+func (c *Client) name() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.proc != nil {
+		return pluginName(c.proc.name)
+	}
+	return "at " + c.config.Reattach.Addr.String() // in test mode
 }
 
 func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
@@ -612,6 +613,9 @@ func (c *Client) quit(p *process) {
 			c.logger.Warn("the plugin does not end by itself and is killed", "pid", p.pid, "error", err)
 			p.kill()
 		}
+	}
+	if !p.mine() { // and may go on
+		p.abandon()
 	}
 	waitFor(reapTimeout, c.done)
 	p.abandon()

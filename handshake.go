@@ -290,7 +290,8 @@ func (u *UnixSocketConfig) makeDir(cmd *exec.Cmd) (dir string, err error) {
 		err = os.Chown(dir, uid, -1)
 	}
 	if u.Group != "" && err == nil {
-		err = giveToGroup(dir, u.Group, 0o770)
+		// A member may connect, but not put another file in a file's place.
+		err = giveToGroup(dir, u.Group, 0o770|os.ModeSticky)
 	}
 	if err != nil {
 		_ = os.Remove(dir)
@@ -335,6 +336,9 @@ func listenTCP(minPort, maxPort string) (net.Listener, error) {
 	low, _ := strconv.ParseUint(minPort, 10, 16)
 	high, _ := strconv.ParseUint(maxPort, 10, 16)
 	err := fmt.Errorf("no port from %d to %d is free", low, high)
+	if high > 0 {
+		low = max(low, 1) // 0 is any port
+	}
 	for port := low; port <= max(low, high); port++ {
 		listener, listenErr := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if listenErr == nil {

@@ -313,6 +313,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"net/rpc"
 	"os"
@@ -591,7 +592,7 @@ func (e *remoteError) Unwrap() []error { return append([]error{e.ServerError}, e
 
 // The errors that keep their identity on the way, by name.
 var (
-	namedMu sync.RWMutex // guards named
+	namedMu sync.RWMutex // guards named, a map that is replaced and never changed
 	named   = map[string]error{
 		"io.EOF":                   io.EOF,
 		"io.ErrUnexpectedEOF":      io.ErrUnexpectedEOF,
@@ -615,21 +616,28 @@ var (
 //
 // RegisterError may be called concurrently. It panics if an error is nil.
 func RegisterError(errs ...error) {
-	namedMu.Lock()
-	defer namedMu.Unlock()
+	more := make(map[string]error)
 	for _, err := range errs {
 		name := "registered: " + err.Error()
-		if named[name] == nil {
-			named[name] = err
+		if more[name] == nil {
+			more[name] = err
 		}
 	}
+	namedMu.Lock()
+	defer namedMu.Unlock()
+	maps.Copy(more, named) // the first stays
+	named = more
+}
+
+func namedErrors() map[string]error {
+	namedMu.RLock()
+	defer namedMu.RUnlock()
+	return named
 }
 
 // errorNames returns the names of those errors that err is.
 func errorNames(err error) (names []string) {
-	namedMu.RLock()
-	defer namedMu.RUnlock()
-	for name, known := range named {
+	for name, known := range namedErrors() {
 		if errors.Is(err, known) {
 			names = append(names, name)
 		}
@@ -639,10 +647,9 @@ func errorNames(err error) (names []string) {
 
 // knownErrors returns the errors with those names that are known here.
 func knownErrors(names []string) (errs []error) {
-	namedMu.RLock()
-	defer namedMu.RUnlock()
+	known := namedErrors()
 	for _, name := range names {
-		if err := named[name]; err != nil {
+		if err := known[name]; err != nil {
 			errs = append(errs, err)
 		}
 	}
