@@ -123,33 +123,6 @@ type ClientConfig struct {
 	Detach bool
 }
 
-// UnixSocketConfig is about the plugin's Unix socket.
-type UnixSocketConfig struct {
-	// Group, a name or number, is a group whose members may connect, too. The
-	// host must be allowed to give files to it. Empty means no group.
-	Group string
-
-	// TempDir is where the private directory for the socket is made. It must
-	// exist. Empty means os.TempDir().
-	TempDir string
-}
-
-// ReattachConfig describes a plugin that runs, for a host that has not started
-// it. Get one from [Client.ReattachConfig] or [ServeTestConfig].
-type ReattachConfig struct {
-	// Protocol is ProtocolNetRPC, also if empty.
-	Protocol Protocol
-	// ProtocolVersion is the version that was negotiated.
-	ProtocolVersion int
-	// Addr is where the plugin listens.
-	Addr net.Addr
-	// Pid is its process. If that process is not the plugin at Addr, it is
-	// never signalled; nor is it on Windows, where that cannot be known.
-	Pid int
-	// Test says that the plugin runs in test mode: Kill only disconnects.
-	Test bool
-}
-
 // validate says what is wrong with a configuration.
 func (c *ClientConfig) validate() error {
 	switch {

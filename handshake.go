@@ -264,6 +264,17 @@ func parseCertPEM(text string) ([]byte, error) {
 	return block.Bytes, nil
 }
 
+// UnixSocketConfig is about the plugin's Unix socket.
+type UnixSocketConfig struct {
+	// Group, a name or number, is a group whose members may connect, too. The
+	// host must be allowed to give files to it. Empty means no group.
+	Group string
+
+	// TempDir is where the private directory for the socket is made. It must
+	// exist. Empty means os.TempDir().
+	TempDir string
+}
+
 // makeDir makes a directory for the socket of the plugin that cmd runs.
 func (u *UnixSocketConfig) makeDir(cmd *exec.Cmd) (dir string, err error) {
 	bases := []string{u.TempDir}
@@ -351,10 +362,13 @@ func listenTCP(minPort, maxPort string) (net.Listener, error) {
 
 // removePrivate removes the directory that the host has made for the socket.
 func removePrivate(dir string) {
-	if strings.HasPrefix(filepath.Base(dir), socketPrefix) {
+	if isPrivate(dir) {
 		_ = os.RemoveAll(dir)
 	}
 }
+
+// isPrivate reports whether a directory is one that makeDir has made.
+func isPrivate(dir string) bool { return strings.HasPrefix(filepath.Base(dir), socketPrefix) }
 
 // environment is the plugin's: the host's, then the command's, then the
 // handshake's. A handshake that the host was itself started with stays here.
@@ -368,6 +382,53 @@ func environment(config *ClientConfig, handshake []string) []string {
 		return slices.Contains(protocolEnv, name)
 	})
 	return append(env, handshake...)
+}
+
+// StartError says why a plugin could not be started.
+type StartError struct {
+	// Path is the plugin's binary.
+	Path string
+	// State is how the process ended, if it ended by itself.
+	State *os.ProcessState
+	// Stdout is the first that the plugin wrote there instead of a handshake.
+	Stdout string
+	// Stderr is the last that the plugin wrote there, 8 KiB at most.
+	Stderr string
+	// Err is what went wrong, or was being waited for.
+	Err error
+
+	hint string
+}
+
+// Error has all that is known, and what may be the cause.
+func (e *StartError) Error() string {
+	text := fmt.Sprintf("plugin %s did not start: %v%s", pluginName(e.Path), e.Err, inBrackets(e.State))
+	if e.hint != "" {
+		text += ": " + e.hint
+	}
+	for _, out := range []struct{ name, text string }{{"stdout", e.Stdout}, {"stderr", e.Stderr}} {
+		if s := strings.TrimSpace(out.text); s != "" {
+			text += "\n" + out.name + ": " + printable(strings.ReplaceAll(s, "\n", "\n\t"))
+		}
+	}
+	return text
+}
+
+// Unwrap returns Err.
+func (e *StartError) Unwrap() error { return e.Err }
+
+// VersionError says that a plugin and its host have no protocol version in
+// common. Start returns it in a [*StartError].
+type VersionError struct {
+	// Plugin is the version that the plugin offers.
+	Plugin int
+	// Host is the versions that the host has.
+	Host []int
+}
+
+// Error names all versions.
+func (e *VersionError) Error() string {
+	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: one of them is too old", e.Plugin, e.Host)
 }
 
 // startHint says what may be the cause, where that can be known.

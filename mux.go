@@ -404,6 +404,128 @@ func (s *RPCServer) close() {
 	s.conns.Wait()
 }
 
+// output sends what the plugin prints to the host that connected last. What
+// is printed before the first one connects waits for it; what is printed when
+// none is connected any more is dropped, so that it cannot stop the plugin.
+type output struct {
+	src  io.Reader
+	done chan struct{} // closed when all of src has been sent
+
+	mu       sync.Mutex // guards the fields below
+	host     *stream
+	finished bool
+	waiting  time.Time     // since when src has had nothing; zero while it has
+	attached chan struct{} // closed when the first host is there, or none will come
+}
+
+func newOutput(src io.Reader) *output {
+	o := &output{src: src, done: make(chan struct{}), attached: make(chan struct{})}
+	if src == nil {
+		close(o.done)
+		return o
+	}
+	// Ends with src, which Serve closes; another reader is its owner's.
+	go o.run()
+	return o
+}
+
+func (o *output) run() {
+	defer close(o.done)
+	buf := make([]byte, 32<<10)
+	for {
+		o.setWaiting(time.Now())
+		n, err := o.src.Read(buf)
+		o.setWaiting(time.Time{})
+		if n > 0 {
+			<-o.attached
+			o.send(buf[:n])
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+func (o *output) setWaiting(since time.Time) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.waiting = since
+}
+
+// send writes to the host, and to another one if that takes over meanwhile.
+func (o *output) send(p []byte) {
+	for {
+		o.mu.Lock()
+		host := o.host
+		o.mu.Unlock()
+		if host == nil {
+			return
+		}
+		if _, err := host.Write(p); err == nil {
+			return
+		}
+		o.mu.Lock()
+		if o.host == host {
+			o.host = nil
+		}
+		o.mu.Unlock()
+	}
+}
+
+// attach makes st the stream of the host that gets the output.
+func (o *output) attach(st *stream) {
+	o.mu.Lock()
+	before, finished := o.host, o.finished
+	o.host = st
+	if !isClosed(o.attached) {
+		close(o.attached)
+	}
+	o.mu.Unlock()
+	if before != nil {
+		_ = before.Close()
+	}
+	if finished {
+		_ = st.Close()
+	}
+}
+
+// finish waits until all of src has been sent, or nothing comes any more, or
+// the deadline has passed, and ends the host's stream.
+func (o *output) finish(deadline time.Time) {
+	for start := time.Now(); time.Now().Before(deadline) && !o.nothingSince(start); {
+		select {
+		case <-o.done:
+			deadline = start
+		case <-time.After(outputIdle / 5):
+		}
+	}
+	o.mu.Lock()
+	host := o.host
+	o.finished = true
+	if !isClosed(o.attached) {
+		close(o.attached)
+	}
+	o.mu.Unlock()
+	if host != nil {
+		_ = host.Close()
+	}
+}
+
+// nothingSince reports whether there is nothing to wait for: no host, or
+// nothing from src for a while, after start.
+func (o *output) nothingSince(start time.Time) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.host == nil {
+		return true
+	}
+	since := o.waiting
+	if since.Before(start) && !since.IsZero() {
+		since = start
+	}
+	return !since.IsZero() && time.Since(since) > outputIdle
+}
+
 // controlService is the service "Control" of the protocol.
 type controlService struct {
 	server *RPCServer

@@ -308,6 +308,7 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -432,6 +433,10 @@ func executable(info fs.FileInfo) bool {
 	return info.Mode().IsRegular() && info.Mode().Perm()&0o111 != 0
 }
 
+func sortedKeys[K cmp.Ordered, V any](m map[K]V) []K {
+	return slices.Sorted(maps.Keys(m))
+}
+
 // BasicError is an error that gob can encode, for a reply that holds one. An
 // error that a method returns needs no such thing.
 type BasicError struct {
@@ -511,53 +516,6 @@ func lastLine(text string) string {
 // pluginName is what a plugin is called in logs and errors.
 func pluginName(path string) string {
 	return strings.TrimSuffix(filepath.Base(path), ".exe")
-}
-
-// StartError says why a plugin could not be started.
-type StartError struct {
-	// Path is the plugin's binary.
-	Path string
-	// State is how the process ended, if it ended by itself.
-	State *os.ProcessState
-	// Stdout is the first that the plugin wrote there instead of a handshake.
-	Stdout string
-	// Stderr is the last that the plugin wrote there, 8 KiB at most.
-	Stderr string
-	// Err is what went wrong, or was being waited for.
-	Err error
-
-	hint string
-}
-
-// Error has all that is known, and what may be the cause.
-func (e *StartError) Error() string {
-	text := fmt.Sprintf("plugin %s did not start: %v%s", pluginName(e.Path), e.Err, inBrackets(e.State))
-	if e.hint != "" {
-		text += ": " + e.hint
-	}
-	for _, out := range []struct{ name, text string }{{"stdout", e.Stdout}, {"stderr", e.Stderr}} {
-		if s := strings.TrimSpace(out.text); s != "" {
-			text += "\n" + out.name + ": " + printable(strings.ReplaceAll(s, "\n", "\n\t"))
-		}
-	}
-	return text
-}
-
-// Unwrap returns Err.
-func (e *StartError) Unwrap() error { return e.Err }
-
-// VersionError says that a plugin and its host have no protocol version in
-// common. Start returns it in a [*StartError].
-type VersionError struct {
-	// Plugin is the version that the plugin offers.
-	Plugin int
-	// Host is the versions that the host has.
-	Host []int
-}
-
-// Error names all versions.
-func (e *VersionError) Error() string {
-	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: one of them is too old", e.Plugin, e.Host)
 }
 
 // sentError is an error as it is sent: its text, and the names of those errors

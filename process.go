@@ -92,75 +92,41 @@ func launch(ctx context.Context, config *ClientConfig, logger hclog.Logger, vers
 		}
 		if err != nil {
 			p.free()
+			err = notLaunched(p.name, err, config)
 		}
 	}()
-	failed := func(err error) error {
-		e := &StartError{Path: p.name, Err: err}
-		e.hint = startHint(e, &config.HandshakeConfig)
-		return e
-	}
 
 	var checked *os.File
 	if config.SecureConfig != nil {
-		path := cmd.Path
-		if !filepath.IsAbs(path) {
-			path = filepath.Join(cmd.Dir, path)
-		}
-		if checked, err = config.SecureConfig.open(ctx, path); checked != nil {
+		if checked, err = config.SecureConfig.open(ctx, executed(&cmd)); checked != nil {
 			passed = append(passed, checked)
 		}
-		switch err {
-		case nil:
-		case ErrSecureConfigNoChecksum, ErrSecureConfigNoHash, ErrChecksumsDoNotMatch:
+		if err != nil {
 			return nil, err
-		default:
-			return nil, failed(err)
 		}
 	}
-	env := []string{
-		config.MagicCookieKey + "=" + config.MagicCookieValue,
-		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
-		fmt.Sprintf("%s=%d", envMaxPort, config.MaxPort),
-		envVersions + "=" + versions,
-	}
-	if config.AutoMTLS {
-		if p.cert, err = newCertificate(); err != nil {
-			return nil, failed(err)
-		}
-		env = append(env, envClientCert+"="+certPEM(p.cert.Certificate[0]))
-	}
-	if runtime.GOOS != "windows" {
-		sockets := config.UnixSocketConfig
-		if sockets == nil {
-			sockets = &UnixSocketConfig{}
-		}
-		if p.dir, err = sockets.makeDir(&cmd); err != nil {
-			return nil, failed(err)
-		}
-		env = append(env, EnvUnixSocketDir+"="+p.dir)
-		if sockets.Group != "" {
-			env = append(env, EnvUnixSocketGroup+"="+sockets.Group)
-		}
+	env, err := p.handshakeEnv(config, versions)
+	if err != nil {
+		return nil, err
 	}
 	life, end, err := p.hold(config.Detach)
 	if err != nil {
-		return nil, failed(err)
+		return nil, err
 	}
 	if end != nil {
 		passed = append(passed, end)
 	}
-	env = append(env, envHost+"="+life)
 	if checked != nil {
 		p.pin(checked)
 	}
-	cmd.Env = environment(config, env)
+	cmd.Env = environment(config, append(env, envHost+"="+life))
 	if cmd.Stdin == nil {
 		cmd.Stdin = os.Stdin
 	}
 	for i, to := range []*io.Writer{&cmd.Stdout, &cmd.Stderr} {
 		r, w, err := os.Pipe()
 		if err != nil {
-			return nil, failed(err)
+			return nil, err
 		}
 		p.output[i], *to = r, w
 		passed = append(passed, w)
@@ -175,7 +141,7 @@ func launch(ctx context.Context, config *ClientConfig, logger hclog.Logger, vers
 		cmd.Cancel = func() error { <-started; return cancel() }
 	}
 	if err := cmd.Start(); err != nil {
-		return nil, failed(err)
+		return nil, err
 	}
 	p.Process, p.pid = cmd.Process, cmd.Process.Pid
 	givenMu.Lock()
@@ -183,6 +149,57 @@ func launch(ctx context.Context, config *ClientConfig, logger hclog.Logger, vers
 	givenMu.Unlock()
 	p.copyOutput(config)
 	return p, nil
+}
+
+// notLaunched says why a plugin was not even started.
+func notLaunched(name string, err error, config *ClientConfig) error {
+	switch err {
+	case ErrSecureConfigNoChecksum, ErrSecureConfigNoHash, ErrChecksumsDoNotMatch:
+		return err
+	}
+	e := &StartError{Path: name, Err: err}
+	e.hint = startHint(e, &config.HandshakeConfig)
+	return e
+}
+
+// executed is the file that a command executes.
+func executed(cmd *exec.Cmd) string {
+	if filepath.IsAbs(cmd.Path) {
+		return cmd.Path
+	}
+	return filepath.Join(cmd.Dir, cmd.Path)
+}
+
+// handshakeEnv makes what the plugin finds in its environment: a certificate,
+// and a directory for its socket.
+func (p *process) handshakeEnv(config *ClientConfig, versions string) (env []string, err error) {
+	env = []string{
+		config.MagicCookieKey + "=" + config.MagicCookieValue,
+		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
+		fmt.Sprintf("%s=%d", envMaxPort, config.MaxPort),
+		envVersions + "=" + versions,
+	}
+	if config.AutoMTLS {
+		if p.cert, err = newCertificate(); err != nil {
+			return nil, err
+		}
+		env = append(env, envClientCert+"="+certPEM(p.cert.Certificate[0]))
+	}
+	if runtime.GOOS == "windows" {
+		return env, nil
+	}
+	sockets := config.UnixSocketConfig
+	if sockets == nil {
+		sockets = &UnixSocketConfig{}
+	}
+	if p.dir, err = sockets.makeDir(p.cmd); err != nil {
+		return nil, err
+	}
+	env = append(env, EnvUnixSocketDir+"="+p.dir)
+	if sockets.Group != "" {
+		env = append(env, EnvUnixSocketGroup+"="+sockets.Group)
+	}
+	return env, nil
 }
 
 // SecureConfig describes a binary by its checksum. On Linux with /proc the file
@@ -395,6 +412,22 @@ func (p *process) awaitHandshake(ctx context.Context, timeout time.Duration) (h 
 	return parseHandshake(line)
 }
 
+// ReattachConfig describes a plugin that runs, for a host that has not started
+// it. Get one from [Client.ReattachConfig] or [ServeTestConfig].
+type ReattachConfig struct {
+	// Protocol is ProtocolNetRPC, also if empty.
+	Protocol Protocol
+	// ProtocolVersion is the version that was negotiated.
+	ProtocolVersion int
+	// Addr is where the plugin listens.
+	Addr net.Addr
+	// Pid is its process. If that process is not the plugin at Addr, it is
+	// never signalled; nor is it on Windows, where that cannot be known.
+	Pid int
+	// Test says that the plugin runs in test mode: Kill only disconnects.
+	Test bool
+}
+
 // findProcess finds a process to reattach to.
 func findProcess(rc *ReattachConfig, logger hclog.Logger) (*process, error) {
 	proc, err := os.FindProcess(rc.Pid)
@@ -537,7 +570,7 @@ func (p *process) removeSocket() {
 	if p.mine() {
 		_ = os.Remove(p.addr.String())
 	}
-	if dir := filepath.Dir(p.addr.String()); strings.HasPrefix(filepath.Base(dir), socketPrefix) {
+	if dir := filepath.Dir(p.addr.String()); isPrivate(dir) {
 		_ = os.Remove(dir)
 	}
 }

@@ -1,17 +1,14 @@
 package plugin
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"go/token"
 	"io"
-	"maps"
 	"net/rpc"
 	"reflect"
 	"runtime/debug"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -344,15 +341,6 @@ func (c *clientCodec) Close() error {
 	return abort(c.conn)
 }
 
-// abort closes conn and ends a Read or Write that is waiting on it.
-func abort(conn io.Closer) error {
-	err := conn.Close()
-	if d, ok := conn.(interface{ SetDeadline(time.Time) error }); ok {
-		_ = d.SetDeadline(time.Unix(1, 0))
-	}
-	return err
-}
-
 // service is a receiver whose methods can be called.
 type service struct {
 	rcvr    reflect.Value
@@ -435,10 +423,6 @@ func exportedOrBuiltin(t reflect.Type) bool {
 		t = t.Elem()
 	}
 	return token.IsExported(t.Name()) || t.PkgPath() == ""
-}
-
-func sortedKeys[K cmp.Ordered, V any](m map[K]V) []K {
-	return slices.Sorted(maps.Keys(m))
 }
 
 // find returns the method with that name, or says why there is none.

@@ -314,6 +314,15 @@ func (st *stream) Close() error {
 	return nil
 }
 
+// abort closes conn and ends a Read or Write that is waiting on it.
+func abort(conn io.Closer) error {
+	err := conn.Close()
+	if d, ok := conn.(interface{ SetDeadline(time.Time) error }); ok {
+		_ = d.SetDeadline(time.Unix(1, 0))
+	}
+	return err
+}
+
 // SetDeadline sets the deadlines of Read and Write.
 func (st *stream) SetDeadline(t time.Time) error {
 	_ = st.SetReadDeadline(t)
