@@ -92,8 +92,8 @@ func waited(ctx context.Context) error {
 
 var errPatience = errors.New("plugin: five seconds are over")
 
-// Accept is [MuxBroker.AcceptContext] with five seconds, of which those do not
-// count in which one of the two processes is stopped.
+// Accept is [MuxBroker.AcceptContext] with a limit of five seconds, not counting
+// time in which either process is stopped.
 func (b *MuxBroker) Accept(id uint32) (net.Conn, error) {
 	ctx, cancel := b.session.patience()
 	defer cancel()
@@ -179,7 +179,7 @@ func (st *stream) acknowledge(id uint32) result {
 	return result{st: st}
 }
 
-// Dial is [MuxBroker.DialContext] with the five seconds of Accept.
+// Dial is [MuxBroker.DialContext] with the limit that Accept has.
 func (b *MuxBroker) Dial(id uint32) (net.Conn, error) {
 	ctx, cancel := b.session.patience()
 	defer cancel()
@@ -278,7 +278,7 @@ func (b *MuxBroker) receive(st *stream) {
 func (b *MuxBroker) deliver(id uint32, st *stream) {
 	b.mu.Lock()
 	dialled := b.accepting[id]
-	free := b.parked[id] == nil && !st.lost()
+	free := b.parked[id] == nil && !st.over()
 	switch {
 	case dialled != nil:
 		delete(b.accepting, id)
@@ -318,8 +318,8 @@ func (b *MuxBroker) Close() error {
 }
 
 // AcceptAndServe accepts id, as Accept does, and serves the methods of v under
-// the name "Plugin" until the other side hangs up. Which methods can be called
-// says the package's documentation. An error while accepting is logged.
+// the name "Plugin" until the other side hangs up. The package documentation
+// says which methods can be called. An error while accepting is logged.
 func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
 	st, err := b.Accept(id)
 	if err != nil {
@@ -340,7 +340,8 @@ func (b *MuxBroker) serve(st *stream, v any) {
 }
 
 // ServeRPC serves the methods of v to the other side, which gets a client for
-// them from DialRPC with the number that is returned, within five seconds.
+// them from DialRPC with the number that is returned, within five seconds. If v
+// has no method that can be called, that is logged and every caller is told.
 func (b *MuxBroker) ServeRPC(v any) uint32 {
 	return b.whenDialled("service", func(st *stream) { b.serve(st, v) })
 }

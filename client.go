@@ -43,7 +43,8 @@ type ClientConfig struct {
 	Plugins PluginSet
 
 	// VersionedPlugins are the plugins that can be dispensed by the protocol
-	// version that is negotiated: the highest that both sides have.
+	// version that is negotiated: the highest that both sides have. A version
+	// that is also HandshakeConfig.ProtocolVersion has these and not Plugins.
 	VersionedPlugins map[int]PluginSet
 
 	// Cmd is the command that starts the plugin. A copy of it is started.
@@ -66,17 +67,17 @@ type ClientConfig struct {
 	Managed bool
 
 	// MinPort and MaxPort are the TCP ports of the loopback interface among
-	// which a plugin picks one on Windows. If both are zero, any free one is
+	// which a plugin picks one on Windows. If MaxPort is zero, any free one is
 	// taken. Any local user can connect to it: see AutoMTLS. Elsewhere plugins
 	// use Unix sockets.
 	MinPort, MaxPort uint
 
-	// StartTimeout is how long the plugin may take until its handshake. Zero
-	// means one minute.
+	// StartTimeout is how long the plugin may take until its handshake, and
+	// again until there is a connection. Zero or less means one minute.
 	StartTimeout time.Duration
 
 	// KillTimeout is how long Kill gives the plugin to end by itself before it
-	// is killed. Zero means two seconds.
+	// is killed. Zero or less means two seconds.
 	KillTimeout time.Duration
 
 	// Stderr, if not nil, gets the bytes that the process writes to its
@@ -98,7 +99,7 @@ type ClientConfig struct {
 	Logger hclog.Logger
 
 	// PluginLogBufferSize is where a longer line of the plugin's output is cut
-	// before it is logged, in bytes. Zero means 64 KiB.
+	// before it is logged, in bytes. Zero or less means 64 KiB.
 	PluginLogBufferSize int
 
 	// AutoMTLS encrypts the connection, with certificates that are made for
@@ -278,9 +279,9 @@ func NewClient(config *ClientConfig) *Client {
 func (c *Client) Start() (net.Addr, error) { return c.StartContext(context.Background()) }
 
 // StartContext starts the plugin, or finds the one to reattach to, and returns
-// its address when it has said that it is ready. If ctx ends before, the
-// plugin is not started; so it is if Kill is called. Calling it again returns
-// the same result, also an error; to try again, make a new client.
+// its address when it has said that it is ready. If ctx ends before, or Kill is
+// called, the plugin is not started. Calling it again returns the same result,
+// also an error; to try again, make a new client.
 //
 // A plugin that does not start is a [*StartError]; where it is a matter of
 // versions, errors.As finds a [*VersionError] in it. [ErrProcessNotFound],
@@ -541,7 +542,7 @@ func (c *Client) watch(p *process) {
 
 // Kill asks the plugin to quit and waits until its process is gone, which it
 // forces after ClientConfig.KillTimeout. All that the plugin wrote before has
-// been delivered then. It returns after KillTimeout and a second at the
+// been delivered then. It returns about two seconds after KillTimeout at the
 // latest, may be called at any time, also while Start runs, which it
 // interrupts, and more than once. A plugin in test mode is only disconnected.
 // One that was reattached to is killed only where its process is surely that of
@@ -596,7 +597,7 @@ func (c *Client) quit(p *process) {
 
 // Done is closed when the plugin has ended and all of its output has been
 // delivered; also when it could not be started, and when Kill was called
-// before it was.
+// before it was. A plugin in test mode is not watched: Done is closed by Kill.
 func (c *Client) Done() <-chan struct{} { return c.done }
 
 // Err returns how the plugin ended: nil until Done is closed, nil if this
@@ -610,7 +611,7 @@ func (c *Client) Err() error {
 	return c.err
 }
 
-// Exited reports whether the process has ended. It is false before Start.
+// Exited reports whether Done is closed.
 func (c *Client) Exited() bool { return isClosed(c.done) }
 
 // ID returns the process's id, or "" before Start.

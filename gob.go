@@ -40,7 +40,7 @@ type gobWriter struct {
 	spare   []byte     // the buffer that was written last, to be used again
 	enc     *gob.Encoder
 	known   map[reflect.Type]bool // types in interfaces that are defined already
-	walks   map[reflect.Type]bool // whether values of a type may hold interfaces
+	mayHold map[reflect.Type]bool // whether values of a type may hold interfaces
 	writing bool                  // somebody is in flush, or about to be
 	moved   chan struct{}         // closed when buf has been taken to be written; nil if nobody waits
 
@@ -68,7 +68,7 @@ func isLost(err error) bool { return errors.As(err, new(*writeError)) }
 // definition of their type goes first, so that dropping a message later never
 // drops it.
 func newGobWriter(conn io.Writer, header any) *gobWriter {
-	w := &gobWriter{conn: conn, known: make(map[reflect.Type]bool), walks: make(map[reflect.Type]bool), failed: make(chan struct{})}
+	w := &gobWriter{conn: conn, known: make(map[reflect.Type]bool), mayHold: make(map[reflect.Type]bool), failed: make(chan struct{})}
 	w.enc = gob.NewEncoder(&w.buf)
 	w.define(reflect.TypeOf(header))
 	return w
@@ -191,7 +191,7 @@ func (w *gobWriter) defineInside(v reflect.Value, depth int) (err error) {
 // that gob sees. A type that encodes itself holds none: gob does not look
 // inside, and what is there may hold itself.
 func (w *gobWriter) mayHoldInterfaces(t reflect.Type) bool {
-	holds, seen := w.walks[t]
+	holds, seen := w.mayHold[t]
 	if seen {
 		return holds
 	}
@@ -221,8 +221,8 @@ func (w *gobWriter) mayHoldInterfaces(t reflect.Type) bool {
 		}
 		return false
 	}
-	w.walks[t] = visit(t)
-	return w.walks[t]
+	w.mayHold[t] = visit(t)
+	return w.mayHold[t]
 }
 
 func encodesItself(t reflect.Type) bool {

@@ -69,7 +69,7 @@ var protocolEnv = []string{
 type HandshakeConfig struct {
 	// ProtocolVersion is the version of the interfaces in Plugins: raise it
 	// when a change to them is not compatible. It is not needed where all
-	// plugins are in VersionedPlugins.
+	// plugins are in VersionedPlugins. Zero is a version like any other.
 	ProtocolVersion uint
 
 	// MagicCookieKey and MagicCookieValue are an environment variable and its
@@ -271,7 +271,8 @@ type UnixSocketConfig struct {
 	Group string
 
 	// TempDir is where the private directory for the socket is made. It must
-	// exist. Empty means os.TempDir().
+	// exist. Empty means os.TempDir(), or /tmp where that is too long for the
+	// path of a socket.
 	TempDir string
 }
 
@@ -544,22 +545,22 @@ func binaryKind(path string) string {
 			machine = binary.BigEndian.Uint16(head[18:])
 		}
 		arch := map[uint16]string{3: "386", 8: "mips", 20: "ppc", 21: "ppc64", 22: "s390x", 40: "arm", 62: "amd64", 183: "arm64", 243: "riscv64", 258: "loong64"}[machine]
-		return "Linux or another Unix on " + known(arch, int(machine))
+		return "Linux or another Unix on " + archName(arch, int(machine))
 	case bytes.HasPrefix(head, []byte("\xcf\xfa\xed\xfe")):
 		cpu := le.Uint32(head[4:])
-		return "macOS on " + known(map[uint32]string{0x01000007: "amd64", 0x0100000c: "arm64"}[cpu], int(cpu))
+		return "macOS on " + archName(map[uint32]string{0x01000007: "amd64", 0x0100000c: "arm64"}[cpu], int(cpu))
 	case bytes.HasPrefix(head, []byte("MZ")):
 		at := int(le.Uint32(head[60:]))
 		if at < 0 || at > len(head)-6 {
 			return "Windows"
 		}
 		machine := le.Uint16(head[at+4:])
-		return "Windows on " + known(map[uint16]string{0x14c: "386", 0x8664: "amd64", 0xaa64: "arm64"}[machine], int(machine))
+		return "Windows on " + archName(map[uint16]string{0x14c: "386", 0x8664: "amd64", 0xaa64: "arm64"}[machine], int(machine))
 	}
 	return ""
 }
 
-func known(arch string, number int) string {
+func archName(arch string, number int) string {
 	if arch == "" {
 		return fmt.Sprintf("processor %#x", number)
 	}

@@ -107,6 +107,7 @@ func (c *RPCClient) copyOutput(dst io.Writer, src io.Reader) {
 // returns what [Plugin].Client makes of it. The function [Dispense] returns it
 // with its type. It fails for a name that either side does not know, if Server
 // or Client fails, panics or returns nothing, and if the connection is lost.
+// Otherwise it waits for as long as Server takes.
 func (c *RPCClient) Dispense(name string) (any, error) {
 	v, err := c.dispense(name)
 	if err != nil {
@@ -155,8 +156,8 @@ func build(f func() (any, error)) (v any, err error) {
 }
 
 // Ping asks the plugin for a sign of life. It fails if the connection is lost,
-// and with an error that is context.DeadlineExceeded if none comes within four
-// seconds, as from a process that is stopped.
+// and with an error that wraps context.DeadlineExceeded if none comes within
+// four seconds, as from a process that is stopped.
 func (c *RPCClient) Ping() error {
 	ctx, cancel := context.WithTimeout(context.Background(), pingTimeout)
 	defer cancel()
@@ -216,14 +217,15 @@ func (c *RPCClient) waitOutput(ctx context.Context) {
 }
 
 // RPCServer is the plugin's end: it serves plugins on connections from hosts.
-// [Serve] makes one; a program needs its own only to serve in another way.
-// The fields must not be changed after the first use.
+// [Serve] makes one; a program needs its own only to serve in another way, and
+// it then ends with its connections. The fields must not be changed after the
+// first use. The methods may be called concurrently.
 type RPCServer struct {
 	// Plugins are the plugins that can be dispensed.
 	Plugins map[string]Plugin
 
 	// Stdout and Stderr are read and sent to the host that connected last. If
-	// nil, the host gets nothing.
+	// nil, the host gets nothing. They are not closed.
 	Stdout io.Reader
 	Stderr io.Reader
 

@@ -35,8 +35,8 @@ const (
 // reader that DialReader returns there for the number that is returned here.
 // It has five seconds to dial. From then on r is read as the other side reads,
 // until r ends or fails, which the other side is told, or the other side
-// closes its reader. r is not closed, and a Read of r that is under way is
-// waited for by nobody.
+// closes its reader. r is not closed, and nobody waits for a Read of r that is
+// under way.
 func (b *MuxBroker) ServeReader(r io.Reader) uint32 {
 	return b.whenDialled("reader", func(st *stream) {
 		src, err := newSource(st)
@@ -70,7 +70,7 @@ func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
 // ServeWriter lets the other side write to w, which it does through the writer
 // that DialWriter returns there for the number that is returned here. It has
 // five seconds to dial. If w fails, the other side is told. w is not closed,
-// and a Write to w that is under way is waited for by nobody.
+// and nobody waits for a Write to w that is under way.
 func (b *MuxBroker) ServeWriter(w io.Writer) uint32 {
 	return b.whenDialled("writer", func(st *stream) {
 		k, err := newSink(st)

@@ -135,9 +135,9 @@
 // for those given to [RegisterError] on both sides.
 //
 // Arguments and replies are what package gob can encode. A value that it cannot
-// encode, or an argument that does not fit the method, is the error of that call
-// alone; so is a reply that does not fit, with Call. (Without, net/rpc gives the
-// client up.) A message holds at most 1 GiB; what is larger should be a stream. A
+// encode, or an argument that does not fit the method, fails that call alone; so
+// does a reply that does not fit, with Call. (Without Call, net/rpc gives up on
+// the whole client.) A message holds at most 1 GiB; what is larger should be a stream. A
 // receiver without any method that can be called cannot be dispensed, and the
 // error says what is wrong with each.
 //
@@ -209,8 +209,8 @@
 // nowhere does it help if the file itself is written to.
 //
 // Only the user that the host runs as, or a group set by [UnixSocketConfig], can
-// reach the plugin's socket: it is in a directory of its own with mode 0700, made
-// for one start. On Windows there is no such directory, and any local user can
+// reach the plugin's socket: it is in a directory of its own, made for one start,
+// into which nobody else can look, or in which the group can replace nothing. On Windows there is no such directory, and any local user can
 // connect to the port. [ClientConfig].AutoMTLS closes that there, and elsewhere to
 // members of the group: each side makes a certificate for this start and trusts
 // only the other's. With TLSConfig and [ServeConfig].TLSProvider, certificates are
@@ -297,9 +297,10 @@
 //     to be ended, and every caller gets the [*ExitError].
 //
 // What it can do: answer late or wrongly; use as much memory and time as the system
-// lets it; and exhaust the memory of its host with forged values, since package gob
-// does not limit what a value may claim to hold. Do not run plugins that you do not
-// trust, or confine them, and keep hosts that must not fall apart from them.
+// lets it; and exhaust the memory of its host or, where a type can hold itself, its
+// stack with forged values, since package gob does not limit what a value may claim
+// to hold, nor how deep. Do not run plugins that you do not trust, or else confine
+// them, and keep them away from hosts that must not fail.
 //
 // The cookie of a [HandshakeConfig] is no secret. It is there so that a plugin that
 // is started by hand can say what it is, and a host does not use the plugin of
@@ -342,7 +343,7 @@ type Plugin interface {
 	Client(*MuxBroker, *rpc.Client) (any, error)
 }
 
-// PluginSet is plugins by the names under which they are dispensed.
+// PluginSet maps the names under which plugins are dispensed to the plugins.
 type PluginSet map[string]Plugin
 
 // Protocol is what is spoken on the connection.
@@ -473,9 +474,9 @@ var (
 	ErrSecureConfigAndReattach = errors.New("plugin: SecureConfig cannot be used with Reattach: what runs already cannot be checked")
 )
 
-// ExitError says how a plugin ended that its host did not end. It is returned
-// by [Client.Err], and found by errors.As in the error of every call that was
-// in flight.
+// ExitError describes the end of a plugin that its host had not asked to end.
+// It is returned by [Client.Err], and found by errors.As in the error of every
+// call that was in flight.
 type ExitError struct {
 	// Path is the plugin's binary.
 	Path string

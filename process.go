@@ -60,13 +60,13 @@ type process struct {
 	lifeline *os.File        // the plugin ends when this is closed; nil if it is detached
 	letGo    sync.Once       // closes lifeline, detaches the plugin, or closes abandoned
 
-	output [2]*os.File      // where stdout and stderr are read
-	copied [2]chan struct{} // closed when that has ended
-	shaken chan string      // gets the handshake line
-	shook  bool             // it has come; for stdout's reader alone, as is blank
-	blank  bool             // the line before was empty
-	head   bytes.Buffer     // what came before it; to be read when copied[0] is closed
-	log    stderrLog        // to be read when copied[1] is closed
+	output     [2]*os.File      // where stdout and stderr are read
+	copied     [2]chan struct{} // closed when that has ended
+	shaken     chan string      // gets the handshake line
+	handshaken bool             // it has come; for stdout's reader alone, as is blank
+	blank      bool             // the line before was empty
+	head       bytes.Buffer     // what came before it; to be read when copied[0] is closed
+	log        stderrLog        // to be read when copied[1] is closed
 
 	gone  chan struct{}    // closed when the process has ended and its output is here
 	state *os.ProcessState // to be read when gone is closed
@@ -216,8 +216,9 @@ type SecureConfig struct {
 	Hash hash.Hash
 }
 
-// Check reports whether the file's checksum is the right one. It may be called
-// again and again.
+// Check reports whether the file's checksum is the right one; that it is not is
+// no error. [ErrSecureConfigNoChecksum] and [ErrSecureConfigNoHash] are. It may
+// be called again and again.
 func (s *SecureConfig) Check(filePath string) (bool, error) {
 	f, err := s.open(context.Background(), filePath)
 	if f != nil {
@@ -293,14 +294,14 @@ func (p *process) pin(f *os.File) {
 		return
 	}
 	link := filepath.Join(p.dir, filepath.Base(p.cmd.Path))
-	fd := p.pass(f)
+	fd := p.addFile(f)
 	if os.Symlink(fmt.Sprintf("/proc/self/fd/%d", fd), link) == nil {
 		p.cmd.Path = link
 	}
 }
 
-// pass hands f to the process and returns its descriptor there.
-func (p *process) pass(f *os.File) int {
+// addFile hands f to the process and returns its descriptor there.
+func (p *process) addFile(f *os.File) int {
 	p.cmd.ExtraFiles = append(slices.Clip(p.cmd.ExtraFiles), f)
 	return 2 + len(p.cmd.ExtraFiles)
 }
@@ -319,7 +320,7 @@ func (p *process) hold(detach bool) (life string, end *os.File, err error) {
 	if err != nil {
 		return "", nil, err
 	}
-	return lifePipe + strconv.Itoa(p.pass(end)), end, nil
+	return lifePipe + strconv.Itoa(p.addFile(end)), end, nil
 }
 
 // detach lets the plugin outlive this process.
@@ -358,19 +359,19 @@ func (p *process) copyOutput(config *ClientConfig) {
 // The handshake may have an empty line ahead of it.
 func (p *process) stdoutLine(line []byte, left int) {
 	text := printable(string(line)) + cutMark(left)
-	if p.shook {
+	if p.handshaken {
 		p.logger.Log(hclog.Debug, text)
 		return
 	}
-	p.shook = isHandshake(line)
-	if p.blank && !p.shook {
+	p.handshaken = isHandshake(line)
+	if p.blank && !p.handshaken {
 		p.noise("")
 	}
 	p.blank = text == ""
 	switch {
-	case p.shook && left > 0:
+	case p.handshaken && left > 0:
 		p.shaken <- "" // too long
-	case p.shook:
+	case p.handshaken:
 		p.shaken <- string(line)
 	case !p.blank:
 		p.noise(text)
@@ -417,7 +418,8 @@ func (p *process) awaitHandshake(ctx context.Context, timeout time.Duration) (h 
 type ReattachConfig struct {
 	// Protocol is ProtocolNetRPC, also if empty.
 	Protocol Protocol
-	// ProtocolVersion is the version that was negotiated.
+	// ProtocolVersion is the version that was negotiated. Zero means the only
+	// one that the ClientConfig has.
 	ProtocolVersion int
 	// Addr is where the plugin listens.
 	Addr net.Addr

@@ -39,9 +39,9 @@ const (
 )
 
 // Call calls a method through c, like c.Call, and returns when ctx ends, if
-// the method has not returned before. It then returns ctx.Err(), in which
-// errors.Is also finds context.Cause(ctx), and leaves reply alone; a reply
-// that comes later is dropped.
+// the method has not returned before. It then returns an error in which
+// errors.Is finds both ctx.Err() and context.Cause(ctx), and leaves reply
+// alone; a reply that comes later is dropped.
 //
 // Where both sides use this library and the served method takes a context,
 // that context ends with ctx; its Err is context.Canceled, and context.Cause
@@ -221,7 +221,7 @@ func (c *clientCodec) write() {
 // what others add meanwhile. It does not wait for that: net/rpc holds a lock
 // while it calls, and nobody could end the wait.
 func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
-	if st, ok := c.conn.(interface{ lost() bool }); ok && st.lost() {
+	if st, ok := c.conn.(interface{ over() bool }); ok && st.over() {
 		return rpc.ErrShutdown // though reading may not have ended yet
 	}
 	k, ours := body.(*call)
@@ -638,9 +638,9 @@ func (s *rpcServer) invoke(c *inCall, in []reflect.Value) (err error) {
 	return err
 }
 
-// respond answers one call, which nobody may use after that. If the answer
-// cannot be sent, that is the answer. The method is not named, as net/rpc's
-// servers do: no client looks.
+// respond answers one call, which nobody may use after that. If the reply
+// cannot be sent, an error that says so is sent instead. Unlike net/rpc's, the
+// answer does not name the method: no client looks.
 func (s *rpcServer) respond(c *inCall, reply any, err error) {
 	c.resp = header{Seq: c.req.Seq}
 	if err != nil {

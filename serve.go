@@ -41,7 +41,8 @@ type ServeConfig struct {
 
 	// TLSProvider, if not nil, returns the configuration of the connection.
 	// The host needs a ClientConfig.TLSConfig that goes with it. It is not
-	// needed for ClientConfig.AutoMTLS, which it disables.
+	// needed for ClientConfig.AutoMTLS, which it disables. It is called once,
+	// and its error is why Serve cannot serve.
 	TLSProvider func() (*tls.Config, error)
 
 	// Plugins are served where HandshakeConfig.ProtocolVersion is negotiated.
@@ -49,7 +50,8 @@ type ServeConfig struct {
 
 	// VersionedPlugins are served by the protocol version that is negotiated:
 	// the highest that both sides have, or the lowest here if the host does
-	// not tell its own.
+	// not tell its own. A version that is also HandshakeConfig.ProtocolVersion
+	// has these and not Plugins.
 	VersionedPlugins map[int]PluginSet
 
 	// Logger gets what this library logs. Nil means a logger to stderr in the
@@ -68,7 +70,8 @@ type ServeTestConfig struct {
 	// Context ends the serving. Nil means context.Background().
 	Context context.Context
 
-	// ReattachConfigCh, if not nil, gets what a host needs to connect.
+	// ReattachConfigCh, if not nil, gets what a host needs to connect. Nobody
+	// is served before that has been received.
 	ReattachConfigCh chan<- *ReattachConfig
 
 	// CloseCh, if not nil, is closed when the serving has ended.
@@ -467,7 +470,7 @@ func (s *serving) close() {
 // TestOptions are options of TestPluginRPCConn.
 type TestOptions struct {
 	// ServerStdout and ServerStderr, if not nil, are what the plugin's end
-	// sends as its stdout and stderr.
+	// sends as its stdout and stderr. They are not closed.
 	ServerStdout io.ReadCloser
 	ServerStderr io.ReadCloser
 }

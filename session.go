@@ -37,11 +37,11 @@ const (
 
 // session is one connection: a yamux session, what runs on it, and why it ended.
 type session struct {
-	mux    *yamux.Session
-	frames *frameConn // what mux runs on
-	host   bool       // this side is the host's
-	logger hclog.Logger
-	lost   func() error // why the connection was lost; may take a moment to find out
+	mux     *yamux.Session
+	frames  *frameConn // what mux runs on
+	host    bool       // this side is the host's
+	logger  hclog.Logger
+	whyLost func() error // why the connection was lost; may take a moment to find out
 
 	calls  context.Context // ends when methods that are served here should stop
 	cancel context.CancelFunc
@@ -60,7 +60,7 @@ type session struct {
 func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func() error) (*session, error) {
 	s := &session{host: host, logger: newNotes(logger), frames: &frameConn{conn: conn, flows: make(map[uint32]*flow)}}
 	s.calls, s.cancel = context.WithCancel(ctx)
-	s.lost = sync.OnceValue(func() error {
+	s.whyLost = sync.OnceValue(func() error {
 		if why == nil {
 			return &lostError{errors.New("plugin: the connection was lost")}
 		}
@@ -240,7 +240,7 @@ func (s *session) explain(err error) error {
 	if err == nil || !s.mux.IsClosed() || s.isClosing() {
 		return err
 	}
-	if lost := s.lost(); lost != nil {
+	if lost := s.whyLost(); lost != nil {
 		return lost
 	}
 	return err
@@ -276,7 +276,7 @@ func (st *stream) Write(p []byte) (n int, err error) {
 		sent, err = st.session.frames.sendData(st.StreamID(), st.flow, p[n:])
 		n += sent
 		switch {
-		case st.lost():
+		case st.over():
 			err = yamux.ErrSessionShutdown
 		case sent == 0 && err == nil:
 			err = st.waitWindow()
@@ -336,8 +336,8 @@ func (st *stream) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-// lost reports whether the session has ended.
-func (st *stream) lost() bool { return st.session.mux.IsClosed() }
+// over reports whether the session has ended.
+func (st *stream) over() bool { return st.session.mux.IsClosed() }
 
 // announce tells the other side of the stream; so does the first Write.
 func (st *stream) announce() { st.session.frames.announce(st.flow) }
@@ -383,15 +383,15 @@ func (s *session) stream(st *yamux.Stream) *stream {
 // that pass; they are described in
 // https://github.com/hashicorp/yamux/blob/master/spec.md.
 //
-// An error of writing is nobody's: the other side is gone, but what it sent
-// before may not have been read. The session ends when reading does, which has
+// An error of writing is reported to nobody: the other side is gone, but what it
+// sent before may not have been read. The session ends when reading does, which has
 // a bound from then on.
 type frameConn struct {
 	conn  io.ReadWriteCloser
 	trace chan tracedFrame // nil if nobody looks
 
 	writing sync.Mutex // serialises writers; guards the fields below and flow.held
-	lost    bool       // nothing can be written any more
+	broken  bool       // nothing can be written any more
 	frame   []byte     // what is written next, to be used again
 
 	mu    sync.Mutex // guards flows and the rest of each flow
@@ -597,7 +597,7 @@ func (c *frameConn) announce(f *flow) {
 
 // send writes a frame, in one system call where there is one for two pieces.
 func (c *frameConn) send(header, body []byte) {
-	if c.lost {
+	if c.broken {
 		return
 	}
 	var err error
@@ -610,7 +610,7 @@ func (c *frameConn) send(header, body []byte) {
 	if err == nil {
 		return
 	}
-	c.lost = true
+	c.broken = true
 	// Some, as a file, have deadlines in name only.
 	d, ok := c.conn.(interface{ SetReadDeadline(time.Time) error })
 	if !ok || d.SetReadDeadline(time.Now().Add(lastTimeout)) != nil {
