@@ -1879,7 +1879,7 @@ func TestLogOfPlugin(t *testing.T) {
 	}
 }
 
-// TestLogWithoutEnd writes 10 MB without the end of a line, which neither
+// TestLogWithoutEnd writes 2 MiB without the end of a line, which neither
 // stops the plugin nor fills the host's memory, and lines beyond the limits.
 func TestLogWithoutEnd(t *testing.T) {
 	leavesNothing(t)
@@ -1889,7 +1889,7 @@ func TestLogWithoutEnd(t *testing.T) {
 		logger, records := recordingLogger()
 		cfg.Logger, cfg.Stderr, cfg.PluginLogBufferSize = logger, hash, limit
 		c, p := start(t, cfg)
-		const size = 10 << 20
+		const size = 2 << 20
 		junk := bytes.Repeat([]byte("0123456789abcdef"), size/16)
 		client := dispense[*rpc.Client](t, p, "base")
 		if err := client.Call("Plugin.Print", BaseOutput{Raw: junk}, &struct{}{}); err != nil {
@@ -1931,7 +1931,7 @@ func TestBadWriters(t *testing.T) {
 	cfg.Stderr, cfg.SyncStdout, cfg.SyncStderr = &baseBadWriter{100}, &baseBadWriter{100}, &baseBadWriter{100}
 	c, p := start(t, cfg)
 	client := dispense[*rpc.Client](t, p, "base")
-	junk := bytes.Repeat([]byte("junk "+strings.Repeat("x", 500)+"\n"), 10000)
+	junk := bytes.Repeat([]byte("junk "+strings.Repeat("x", 500)+"\n"), 2500)
 	returns(t, "printing", func() {
 		if err := client.Call("Plugin.Print", BaseOutput{junk, junk, append(junk, "[WARN] still here\n"...)}, &struct{}{}); err != nil {
 			t.Error(err)
@@ -1995,7 +1995,7 @@ func TestOutput(t *testing.T) {
 	logger, records := recordingLogger()
 	cfg.SyncStdout, cfg.SyncStderr, cfg.Logger = &stdout, &stderr, logger
 	c, p := start(t, cfg)
-	out, errs := noise(5<<20, 1), noise(3<<20+1, 2)
+	out, errs := noise(2<<20, 1), noise(streamWindow+400<<10+1, 2)
 	client := dispense[*rpc.Client](t, p, "base")
 	if err := client.Call("Plugin.Print", BaseOutput{Stdout: out, Stderr: errs}, &struct{}{}); err != nil {
 		t.Fatal(err)
@@ -2065,8 +2065,8 @@ func TestOutputToLog(t *testing.T) {
 			cfg.SyncStderr = io.Discard
 		}
 		c, p := start(t, cfg)
-		const lines = 7000
-		length := strings.Repeat("of some length ", 10) // more than a stream holds, in all
+		const lines = 1000
+		length := strings.Repeat("of some length ", 75) // more than a stream holds, in all
 		var out, errs bytes.Buffer
 		for i := range lines {
 			fmt.Fprintf(&out, "out %d is a line %s\n", i, length)
@@ -2657,20 +2657,22 @@ func TestKill(t *testing.T) {
 		returns(t, "Kill", c.Kill)
 		returns(t, "Kill", c.Kill)
 	})
-	t.Run("when it does not end", func(t *testing.T) {
-		leavesNothing(t)
-		cfg := config("base-stubborn")
-		c, _ := start(t, cfg)
-		begin := time.Now()
-		returns(t, "Kill", c.Kill)
-		// It has two seconds.
-		if took := time.Since(begin); took < 2*time.Second-100*time.Millisecond || took > 8*time.Second {
-			t.Errorf("it was killed after %v", took)
-		}
-		if !c.Exited() || cfg.Cmd.ProcessState == nil || cfg.Cmd.ProcessState.Success() {
-			t.Error("the process ended with", cfg.Cmd.ProcessState)
-		}
-	})
+}
+
+// TestKillStubborn checks when a plugin is killed that does not end.
+func TestKillStubborn(t *testing.T) {
+	t.Parallel()
+	cfg := config("base-stubborn")
+	c, _ := start(t, cfg)
+	begin := time.Now()
+	returns(t, "Kill", c.Kill)
+	// It has two seconds.
+	if took := time.Since(begin); took < 2*time.Second-100*time.Millisecond || took > 8*time.Second {
+		t.Errorf("it was killed after %v", took)
+	}
+	if !c.Exited() || cfg.Cmd.ProcessState == nil || cfg.Cmd.ProcessState.Success() {
+		t.Error("the process ended with", cfg.Cmd.ProcessState)
+	}
 }
 
 // baseManaged reports whether the package holds a client.
@@ -3057,7 +3059,7 @@ func TestTestModeOutput(t *testing.T) {
 
 // TestConcurrency lets 100 goroutines start, dispense, call and ask at once.
 func TestConcurrency(t *testing.T) {
-	leavesNothing(t)
+	t.Parallel()
 	c := NewClient(config("base"))
 	t.Cleanup(c.Kill)
 	var all sync.WaitGroup
@@ -3149,14 +3151,13 @@ func TestBadConfig(t *testing.T) {
 func baseForeign(t *testing.T, head string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "foreign.exe")
-	if err := os.WriteFile(path, append([]byte(head), make([]byte, 1000)...), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	writeProgram(t, path, append([]byte(head), make([]byte, 1000)...), 0o755)
 	return path
 }
 
 // TestBadBinary is the table of plugins that do not start.
 func TestBadBinary(t *testing.T) {
+	t.Parallel()
 	say := func(line string) func(*testing.T, *ClientConfig) {
 		return func(_ *testing.T, c *ClientConfig) {
 			c.Cmd.Env = []string{modeEnv + "=base-say", baseSayEnv + "=" + line}
@@ -3172,7 +3173,7 @@ func TestBadBinary(t *testing.T) {
 	if runtime.GOARCH == "arm64" {
 		arch = "\x3e" // amd64
 	}
-	short := func(c *ClientConfig) { c.StartTimeout = 300 * time.Millisecond }
+	short := func(c *ClientConfig) { c.StartTimeout = 3 * time.Second }
 	for _, test := range []struct {
 		name    string
 		prepare func(*testing.T, *ClientConfig)
@@ -3185,7 +3186,7 @@ func TestBadBinary(t *testing.T) {
 		{"a directory", path(func(t *testing.T) string { return t.TempDir() }), nil, false, []string{"directory"}},
 		{"exits at once", mode("base-exits"), nil, true, []string{"exit status 7", "cannot find my settings"}},
 		{"panics at once", mode("base-panics"), nil, true, []string{"exit status 2", "panic: boom"}},
-		{"never speaks", say("loading"), short, false, []string{"300ms", "loading", "handshake"}},
+		{"never speaks", say("loading"), short, false, []string{"3s", "loading", "handshake"}},
 		{"closes stdout", mode("base-closed-stdout"), nil, false, []string{"closed its stdout"}},
 		{"core protocol 2", say("2|3|unix|/tmp/s|netrpc|"), nil, false, []string{`"2"`, "core protocol"}},
 		{"gRPC", say("1|3|unix|/tmp/s|grpc|"), nil, false, []string{"gRPC", "net/rpc"}},
@@ -3212,7 +3213,7 @@ func TestBadBinary(t *testing.T) {
 		}), nil, false, nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			leavesNothing(t)
+			t.Parallel()
 			cfg := config("base")
 			test.prepare(t, cfg)
 			if test.change != nil {
@@ -3241,7 +3242,7 @@ func TestBadBinary(t *testing.T) {
 			if !waitFor(hangs, c.done) {
 				t.Error("Done is not closed")
 			}
-			// Nothing is left even if Kill is never called.
+			// Nothing is left even if Kill is never called: see runTests.
 		})
 	}
 }
@@ -5536,6 +5537,7 @@ func TestRegisterError(t *testing.T) {
 // Sizes.
 
 func TestLargeCall(t *testing.T) {
+	t.Parallel()
 	_, c, _ := callsPlugin(t, hclog.NewNullLogger())
 	// Above 16 MiB gob writes a size with one byte more, and above 10 MiB it
 	// reads in pieces. Beyond that, more of it is only more of the same.
@@ -6649,7 +6651,7 @@ func TestGarbage(t *testing.T) {
 				conn := feed()
 				client, err := NewRPCClient(conn, callsPlugins())
 				if err == nil {
-					ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+					ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 					defer cancel()
 					if !stall {
 						ctx = boundedContext(t)

@@ -346,7 +346,7 @@ func TestTestModeSignals(t *testing.T) {
 
 // ==== Life and death ====
 
-var lifeTorture = flag.Duration("torture", 2*time.Second, "how long hosts and plugins are tortured")
+var lifeTorture = flag.Duration("torture", time.Second, "how long hosts and plugins are tortured")
 
 // orphanBound is how long a plugin may outlive its host.
 const orphanBound = 2 * time.Second
@@ -915,10 +915,10 @@ func TestLifePingStopped(t *testing.T) {
 // Many plugins are killed in the time that one takes.
 func TestLifeCleanup(t *testing.T) {
 	l := newLab(t)
-	const killTimeout = time.Second
+	const killTimeout = 500 * time.Millisecond
 	var clients []*Client
 	var starting sync.WaitGroup
-	for range 50 {
+	for range 40 {
 		cfg := l.config("life")
 		cfg.Managed, cfg.KillTimeout = true, killTimeout
 		c := NewClient(cfg)
@@ -2060,6 +2060,7 @@ func TestFaultDiskFull(t *testing.T) {
 
 // Where the system cannot execute the binary, a start says why and what to do.
 func TestFaultExec(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name  string
 		edit  func(*testing.T, *ClientConfig)
@@ -2090,6 +2091,7 @@ func TestFaultExec(t *testing.T) {
 		}
 		for _, secure := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, SecureConfig: %v", test.name, secure), func(t *testing.T) {
+				t.Parallel()
 				cfg := newLab(t).config("calls")
 				test.edit(t, cfg)
 				if secure {
