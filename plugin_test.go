@@ -5541,7 +5541,7 @@ func TestLargeCall(t *testing.T) {
 	_, c, _ := callsPlugin(t, hclog.NewNullLogger())
 	// Above 16 MiB gob writes a size with one byte more, and above 10 MiB it
 	// reads in pieces. Beyond that, more of it is only more of the same.
-	size := 20 << 20
+	size := 17 << 20
 	if *long {
 		size = 256 << 20
 	}
@@ -6005,7 +6005,7 @@ func TestClosingClientEndsServing(t *testing.T) {
 				for !bytes.Contains(stack[:runtime.Stack(stack, true)], []byte("(*gobWriter).waitRoom")) {
 					c.Go("Plugin.Many", 1<<18, new([]byte), nil)
 				}
-				for range 100 {
+				for range 20 {
 					c.Go("Plugin.Many", 1<<18, new([]byte), nil)
 				}
 				codec, _ := codecs.Load(c)
@@ -6104,9 +6104,9 @@ func TestReader(t *testing.T) {
 		{"empty", 0, io.EOF},
 		{"small", 5, io.EOF},
 		{"a chunk", maxChunk, io.EOF},
-		{"large", 4<<20 + 1, io.EOF},
+		{"large", 2<<20 + 1, io.EOF},
 		{"fails at once", 0, lost},
-		{"fails half-way", 3<<20 + 7, lost},
+		{"fails half-way", 2<<20 + 7, lost},
 		{"unexpected end", 100, io.ErrUnexpectedEOF},
 		{"registered error", 100, errCallsKnown},
 		{"unknown error", 100, errCallsUnknown},
@@ -6231,7 +6231,7 @@ func TestReaderEarlyClose(t *testing.T) {
 // A slow reader slows the other side, however much there is to send.
 func TestReaderBoundedMemory(t *testing.T) {
 	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-		const size, most = 32 << 20, 3 << 20
+		const size, most = 16 << 20, 3 << 20
 		var sent, received, worst int64
 		var mu sync.Mutex // guards the above
 		sum, want := crc32.NewIEEE(), crc32.NewIEEE()
@@ -6275,7 +6275,7 @@ func TestReaderBoundedMemory(t *testing.T) {
 func TestWriterSlow(t *testing.T) {
 	t.Parallel()
 	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-		const size, most = 8 << 20, 3 << 20
+		const size, most = 5 << 20, 3 << 20
 		data := noise(size, 1)
 		var got bytes.Buffer
 		var taken, worst atomic.Int64
@@ -6339,7 +6339,7 @@ func TestWriterFails(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-				for _, size := range []int{test.after + 10, test.after + 8<<20} { // the error comes from Close, or from Write
+				for _, size := range []int{test.after + 10, test.after + 4<<20} { // the error comes from Close, or from Write
 					n := 0
 					w, err := here.DialWriter(there.ServeWriter(writerFunc(func(p []byte) (int, error) {
 						if n += len(p); n > test.after {
@@ -6912,7 +6912,7 @@ func TestFlowAccount(t *testing.T) {
 	for seed := range int64(5) {
 		b, st, raw := rawStream(t)
 		r := rand.New(rand.NewPCG(0, uint64(seed)))
-		const total = 3 << 20
+		const total = 2 << 20
 		data := noise(total, 1)
 		both := []<-chan error{
 			async(func() error {
@@ -7330,7 +7330,7 @@ func TestPipeOverProcess(t *testing.T) {
 	cfg := config("calls")
 	_, p := start(t, cfg)
 	c := dispense[*callsClient](t, p, "calls")
-	data := noise(5<<20, 1)
+	data := noise(3<<20, 1)
 	var got bytes.Buffer
 	in := CallsPipe{c.broker.ServeReader(bytes.NewReader(data)), c.broker.ServeWriter(&got)}
 	if err := Call(boundedContext(t), c.Client, "Plugin.Pipe", in, new(string)); err != nil || !bytes.Equal(got.Bytes(), data) {
