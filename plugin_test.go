@@ -47,13 +47,15 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
+// ==== What all sections use ====
+
 // The test binary stands in for every plugin: a process that is started with
 // modeEnv set runs the mode of that name and no tests.
 const modeEnv = "TEST_PLUGIN_MODE"
 
 var modes = map[string]func(){
 	"greeter": func() {
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: testPlugins()})
+		servePlugins(testPlugins())
 		fmt.Fprintln(os.Stderr, "main is finishing")
 	},
 }
@@ -255,6 +257,11 @@ func testPlugins() PluginSet {
 	}
 }
 
+// servePlugins is the main of a plugin that serves these.
+func servePlugins(plugins PluginSet) {
+	Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: plugins})
+}
+
 // start starts a plugin and kills it when the test ends.
 func start(t testing.TB, config *ClientConfig) (*Client, ClientProtocol) {
 	t.Helper()
@@ -277,6 +284,14 @@ func dispense[T any](t testing.TB, p ClientProtocol, name string) T {
 	return v
 }
 
+// greets checks that the plugin "greeter" of a process answers.
+func greets(t testing.TB, p ClientProtocol, when ...any) {
+	t.Helper()
+	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
+		t.Error(append(when, "Greet returned", got)...)
+	}
+}
+
 // config returns a configuration to start a mode, with these variables. It has
 // the plugins of all modes.
 func config(mode string, env ...string) *ClientConfig {
@@ -286,6 +301,13 @@ func config(mode string, env ...string) *ClientConfig {
 	maps.Copy(plugins, lifePlugins())
 	maps.Copy(plugins, callsPlugins())
 	return &ClientConfig{HandshakeConfig: testHandshake, Plugins: plugins, Cmd: cmd, Logger: hclog.NewNullLogger()}
+}
+
+// attachTo returns a configuration to reattach to what runs.
+func attachTo(rc *ReattachConfig) *ClientConfig {
+	cfg := config("")
+	cfg.Cmd, cfg.Reattach = nil, rc
+	return cfg
 }
 
 // echo checks that the plugins "base" and "life" answer.
@@ -689,9 +711,7 @@ func TestGreeter(t *testing.T) {
 	cfg := config("greeter")
 	cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Trace, Mutex: new(sync.Mutex)})
 	c, p := start(t, cfg)
-	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Errorf("Greet returned %q", got)
-	}
+	greets(t, p)
 	c.Kill()
 	if err := c.Err(); err != nil {
 		t.Error(err)
@@ -700,6 +720,9 @@ func TestGreeter(t *testing.T) {
 }
 
 // ==== Starting, calling, stopping ====
+
+// What every host and every plugin does, one topic after the other, and what
+// goes wrong because of how they are built or configured.
 
 // The environment variables by which tests tell the modes below what to do.
 const (
@@ -717,13 +740,13 @@ func init() {
 		// The plugin of most tests here.
 		"base": func() {
 			s := &baseServer{environ: os.Environ(), stderr: os.Stderr}
-			Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: basePlugins(s)})
+			servePlugins(basePlugins(s))
 			fmt.Println("tail on stdout")
 			fmt.Fprintln(os.Stderr, "[INFO] tail on stderr")
 		},
 		// Does not end when it is asked to.
 		"base-stubborn": func() {
-			Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: basePlugins(&baseServer{})})
+			servePlugins(basePlugins(&baseServer{}))
 			time.Sleep(forever)
 		},
 		// Prints something and waits.
@@ -902,9 +925,7 @@ var (
 // TestDispenseType checks that a wrong type is an error that says all.
 func TestDispenseType(t *testing.T) {
 	client, _ := TestPluginRPCConn(t, testPlugins(), nil)
-	if g := dispense[Greeter](t, client, "greeter"); g.Greet() != "Hello!" {
-		t.Error(g.Greet())
-	}
+	greets(t, client)
 	if g := dispense[*greeterClient](t, client, "greeter"); g.Greet() != "Hello!" {
 		t.Error(g.Greet())
 	}
@@ -1458,9 +1479,7 @@ func TestWireOfHost(t *testing.T) {
 		served <- instance.RegisterName("Plugin", greeterServer{})
 		instance.ServeConn(st)
 	}()
-	if got := dispense[Greeter](t, host, "greeter").Greet(); got != "Hello!" {
-		t.Error(got)
-	}
+	greets(t, host)
 	if err := <-served; err != nil {
 		t.Error(err)
 	}
@@ -1570,9 +1589,7 @@ func TestRPCServer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := dispense[Greeter](t, client, "greeter").Greet(); got != "Hello!" {
-			t.Error(got)
-		}
+		greets(t, client)
 		if err := client.Close(); err != nil {
 			t.Error(err)
 		}
@@ -1973,6 +1990,47 @@ func TestLogOfDyingPlugin(t *testing.T) {
 	}
 }
 
+// Nothing in a record can look like a record of the host's own, or reach a
+// terminal; names that only slog gives a meaning are names like others in a
+// record of hclog's, and a record that was cut keeps its level.
+func TestForgedRecords(t *testing.T) {
+	var log bytes.Buffer
+	logger := hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Trace})
+	l := stderrLog{logger: logger}
+	for line, left := range map[string]int{
+		`{"@level":"info","@message":"m\n2026-01-01T00:00:00.000Z [ERROR] host: forged"}`:                   0,
+		`{"@level":"info","@message":"m","k\n2026-01-01T00:00:00.000Z [ERROR] host: forged":1}`:             0,
+		`{"@level":"info","@message":"m","a":[["\u001b[2J"]],"b":{"\u001b":"\n2026 [ERROR] host: forged"}}`: 0,
+		`{"@level":"info","@message":"m","level":"error","msg":"other","time":"noon"}`:                      0,
+		`{"1st":1,"@level":"info","@message":"m"}`:                                                          0,
+		`{"@level":"info","@message":"cut`:                                                                  70,
+	} {
+		log.Reset()
+		l.line([]byte(line), left)
+		out := log.String()
+		if !strings.Contains(out, "[INFO]") || strings.Contains(out, "\x1b") || strings.Contains(out, "\n2026") || strings.Contains(out, "@") && left == 0 {
+			t.Errorf("%s was logged as %q", line, out)
+		}
+	}
+}
+
+// What is only said to be a panic does not make errors of all that follows.
+func TestOnlyTheWordPanic(t *testing.T) {
+	var levels []hclog.Level
+	logger, records := recordingLogger()
+	l := stderrLog{logger: logger}
+	l.line([]byte("panic: it was only a drill"), 0)
+	for range 100 {
+		l.line([]byte("as ever"), 0)
+	}
+	for _, r := range records.get() {
+		levels = append(levels, r.level)
+	}
+	if levels[0] != hclog.Error || levels[len(levels)-1] != hclog.Debug {
+		t.Error(levels)
+	}
+}
+
 // ---- Stdout, stderr and stdin ----
 
 // baseGate is a writer that takes nothing until it is opened.
@@ -2173,10 +2231,7 @@ func baseFirstHost() {
 
 // baseSecondHost reattaches to a plugin, calls it and kills it.
 func baseSecondHost() {
-	c := NewClient(&ClientConfig{
-		HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(),
-		Reattach: readBaseTicket(os.Getenv(baseReattachEnv)),
-	})
+	c := NewClient(attachTo(readBaseTicket(os.Getenv(baseReattachEnv))))
 	defer c.Kill()
 	p, err := c.Client()
 	if err != nil {
@@ -2224,7 +2279,8 @@ func TestReattachLater(t *testing.T) {
 		t.Fatalf("%q, %v", out, err)
 	}
 	rc := readBaseTicket(string(out))
-	cfg := &ClientConfig{HandshakeConfig: testHandshake, VersionedPlugins: baseVersions("1,2,3"), Logger: hclog.NewNullLogger(), Reattach: rc}
+	cfg := attachTo(rc)
+	cfg.Plugins, cfg.VersionedPlugins = nil, baseVersions("1,2,3")
 	c, p := start(t, cfg)
 	if got := dispense[string](t, p, "version"); got != "host 2 plugin 2" || c.NegotiatedVersion() != 2 {
 		t.Errorf("%s was dispensed, of version %d", got, c.NegotiatedVersion())
@@ -2305,7 +2361,7 @@ func TestReattachToNobody(t *testing.T) {
 		"another process and a socket with it": {Pid: innocent, Addr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1}},
 	} {
 		rc.ProtocolVersion = int(testHandshake.ProtocolVersion)
-		c := NewClient(&ClientConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Reattach: rc})
+		c := NewClient(attachTo(rc))
 		if _, err := c.Start(); err != ErrProcessNotFound {
 			t.Errorf("%s: Start returned %v", name, err)
 		}
@@ -2334,11 +2390,9 @@ func TestReattachWithWrongPid(t *testing.T) {
 	defer silent.Close()
 	real, _ := start(t, config("base"))
 	for name, addr := range map[string]net.Addr{"a plugin": real.ReattachConfig().Addr, "silence": silent.Addr()} {
-		c := NewClient(&ClientConfig{
-			HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(),
-			KillTimeout: 3 * time.Second, // in which a plugin must have been asked
-			Reattach:    &ReattachConfig{ProtocolVersion: int(testHandshake.ProtocolVersion), Addr: addr, Pid: innocent},
-		})
+		cfg := attachTo(&ReattachConfig{ProtocolVersion: int(testHandshake.ProtocolVersion), Addr: addr, Pid: innocent})
+		cfg.KillTimeout = 3 * time.Second // in which a plugin must have been asked
+		c := NewClient(cfg)
 		if _, err := c.Client(); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -2347,6 +2401,19 @@ func TestReattachWithWrongPid(t *testing.T) {
 	}
 	if !waitFor(hangs, real.done) {
 		t.Error("the plugin was not asked to quit")
+	}
+}
+
+// A connection to reattach to is not missing because there was no time to look.
+func TestReattachInNoTime(t *testing.T) {
+	c, _ := start(t, config("greeter"))
+	again := attachTo(c.ReattachConfig())
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	other := NewClient(again)
+	defer other.Kill()
+	if _, err := other.StartContext(ctx); !errors.Is(err, context.Canceled) || err == ErrProcessNotFound {
+		t.Error(err)
 	}
 }
 
@@ -2392,9 +2459,7 @@ func TestSecureConfig(t *testing.T) {
 		cfg.SecureConfig = secure
 		for range 2 {
 			c, p := start(t, cfg)
-			if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-				t.Errorf("%s: %s", name, got)
-			}
+			greets(t, p, name)
 			c.Kill()
 		}
 	}
@@ -2468,9 +2533,7 @@ func TestTLS(t *testing.T) {
 	cfg := config("base-tls", env)
 	cfg.TLSConfig = secure
 	c, p := start(t, cfg)
-	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Error(got)
-	}
+	greets(t, p)
 	c.Kill()
 
 	untrusting, _ := baseTLSConfig(t)
@@ -2550,9 +2613,7 @@ func TestAutoMTLS(t *testing.T) {
 				client.session.close()
 			}
 		}
-		if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-			t.Error("after the strangers:", got)
-		}
+		greets(t, p, "after the strangers")
 		c.Kill()
 	}
 
@@ -2719,6 +2780,17 @@ func TestCleanupClients(t *testing.T) {
 	CleanupClients() // there is none left
 }
 
+// After Kill, Client returns what it has returned before.
+func TestClientAfterKill(t *testing.T) {
+	c, p := start(t, config("greeter"))
+	c.Kill()
+	for range 100 {
+		if again, err := c.Client(); again != p || err != nil {
+			t.Fatal("another result:", again, err)
+		}
+	}
+}
+
 // ---- Config is input ----
 
 // TestConfigIsKept checks that nothing of the caller's is changed, not even
@@ -2784,9 +2856,7 @@ func TestConfigIsKept(t *testing.T) {
 		if pid := strconv.Itoa(cfg.Cmd.Process.Pid); pid != c.ID() || cfg.Cmd.ProcessState != nil {
 			t.Errorf("Cmd.Process is %s, with %v, and the plugin %s", pid, cfg.Cmd.ProcessState, c.ID())
 		}
-		if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-			t.Error(got)
-		}
+		greets(t, p)
 		check()
 		clients = append(clients, c)
 	}
@@ -2909,9 +2979,7 @@ func TestQuiet(t *testing.T) {
 	cfg := config("greeter")
 	cfg.Logger = logger
 	c, p := start(t, cfg)
-	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Error(got)
-	}
+	greets(t, p)
 	c.Kill()
 	for _, r := range records.get() {
 		if r.level > hclog.Debug {
@@ -2969,12 +3037,10 @@ func TestTestMode(t *testing.T) {
 	if !rc.Test || rc.Pid != os.Getpid() || rc.Addr == nil || rc.ProtocolVersion != 3 {
 		t.Errorf("the ReattachConfig is %+v", rc)
 	}
-	cfg := &ClientConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Reattach: rc}
+	cfg := attachTo(rc)
 	for range 2 { // the first one's Kill leaves the server alone
 		c, p := start(t, cfg)
-		if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-			t.Error(got)
-		}
+		greets(t, p)
 		returns(t, "Kill", c.Kill)
 	}
 	if !slices.Equal(os.Environ(), environ) || os.Stdout != stdout || os.Stderr != stderr {
@@ -3037,9 +3103,9 @@ func TestTestModeOutput(t *testing.T) {
 		HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Test: &ServeTestConfig{SyncStdio: true},
 	})
 	var out, errs syncBuffer
-	c, _ := start(t, &ClientConfig{
-		HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Reattach: rc, SyncStdout: &out, SyncStderr: &errs,
-	})
+	cfg := attachTo(rc)
+	cfg.SyncStdout, cfg.SyncStderr = &out, &errs
+	c, _ := start(t, cfg)
 	fmt.Fprintln(os.Stdout, "to stdout")
 	fmt.Fprintln(os.Stderr, "to stderr")
 	await(t, "output", func() bool { return out.String() == "to stdout\n" && errs.String() == "to stderr\n" })
@@ -3310,15 +3376,31 @@ func TestBadDispense(t *testing.T) {
 				t.Errorf("%s: %v was returned beside the error", test.name, v)
 			}
 		}
-		if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-			t.Errorf("after %s: %s", test.name, got)
-		}
+		greets(t, p, "after", test.name)
 		before += 2 // that greeter is kept: who reads its calls, and who has served one
 	}
 	await(t, "the plugin's goroutines", func() bool { return goroutines() <= before+2 })
 	c.Kill()
 	if _, err := p.Dispense("greeter"); err == nil {
 		t.Error("a plugin is dispensed after Kill")
+	}
+}
+
+// A plugin without any plugins says so, and odd sizes and times mean the
+// defaults.
+func TestOddConfigs(t *testing.T) {
+	for _, sets := range []map[int]PluginSet{nil, {}, {1: nil}, {1: {}}} {
+		if s, err := newServing(&ServeConfig{Plugins: PluginSet{}, VersionedPlugins: sets}, nil, hclog.NewNullLogger()); err == nil {
+			s.close()
+			t.Error("there is nothing to serve, and it is served:", sets)
+		}
+	}
+	cfg := config("greeter")
+	cfg.PluginLogBufferSize, cfg.StartTimeout, cfg.KillTimeout = -1, -1, -1
+	c, _ := start(t, cfg)
+	c.Kill()
+	if err := c.Err(); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -3427,7 +3509,8 @@ func BenchmarkStartToFirstReply(b *testing.B) {
 
 // ==== Life and death ====
 
-// The life and death of plugins. What needs Unix signals is in
+// How plugins end, by themselves or when they are asked, what their hosts learn
+// of it, and that nothing is left. What needs Unix signals is in
 // plugin_unix_test.go.
 
 // lifeCycles is how often something is done that must not leak.
@@ -4370,13 +4453,31 @@ func (c *lifeClient) traffic(ctx context.Context, logger func(n int)) error {
 	return nil
 }
 
+// A descriptor that is not a pipe is somebody else's: it is neither read, nor
+// closed, nor taken for the end of the host.
+func TestForeignLifeline(t *testing.T) {
+	f, err := os.Open(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, life := range []string{fmt.Sprint(lifePipe, f.Fd()), lifePipe + "9999", lifePipe + "x", lifePid + "x", lifeDetached, ""} {
+		if hostWaiter(life) != nil {
+			t.Errorf("%q is watched", life)
+		}
+	}
+	if _, err := f.Read(make([]byte, 1)); err != nil {
+		t.Error("the file cannot be read any more:", err)
+	}
+}
+
 // ==== Calls and streams ====
 
 // The tests of calls, errors and streams. Most run over a connection inside
 // this process; "the plugin" is then merely the other end.
 
 func init() {
-	modes["calls"] = func() { Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()}) }
+	modes["calls"] = func() { servePlugins(callsPlugins()) }
 	gob.Register(CallsBox{})
 	gob.Register(CallsInner{})
 	gob.Register(CallsDeep{})
@@ -4705,9 +4806,25 @@ func callsRaw(t testing.TB) (*MuxBroker, *yamux.Session) {
 	return callsBroker(t, a, true), raw
 }
 
+// streamsOf is how many streams are known on one side.
+func streamsOf(b *MuxBroker) int {
+	b.session.frames.mu.Lock()
+	defer b.session.frames.mu.Unlock()
+	return b.session.mux.NumStreams() + len(b.session.frames.flows)
+}
+
+// streamsGone waits until the brokers know of no streams.
+func streamsGone(t testing.TB, brokers ...*MuxBroker) {
+	t.Helper()
+	for _, b := range brokers {
+		await(t, "all streams were gone", func() bool { return streamsOf(b) == 0 })
+	}
+}
+
+// callsID is how a stream is dialled.
 func callsID(id uint32) []byte { return binary.LittleEndian.AppendUint32(nil, id) }
 
-// Calls.
+// ---- Calls ----
 
 func TestCallEndsWithContext(t *testing.T) {
 	timeout := func(ctx context.Context) (context.Context, context.CancelFunc) {
@@ -4837,6 +4954,13 @@ func (r *callsRecorder) Write(p []byte) (int, error) {
 	return r.Conn.Write(p)
 }
 
+// all is what was written, and in how many writes.
+func (r *callsRecorder) all() ([]byte, int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.written, r.writes
+}
+
 // Without cancellation, Call sends byte by byte what c.Call sends.
 func TestCallSendsNothingMore(t *testing.T) {
 	record := func(call func(c *rpc.Client, out *string) error) ([]byte, int) {
@@ -4851,9 +4975,7 @@ func TestCallSendsNothingMore(t *testing.T) {
 			}
 		}
 		c.Close()
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		return r.written, r.writes
+		return r.all()
 	}
 	plain, writes := record(func(c *rpc.Client, out *string) error { return c.Call("Plugin.Echo", "x", out) })
 	got, n := record(func(c *rpc.Client, out *string) error {
@@ -4888,7 +5010,7 @@ func TestCallAllocations(t *testing.T) {
 	}
 }
 
-// Contexts in served methods.
+// ---- Contexts in served methods ----
 
 func TestServedContext(t *testing.T) {
 	for _, test := range []struct {
@@ -5074,7 +5196,7 @@ func TestOddCancels(t *testing.T) {
 	answer(5, false)
 }
 
-// Bad values.
+// ---- Bad values ----
 
 // callsGoodBoxes are values that must arrive whatever has failed before.
 var callsGoodBoxes = []CallsBox{
@@ -5295,7 +5417,22 @@ func TestSelfEncodingType(t *testing.T) {
 	}
 }
 
-// Methods that do not fit.
+// A reply that does not fit ends the client of a plain c.Call, as net/rpc has
+// it, and nothing else: neither Kill nor a session waits for it.
+func TestMisfitReply(t *testing.T) {
+	c, p := start(t, config("greeter"))
+	g := dispense[Greeter](t, p, "greeter").(*greeterClient)
+	if err := g.client.Call("Plugin.Greet", new(any), new(int)); err == nil || !strings.Contains(err.Error(), "int") {
+		t.Error("a string was read into an int:", err)
+	}
+	greets(t, p, "another client")
+	returns(t, "Kill", c.Kill)
+	if _, known := codecs.Load(g.client); known {
+		t.Error("the client is still known")
+	}
+}
+
+// ---- Methods that do not fit ----
 
 func TestUnfitAndMissingMethods(t *testing.T) {
 	for _, test := range []struct {
@@ -5385,7 +5522,7 @@ func TestServeRPCWithoutUsableMethods(t *testing.T) {
 	})
 }
 
-// Panics.
+// ---- Panics ----
 
 func TestCallbackCannotCrashHost(t *testing.T) {
 	var log syncBuffer
@@ -5467,7 +5604,7 @@ func TestPluginPanics(t *testing.T) {
 	}
 }
 
-// Errors.
+// ---- Errors ----
 
 func TestErrorIdentity(t *testing.T) {
 	cfg := config("calls")
@@ -5534,7 +5671,7 @@ func TestRegisterError(t *testing.T) {
 	RegisterError(nil)
 }
 
-// Sizes.
+// ---- Sizes ----
 
 func TestLargeCall(t *testing.T) {
 	t.Parallel()
@@ -5567,18 +5704,13 @@ func TestTooLargeToSend(t *testing.T) {
 	c := newRPCClient(r, callsSpawn)
 	defer c.Close()
 	callsEcho(t, c)
-	r.mu.Lock()
-	before := len(r.written)
-	r.mu.Unlock()
+	before, _ := r.all()
 	err := Call(context.Background(), c, "Plugin.Bytes", make([]byte, maxMessage+1), new([]byte))
 	if err == nil || !strings.Contains(err.Error(), "stream") || !strings.Contains(err.Error(), "Plugin.Bytes") || !strings.Contains(err.Error(), "[]uint8") {
 		t.Errorf("it was refused by %v", err)
 	}
-	r.mu.Lock()
-	sent := len(r.written) - before
-	r.mu.Unlock()
-	if sent > 100 {
-		t.Errorf("%d bytes of it were sent", sent)
+	if after, _ := r.all(); len(after) > len(before)+100 {
+		t.Errorf("%d bytes of it were sent", len(after)-len(before))
 	}
 	callsEcho(t, c)
 	// A reply likewise.
@@ -5638,7 +5770,7 @@ func TestForgedMessages(t *testing.T) {
 	}
 }
 
-// Streams by number.
+// ---- Streams by number ----
 
 func TestBrokerTimeouts(t *testing.T) {
 	t.Parallel()
@@ -5923,9 +6055,7 @@ func TestBrokerCrowd(t *testing.T) {
 		crowd.Go(func() { callsTalk(t, plugin, host) })
 	}
 	crowd.Wait()
-	for _, b := range []*MuxBroker{host, plugin} {
-		await(t, "all streams were gone", func() bool { return streamsOf(b) == 0 })
-	}
+	streamsGone(t, host, plugin)
 }
 
 func TestNextIdsNeverMeet(t *testing.T) {
@@ -5986,9 +6116,7 @@ func TestClosingClientEndsServing(t *testing.T) {
 				callsEcho(t, c)
 				c.Close()
 			}
-			await(t, "all streams were gone", func() bool {
-				return here.session.mux.NumStreams()+there.session.mux.NumStreams() == 0
-			})
+			streamsGone(t, here, there)
 		})
 	})
 	// The server is stuck with replies that nobody reads any more.
@@ -6015,9 +6143,7 @@ func TestClosingClientEndsServing(t *testing.T) {
 				c.Close()
 				close(gate.open)
 			}
-			await(t, "all streams were gone", func() bool {
-				return here.session.mux.NumStreams()+there.session.mux.NumStreams() == 0
-			})
+			streamsGone(t, here, there)
 		})
 	})
 }
@@ -6091,7 +6217,42 @@ type callsZeros struct{}
 
 func (callsZeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
-// Readers and writers.
+// A time-out of the broker is one, and nothing else.
+func TestBrokerTimeoutIsOne(t *testing.T) {
+	t.Parallel()
+	host, _ := callsBrokers(t)
+	_, err := host.Accept(host.NextId())
+	if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
+// More streams than yamux leaves unanswered wait to be accepted.
+func TestManyParkedStreams(t *testing.T) {
+	b, raw := callsRaw(t)
+	const many = 600
+	opened := async(func() (err error) {
+		for id := uint32(1); id <= many && err == nil; id++ {
+			var st *yamux.Stream
+			if st, err = raw.OpenStream(); err == nil {
+				_, err = st.Write(callsID(id))
+			}
+		}
+		return err
+	})
+	if err := receive(t, "opening", opened); err != nil {
+		t.Fatal(err)
+	}
+	for id := uint32(1); id <= many; id++ {
+		conn, err := b.AcceptContext(boundedContext(t), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+	}
+}
+
+// ---- Readers and writers ----
 
 func TestReader(t *testing.T) {
 	t.Parallel()
@@ -6144,9 +6305,7 @@ func TestReader(t *testing.T) {
 				if err := r.Close(); err != nil {
 					t.Error(err)
 				}
-				await(t, "the stream was gone", func() bool {
-					return here.session.mux.NumStreams()+there.session.mux.NumStreams() == 0
-				})
+				streamsGone(t, here, there)
 			})
 		})
 	}
@@ -6363,9 +6522,7 @@ func TestWriterFails(t *testing.T) {
 							t.Errorf("%v; want %q that is %v", err, test.text, test.is)
 						}
 					}
-					await(t, "the stream was gone", func() bool {
-						return here.session.mux.NumStreams()+there.session.mux.NumStreams() == 0
-					})
+					streamsGone(t, here, there)
 				}
 			})
 		})
@@ -6458,9 +6615,7 @@ func TestStreamKindMismatch(t *testing.T) {
 			}
 		})
 		all.Wait()
-		await(t, "all streams were gone", func() bool {
-			return here.session.mux.NumStreams()+there.session.mux.NumStreams() == 0
-		})
+		streamsGone(t, here, there)
 		callsTalk(t, here, there)
 	})
 }
@@ -6545,7 +6700,43 @@ func TestCallbackOverProcess(t *testing.T) {
 	}
 }
 
-// Garbage on the connection.
+// CallsPipe is a reader and a writer of the host's.
+type CallsPipe struct{ Reader, Writer uint32 }
+
+// Pipe copies all from the reader to the writer.
+func (s *CallsService) Pipe(in CallsPipe, _ *string) error {
+	r, err := s.broker.DialReader(in.Reader)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	w, err := s.broker.DialWriter(in.Writer)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(w, r)
+	return errors.Join(err, w.Close())
+}
+
+// A plugin that reads a file of the host's and writes to it, in a process.
+func TestPipeOverProcess(t *testing.T) {
+	cfg := config("calls")
+	_, p := start(t, cfg)
+	c := dispense[*callsClient](t, p, "calls")
+	data := noise(3<<20, 1)
+	var got bytes.Buffer
+	in := CallsPipe{c.broker.ServeReader(bytes.NewReader(data)), c.broker.ServeWriter(&got)}
+	if err := Call(boundedContext(t), c.Client, "Plugin.Pipe", in, new(string)); err != nil || !bytes.Equal(got.Bytes(), data) {
+		t.Errorf("%d bytes of %d were piped, %v", got.Len(), len(data), err)
+	}
+	lost := io.MultiReader(bytes.NewReader(data[:100]), readerFunc(func([]byte) (int, error) { return 0, errCallsKnown }))
+	in = CallsPipe{c.broker.ServeReader(lost), c.broker.ServeWriter(io.Discard)}
+	if err := Call(boundedContext(t), c.Client, "Plugin.Pipe", in, new(string)); !errors.Is(err, errCallsKnown) {
+		t.Error("an error that went to and fro is", err)
+	}
+}
+
+// ---- Garbage on the connection ----
 
 // callsFeed is a connection on which a script arrives.
 type callsFeed struct {
@@ -6678,7 +6869,51 @@ func TestGarbage(t *testing.T) {
 	}
 }
 
-// Flow: what a stream may send, by the account that the connection keeps.
+// A peer that takes stream numbers of the other side's ends the session.
+func TestStreamNumbersOfOthers(t *testing.T) {
+	leavesNothing(t)
+	for _, host := range []bool{true, false} {
+		a, b := TestConn(t)
+		broker := callsBroker(t, a, host)
+		stream := uint32(2)
+		if host {
+			stream = 1
+		}
+		if _, err := b.Write(callsFrame(1, 1, stream, 0)); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-broker.session.ended():
+		case <-time.After(hangs):
+			t.Error("the session lives on; host:", host)
+		}
+	}
+}
+
+// A logger at Trace sees the frames, one at Debug does not.
+func TestFramesInTheLog(t *testing.T) {
+	for _, level := range []hclog.Level{hclog.Trace, hclog.Debug} {
+		var log syncBuffer
+		cfg := config("calls")
+		cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: &log, Level: level})
+		_, c := start(t, cfg)
+		callsEcho(t, dispense[*callsClient](t, c, "calls").Client)
+		for _, want := range []string{
+			"from=host type=window flags=SYN stream=1 ",
+			"from=plugin type=window flags=ACK stream=1 ",
+			"from=host type=data flags=\"\" stream=1 length=",
+			"from=plugin type=data flags=\"\" stream=7 length=",
+		} {
+			if level == hclog.Trace {
+				await(t, want, func() bool { return strings.Contains(log.String(), want) })
+			} else if strings.Contains(log.String(), "from=") {
+				t.Errorf("frames are logged at %v:\n%s", level, &log)
+			}
+		}
+	}
+}
+
+// ---- Flow: what a stream may send, by the account that the connection keeps ----
 
 // rawStream returns a stream that is open here and the other end of it, which
 // a yamux session of nobody's holds.
@@ -6790,64 +7025,7 @@ func TestFramesInPieces(t *testing.T) {
 		t.Errorf("%d bytes were read, %v", len(got), err)
 	}
 	r.Close()
-	for _, b := range []*MuxBroker{host, plugin} {
-		await(t, "all streams were gone", func() bool { return streamsOf(b) == 0 })
-	}
-}
-
-// streamsOf is how many streams are known on one side.
-func streamsOf(b *MuxBroker) int {
-	b.session.frames.mu.Lock()
-	defer b.session.frames.mu.Unlock()
-	return b.session.mux.NumStreams() + len(b.session.frames.flows)
-}
-
-// A logger at Trace sees the frames, one at Debug does not.
-func TestFramesInTheLog(t *testing.T) {
-	for _, level := range []hclog.Level{hclog.Trace, hclog.Debug} {
-		var log syncBuffer
-		cfg := config("calls")
-		cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: &log, Level: level})
-		_, c := start(t, cfg)
-		callsEcho(t, dispense[*callsClient](t, c, "calls").Client)
-		for _, want := range []string{
-			"from=host type=window flags=SYN stream=1 ",
-			"from=plugin type=window flags=ACK stream=1 ",
-			"from=host type=data flags=\"\" stream=1 length=",
-			"from=plugin type=data flags=\"\" stream=7 length=",
-		} {
-			if level == hclog.Trace {
-				await(t, want, func() bool { return strings.Contains(log.String(), want) })
-			} else if strings.Contains(log.String(), "from=") {
-				t.Errorf("frames are logged at %v:\n%s", level, &log)
-			}
-		}
-	}
-}
-
-// More streams than yamux leaves unanswered wait to be accepted.
-func TestManyParkedStreams(t *testing.T) {
-	b, raw := callsRaw(t)
-	const many = 600
-	opened := async(func() (err error) {
-		for id := uint32(1); id <= many && err == nil; id++ {
-			var st *yamux.Stream
-			if st, err = raw.OpenStream(); err == nil {
-				_, err = st.Write(callsID(id))
-			}
-		}
-		return err
-	})
-	if err := receive(t, "opening", opened); err != nil {
-		t.Fatal(err)
-	}
-	for id := uint32(1); id <= many; id++ {
-		conn, err := b.AcceptContext(boundedContext(t), id)
-		if err != nil {
-			t.Fatal(err)
-		}
-		conn.Close()
-	}
+	streamsGone(t, host, plugin)
 }
 
 // flowFile is a connection like a file that knows no deadlines: nothing can be
@@ -6955,7 +7133,7 @@ func TestFlowAccount(t *testing.T) {
 			t.Fatal(len(got), n, err)
 		}
 		raw.Close()
-		await(t, "all was gone", func() bool { return streamsOf(b) == 0 })
+		streamsGone(t, b)
 	}
 }
 
@@ -7090,7 +7268,7 @@ func TestFlowChurn(t *testing.T) {
 			}
 			receive(t, "the crowd", async(func() int { crowd.Wait(); return 0 }))
 			for _, b := range sides {
-				await(t, "all streams were gone", func() bool { return streamsOf(b) == 0 })
+				streamsGone(t, b)
 				if n := reflect.ValueOf(b.session.mux).Elem().FieldByName("synCh").Len(); n != 0 {
 					t.Error(n, "streams are still in flight for yamux")
 				}
@@ -7307,43 +7485,7 @@ func everything(client *RPCClient) error {
 	return client.Close()
 }
 
-// CallsPipe is a reader and a writer of the host's.
-type CallsPipe struct{ Reader, Writer uint32 }
-
-// Pipe copies all from the reader to the writer.
-func (s *CallsService) Pipe(in CallsPipe, _ *string) error {
-	r, err := s.broker.DialReader(in.Reader)
-	if err != nil {
-		return err
-	}
-	defer r.Close()
-	w, err := s.broker.DialWriter(in.Writer)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(w, r)
-	return errors.Join(err, w.Close())
-}
-
-// A plugin that reads a file of the host's and writes to it, in a process.
-func TestPipeOverProcess(t *testing.T) {
-	cfg := config("calls")
-	_, p := start(t, cfg)
-	c := dispense[*callsClient](t, p, "calls")
-	data := noise(3<<20, 1)
-	var got bytes.Buffer
-	in := CallsPipe{c.broker.ServeReader(bytes.NewReader(data)), c.broker.ServeWriter(&got)}
-	if err := Call(boundedContext(t), c.Client, "Plugin.Pipe", in, new(string)); err != nil || !bytes.Equal(got.Bytes(), data) {
-		t.Errorf("%d bytes of %d were piped, %v", got.Len(), len(data), err)
-	}
-	lost := io.MultiReader(bytes.NewReader(data[:100]), readerFunc(func([]byte) (int, error) { return 0, errCallsKnown }))
-	in = CallsPipe{c.broker.ServeReader(lost), c.broker.ServeWriter(io.Discard)}
-	if err := Call(boundedContext(t), c.Client, "Plugin.Pipe", in, new(string)); !errors.Is(err, errCallsKnown) {
-		t.Error("an error that went to and fro is", err)
-	}
-}
-
-// Schema evolution.
+// ---- Schema evolution ----
 
 // What one side sends and another version of it receives.
 type (
@@ -7460,7 +7602,7 @@ func TestSchemaEvolution(t *testing.T) {
 	testSchema(t, "zero to pointer", CallsV1{"", 7}, CallsPtr{nil, &size}, "")
 }
 
-// Fuzzing.
+// ---- Fuzzing ----
 
 // callsWritten returns what a client writes while f uses it.
 func callsWritten(tb testing.TB, answer []byte, f func(c *rpc.Client)) []byte {
@@ -7474,9 +7616,8 @@ func callsWritten(tb testing.TB, answer []byte, f func(c *rpc.Client)) []byte {
 	_ = codec.(*clientCodec).w.drain(context.Background())
 	c.Close()
 	b.Close()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.written
+	written, _ := r.all()
+	return written
 }
 
 // callsSessions returns what each end of a whole session writes, the host's first.
@@ -7581,9 +7722,8 @@ func FuzzRPCClient(f *testing.F) {
 	}
 	_ = c.Call("Plugin.Fail", CallsFail{"io.EOF", "wrapped"}, new(string))
 	c.Close()
-	r.mu.Lock()
-	f.Add(r.written)
-	r.mu.Unlock()
+	written, _ := r.all()
+	f.Add(written)
 	f.Fuzz(func(t *testing.T, script []byte) {
 		feed, gate := newCallsFeed(script), make(chan struct{})
 		feed.gate = gate
@@ -7706,156 +7846,4 @@ func FuzzBroker(f *testing.F) {
 			t.Errorf("left behind: %v, %v", broker.accepting, broker.parked)
 		}
 	})
-}
-
-// A peer that takes stream numbers of the other side's ends the session.
-func TestStreamNumbersOfOthers(t *testing.T) {
-	leavesNothing(t)
-	for _, host := range []bool{true, false} {
-		a, b := TestConn(t)
-		broker := callsBroker(t, a, host)
-		stream := uint32(2)
-		if host {
-			stream = 1
-		}
-		if _, err := b.Write(callsFrame(1, 1, stream, 0)); err != nil {
-			t.Fatal(err)
-		}
-		select {
-		case <-broker.session.ended():
-		case <-time.After(hangs):
-			t.Error("the session lives on; host:", host)
-		}
-	}
-}
-
-// ==== What reviews have found ====
-
-// A reply that does not fit ends the client of a plain c.Call, as net/rpc has
-// it, and nothing else: neither Kill nor a session waits for it.
-func TestMisfitReply(t *testing.T) {
-	c, p := start(t, config("greeter"))
-	g := dispense[Greeter](t, p, "greeter").(*greeterClient)
-	if err := g.client.Call("Plugin.Greet", new(any), new(int)); err == nil || !strings.Contains(err.Error(), "int") {
-		t.Error("a string was read into an int:", err)
-	}
-	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Error("another client:", got)
-	}
-	returns(t, "Kill", c.Kill)
-	if _, known := codecs.Load(g.client); known {
-		t.Error("the client is still known")
-	}
-}
-
-// After Kill, Client returns what it has returned before.
-func TestClientAfterKill(t *testing.T) {
-	c, p := start(t, config("greeter"))
-	c.Kill()
-	for range 100 {
-		if again, err := c.Client(); again != p || err != nil {
-			t.Fatal("another result:", again, err)
-		}
-	}
-}
-
-// Nothing in a record can look like a record of the host's own, or reach a
-// terminal; names that only slog gives a meaning are names like others in a
-// record of hclog's, and a record that was cut keeps its level.
-func TestForgedRecords(t *testing.T) {
-	var log bytes.Buffer
-	logger := hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Trace})
-	l := stderrLog{logger: logger}
-	for line, left := range map[string]int{
-		`{"@level":"info","@message":"m\n2026-01-01T00:00:00.000Z [ERROR] host: forged"}`:                   0,
-		`{"@level":"info","@message":"m","k\n2026-01-01T00:00:00.000Z [ERROR] host: forged":1}`:             0,
-		`{"@level":"info","@message":"m","a":[["\u001b[2J"]],"b":{"\u001b":"\n2026 [ERROR] host: forged"}}`: 0,
-		`{"@level":"info","@message":"m","level":"error","msg":"other","time":"noon"}`:                      0,
-		`{"1st":1,"@level":"info","@message":"m"}`:                                                          0,
-		`{"@level":"info","@message":"cut`:                                                                  70,
-	} {
-		log.Reset()
-		l.line([]byte(line), left)
-		out := log.String()
-		if !strings.Contains(out, "[INFO]") || strings.Contains(out, "\x1b") || strings.Contains(out, "\n2026") || strings.Contains(out, "@") && left == 0 {
-			t.Errorf("%s was logged as %q", line, out)
-		}
-	}
-}
-
-// What is only said to be a panic does not make errors of all that follows.
-func TestOnlyTheWordPanic(t *testing.T) {
-	var levels []hclog.Level
-	logger, records := recordingLogger()
-	l := stderrLog{logger: logger}
-	l.line([]byte("panic: it was only a drill"), 0)
-	for range 100 {
-		l.line([]byte("as ever"), 0)
-	}
-	for _, r := range records.get() {
-		levels = append(levels, r.level)
-	}
-	if levels[0] != hclog.Error || levels[len(levels)-1] != hclog.Debug {
-		t.Error(levels)
-	}
-}
-
-// A plugin without any plugins says so, and odd sizes and times mean the
-// defaults.
-func TestOddConfigs(t *testing.T) {
-	for _, sets := range []map[int]PluginSet{nil, {}, {1: nil}, {1: {}}} {
-		if s, err := newServing(&ServeConfig{Plugins: PluginSet{}, VersionedPlugins: sets}, nil, hclog.NewNullLogger()); err == nil {
-			s.close()
-			t.Error("there is nothing to serve, and it is served:", sets)
-		}
-	}
-	cfg := config("greeter")
-	cfg.PluginLogBufferSize, cfg.StartTimeout, cfg.KillTimeout = -1, -1, -1
-	c, _ := start(t, cfg)
-	c.Kill()
-	if err := c.Err(); err != nil {
-		t.Error(err)
-	}
-}
-
-// A descriptor that is not a pipe is somebody else's: it is neither read, nor
-// closed, nor taken for the end of the host.
-func TestForeignLifeline(t *testing.T) {
-	f, err := os.Open(os.Args[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	for _, life := range []string{fmt.Sprint(lifePipe, f.Fd()), lifePipe + "9999", lifePipe + "x", lifePid + "x", lifeDetached, ""} {
-		if hostWaiter(life) != nil {
-			t.Errorf("%q is watched", life)
-		}
-	}
-	if _, err := f.Read(make([]byte, 1)); err != nil {
-		t.Error("the file cannot be read any more:", err)
-	}
-}
-
-// A connection to reattach to is not missing because there was no time to look.
-func TestReattachInNoTime(t *testing.T) {
-	c, _ := start(t, config("greeter"))
-	again := config("")
-	again.Cmd, again.Reattach = nil, c.ReattachConfig()
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	other := NewClient(again)
-	defer other.Kill()
-	if _, err := other.StartContext(ctx); !errors.Is(err, context.Canceled) || err == ErrProcessNotFound {
-		t.Error(err)
-	}
-}
-
-// A time-out of the broker is one, and nothing else.
-func TestBrokerTimeoutIsOne(t *testing.T) {
-	t.Parallel()
-	host, _ := callsBrokers(t)
-	_, err := host.Accept(host.NextId())
-	if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
-		t.Error(err)
-	}
 }

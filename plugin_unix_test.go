@@ -38,6 +38,8 @@ import (
 
 // ==== Starting, calling, stopping ====
 
+// What has to do with sockets, users and signals of Unix.
+
 func init() {
 	if os.Getenv(modeEnv) == "" {
 		// The first Notify of a process starts a goroutine that never ends. It
@@ -49,7 +51,7 @@ func init() {
 	// Tells who it is, before it serves.
 	modes["base-user"] = func() {
 		s := &baseServer{environ: []string{"USER_ID=" + strconv.Itoa(os.Getuid())}}
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: basePlugins(s)})
+		servePlugins(basePlugins(s))
 	}
 }
 
@@ -190,9 +192,7 @@ func TestSocketPathTooLong(t *testing.T) {
 	t.Setenv("TMPDIR", long)
 	cfg.UnixSocketConfig = nil
 	c, p := start(t, cfg)
-	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Error(got)
-	}
+	greets(t, p)
 	_, dir := baseSocket(t, c)
 	if mode, _, _ := baseOwner(t, dir); mode != 0o700 {
 		t.Errorf("the directory has %v", mode)
@@ -325,7 +325,7 @@ func TestTestModeSignals(t *testing.T) {
 	rc, _ := baseServeTest(t, &ServeConfig{
 		HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Test: &ServeTestConfig{},
 	})
-	_, p := start(t, &ClientConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Reattach: rc})
+	_, p := start(t, attachTo(rc))
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
 		if err := syscall.Kill(os.Getpid(), sig); err != nil {
 			t.Fatal(err)
@@ -339,12 +339,12 @@ func TestTestModeSignals(t *testing.T) {
 			t.Errorf("%v does not arrive", sig)
 		}
 	}
-	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Error("after the signals:", got)
-	}
+	greets(t, p, "after the signals")
 }
 
 // ==== Life and death ====
+
+// Hosts and plugins that are killed, stopped, interrupted and detached.
 
 var lifeTorture = flag.Duration("torture", time.Second, "how long hosts and plugins are tortured")
 
@@ -614,28 +614,26 @@ func TestLifeOrphanLateSignal(t *testing.T) {
 // A main that goes on when its host is gone is ended.
 func TestLifeOrphanEndless(t *testing.T) {
 	t.Parallel()
-	for _, shell := range []bool{false, true} {
-		t.Run(fmt.Sprint("shell:", shell), func(t *testing.T) {
+	for _, test := range []struct {
+		name         string
+		shell, later bool // later: main is at it already when the host goes
+	}{
+		{name: "alone"}, {name: "through a shell", shell: true}, {name: "later", later: true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
-			host := lifeHost{Plugin: "life endless", At: "idle", Shell: shell}.start(l)
+			host := lifeHost{Plugin: "life endless", At: "idle", Shell: test.shell}.start(l)
 			l.read("host is ready")
+			if test.later {
+				lifeSignal(t, l.readPid("plugin"), syscall.SIGTERM)
+				l.read("main runs on")
+			}
 			host.kill(t)
 			l.read("main runs on")
 			l.deserted(orphanBound + slack)
 		})
 	}
-	// The host may also go when main is at it already.
-	t.Run("later", func(t *testing.T) {
-		t.Parallel()
-		l := newLab(t)
-		host := lifeHost{Plugin: "life endless", At: "idle"}.start(l)
-		l.read("host is ready")
-		lifeSignal(t, l.readPid("plugin"), syscall.SIGTERM)
-		l.read("main runs on")
-		host.kill(t)
-		l.deserted(orphanBound + slack)
-	})
 }
 
 // survives fails the test if the process ends within the time in which an
@@ -1396,6 +1394,9 @@ func tortureHost(t *testing.T, l *lab) {
 
 // ==== Faults of the system and of the host's own code ====
 
+// Descriptors, disks and processes run out, and loggers and writers of the
+// host's fail: errors say so, and nothing hangs or is left.
+
 const (
 	faultConfigEnv = "TEST_FAULT_CONFIG" // a name in faultConfigs
 	faultLimitEnv  = "TEST_FAULT_LIMIT"  // how many descriptors a plugin may have beside those it began with
@@ -1428,19 +1429,19 @@ func init() {
 		if err := os.WriteFile(dir, nil, 0o600); err != nil {
 			panic(err)
 		}
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
+		servePlugins(callsPlugins())
 	}
 	modes["fault endless"] = func() {
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
+		servePlugins(callsPlugins())
 		time.Sleep(forever)
 	}
 	modes["fault noisy"] = func() {
 		fmt.Println("welcome to the jungle")
 		fmt.Fprintln(os.Stderr, "so far, so good")
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
+		servePlugins(callsPlugins())
 	}
 	modes["fault greedy"] = func() {
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: faultGreedyPlugins()})
+		servePlugins(faultGreedyPlugins())
 	}
 	modes["fault plugin"] = func() {
 		spare, err := strconv.Atoi(os.Getenv(faultLimitEnv))
@@ -1448,7 +1449,7 @@ func init() {
 			panic(err)
 		}
 		faultLimit(spare)
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
+		servePlugins(callsPlugins())
 	}
 }
 
@@ -1604,8 +1605,7 @@ func faultHostReattaches() {
 	}
 	left := takeStock(os.TempDir())
 	for r := (FaultReport{Err: "none yet"}); r.Err != "" && r.Spare < 100; r.Spare++ {
-		cfg := config("calls")
-		cfg.Cmd, cfg.Reattach = nil, c.ReattachConfig()
+		cfg := attachTo(c.ReattachConfig())
 		cfg.Reattach.Test = true // so that Kill leaves the plugin to the next one
 		again := NewClient(cfg)
 		restore := faultLimit(r.Spare)
