@@ -3872,7 +3872,7 @@ func TestLifeLastWords(t *testing.T) {
 			if !errors.As(c.Err(), &exit) {
 				t.Fatalf("Err returned %v", c.Err())
 			}
-			if len(exit.Stderr) > 8<<10 || len(exit.Stderr) < 4<<10 || !strings.Contains(exit.Stderr, "the last of 3000 lines") || !strings.HasPrefix(exit.Panic, crash) {
+			if len(exit.Stderr) > 8<<10 || len(exit.Stderr) < 4<<10 || !strings.Contains(exit.Stderr, "the last of 300 lines") || !strings.HasPrefix(exit.Panic, crash) {
 				t.Errorf("%d bytes of stderr: %q\nPanic: %q", len(exit.Stderr), exit.Stderr, exit.Panic)
 			}
 		})
@@ -3883,10 +3883,10 @@ func TestLifeLastWords(t *testing.T) {
 type lifeBabbler struct{ stderr *os.File }
 
 func (b lifeBabbler) Babble(crash bool, _ *bool) error {
-	for n := range 3000 {
-		fmt.Fprintf(b.stderr, "line %d\n", n)
+	for n := range 300 { // a record of each has to be made while its end is awaited
+		fmt.Fprintf(b.stderr, "line %d %s\n", n, strings.Repeat("x", 100))
 	}
-	fmt.Fprintln(b.stderr, "the last of 3000 lines")
+	fmt.Fprintln(b.stderr, "the last of 300 lines")
 	if crash {
 		panic("boom")
 	}
