@@ -217,6 +217,7 @@ func processesWith(variable string) (pids []int) {
 // Greeter is the interface of the test plugin "greeter".
 type Greeter interface{ Greet() string }
 
+// greeterClient is a Greeter in the host.
 type greeterClient struct{ client *rpc.Client }
 
 func (g *greeterClient) Greet() string {
@@ -227,6 +228,7 @@ func (g *greeterClient) Greet() string {
 	return reply
 }
 
+// greeterServer is what the plugin "greeter" serves.
 type greeterServer struct{}
 
 func (greeterServer) Greet(_ any, reply *string) error {
@@ -243,6 +245,7 @@ type testPlugin struct {
 func (p testPlugin) Server(b *MuxBroker) (any, error)                { return p.server(b) }
 func (p testPlugin) Client(b *MuxBroker, c *rpc.Client) (any, error) { return p.client(b, c) }
 
+// serves returns a Server that returns v.
 func serves(v any) func(*MuxBroker) (any, error) {
 	return func(*MuxBroker) (any, error) { return v, nil }
 }
@@ -332,6 +335,25 @@ func errorSays(t testing.TB, err error, texts ...string) {
 			t.Errorf("the error does not say %q:\n%v", text, err)
 		}
 	}
+}
+
+// startError is the error of a start that must fail.
+func startError(t testing.TB, c *Client) *StartError {
+	t.Helper()
+	t.Cleanup(c.Kill)
+	_, err := c.Start()
+	var failed *StartError
+	if !errors.As(err, &failed) {
+		t.Fatalf("Start returned %T: %v", err, err)
+	}
+	if _, again := c.Start(); again != err {
+		t.Errorf("Start returned %v and then %v", err, again)
+	}
+	if _, again := c.Client(); again == nil || again.Error() != err.Error() {
+		t.Errorf("Start returned %v, and Client %v", err, again)
+	}
+	receive(t, "Done", c.Done())
+	return failed
 }
 
 // poll asks until the answer is yes, and returns false if the time is over.
@@ -478,6 +500,7 @@ func (r *logRecords) Accept(name string, level hclog.Level, msg string, args ...
 	r.all = append(r.all, logRecord{name, level, msg, append([]any(nil), args...)})
 }
 
+// get returns the records so far.
 func (r *logRecords) get() []logRecord {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -568,6 +591,16 @@ func writeProgram(t testing.TB, path string, data []byte, mode fs.FileMode) {
 	}
 }
 
+// copyBinary copies the test binary.
+func copyBinary(t testing.TB, path string) {
+	t.Helper()
+	data, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeProgram(t, path, data, 0o700)
+}
+
 // binaryNamed returns the test binary under another name, for the life of the
 // test.
 func binaryNamed(t testing.TB, name string) string {
@@ -580,11 +613,7 @@ func binaryNamed(t testing.TB, name string) string {
 	if runtime.GOOS != "windows" && os.Link(os.Args[0], path) == nil {
 		return path
 	}
-	data, err := os.ReadFile(os.Args[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	writeProgram(t, path, data, 0o700)
+	copyBinary(t, path)
 	return path
 }
 
@@ -604,6 +633,7 @@ type lab struct {
 	tmp, notes string
 }
 
+// newLab returns a lab that is checked and removed when the test ends.
 func newLab(t testing.TB) *lab {
 	t.Helper()
 	l := &lab{t: t}
@@ -619,6 +649,7 @@ func newLab(t testing.TB) *lab {
 	return l
 }
 
+// env is what puts a process into the lab.
 func (l *lab) env() []string {
 	return []string{"TMPDIR=" + l.tmp, notesEnv + "=" + l.notes}
 }
@@ -672,6 +703,7 @@ func (l *lab) read(name string) string {
 	return string(text)
 }
 
+// readPid waits for a note that is a pid.
 func (l *lab) readPid(name string) int {
 	l.t.Helper()
 	pid, err := strconv.Atoi(l.read(name))
@@ -681,16 +713,19 @@ func (l *lab) readPid(name string) int {
 	return pid
 }
 
+// noted reports whether there is a note.
 func (l *lab) noted(name string) bool {
 	_, err := os.Stat(filepath.Join(l.notes, name))
 	return err == nil
 }
 
+// write leaves a note for the processes of the lab.
 func (l *lab) write(name, text string) { leaveNote(l.notes, name, text) }
 
 // note leaves a note for the test from a process in a lab.
 func note(name, text string) { leaveNote(os.Getenv(notesEnv), name, text) }
 
+// leaveNote leaves a note that appears at once and whole.
 func leaveNote(dir, name, text string) {
 	tmp := filepath.Join(dir, fmt.Sprintf(".%s-%d", name, os.Getpid()))
 	if os.WriteFile(tmp, []byte(text), 0o600) == nil {
@@ -704,19 +739,6 @@ func awaitNote(name string) {
 	if !poll(3*hangs, func() bool { return l.noted(name) }) {
 		os.Exit(65)
 	}
-}
-
-func TestGreeter(t *testing.T) {
-	var log bytes.Buffer
-	cfg := config("greeter")
-	cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Trace, Mutex: new(sync.Mutex)})
-	c, p := start(t, cfg)
-	greets(t, p)
-	c.Kill()
-	if err := c.Err(); err != nil {
-		t.Error(err)
-	}
-	t.Log(log.String())
 }
 
 // ==== Starting, calling, stopping ====
@@ -874,6 +896,20 @@ func basePlugins(s *baseServer) PluginSet {
 	set["client nil"] = testPlugin{server, func(*MuxBroker, *rpc.Client) (any, error) { return nil, nil }}
 	set["client panic"] = testPlugin{server, func(*MuxBroker, *rpc.Client) (any, error) { panic("client boom") }}
 	return set
+}
+
+// TestGreeter shows a whole life, with the log of it.
+func TestGreeter(t *testing.T) {
+	var log bytes.Buffer
+	cfg := config("greeter")
+	cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Trace, Mutex: new(sync.Mutex)})
+	c, p := start(t, cfg)
+	greets(t, p)
+	c.Kill()
+	if err := c.Err(); err != nil {
+		t.Error(err)
+	}
+	t.Log(log.String())
 }
 
 // ---- The public API ----
@@ -3946,25 +3982,6 @@ func TestLifeNeverLived(t *testing.T) {
 	if c.Err() != nil || c.ID() != "" || l.noted("plugin") {
 		t.Errorf("Err: %v, ID: %q", c.Err(), c.ID())
 	}
-}
-
-// startError is the error of a start that must fail.
-func startError(t testing.TB, c *Client) *StartError {
-	t.Helper()
-	t.Cleanup(c.Kill)
-	_, err := c.Start()
-	var failed *StartError
-	if !errors.As(err, &failed) {
-		t.Fatalf("Start returned %T: %v", err, err)
-	}
-	if _, again := c.Start(); again != err {
-		t.Errorf("Start returned %v and then %v", err, again)
-	}
-	if _, again := c.Client(); again == nil || again.Error() != err.Error() {
-		t.Errorf("Start returned %v, and Client %v", err, again)
-	}
-	receive(t, "Done", c.Done())
-	return failed
 }
 
 // lifeFailure is a start that fails, and what its error must have.

@@ -36,6 +36,21 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
+// ==== What all sections use ====
+
+// publicDir returns a directory that every user may enter, with a copy of the
+// test binary in it.
+func publicDir(t *testing.T) (dir, binary string) {
+	t.Helper()
+	dir = shortDir(t)
+	binary = filepath.Join(dir, "greeter")
+	copyBinary(t, binary)
+	if err := errors.Join(os.Chmod(binary, 0o755), os.Chmod(dir, 0o755)); err != nil { // whatever the umask
+		t.Fatal(err)
+	}
+	return dir, binary
+}
+
 // ==== Starting, calling, stopping ====
 
 // What has to do with sockets, users and signals of Unix.
@@ -204,42 +219,11 @@ func TestSocketPathTooLong(t *testing.T) {
 	}
 }
 
-// baseShared returns a directory that every user may enter, with a copy of the
-// test binary in it.
-func baseShared(t *testing.T) (dir, binary string) {
-	t.Helper()
-	dir = shortDir(t)
-	binary = filepath.Join(dir, "greeter")
-	from, err := os.Open(os.Args[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer from.Close()
-	to, err := os.OpenFile(binary, os.O_CREATE|os.O_WRONLY, 0o755)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = io.Copy(to, from)
-	if closed := to.Close(); err == nil {
-		err = closed
-	}
-	if err == nil {
-		err = os.Chmod(binary, 0o755)
-	}
-	if err == nil {
-		err = os.Chmod(dir, 0o755)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return dir, binary
-}
-
 // TestOtherUser starts the plugin under another user, which only root can; any
 // other user tries it with itself.
 func TestOtherUser(t *testing.T) {
 	leavesNothing(t)
-	dir, binary := baseShared(t)
+	dir, binary := publicDir(t)
 	cred := &syscall.Credential{Uid: uint32(os.Getuid()), Gid: uint32(os.Getgid()), NoSetGroups: true}
 	if os.Getuid() == 0 {
 		cred = &syscall.Credential{Uid: 54321, Gid: 54322}
@@ -2069,7 +2053,8 @@ func TestFaultExec(t *testing.T) {
 	}{
 		// This is no fault on macOS.
 		{"open for writing", func(t *testing.T, cfg *ClientConfig) {
-			faultCopy(t, cfg)
+			cfg.Cmd.Path = filepath.Join(t.TempDir(), "greeter")
+			copyBinary(t, cfg.Cmd.Path)
 			f, err := os.OpenFile(cfg.Cmd.Path, os.O_WRONLY, 0)
 			if err != nil {
 				t.Fatal(err)
@@ -2113,17 +2098,6 @@ func TestFaultExec(t *testing.T) {
 	}
 }
 
-// faultCopy makes a configuration start a copy of the test binary.
-func faultCopy(t *testing.T, cfg *ClientConfig) {
-	t.Helper()
-	binary, err := os.ReadFile(os.Args[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.Cmd.Path = filepath.Join(t.TempDir(), "greeter")
-	writeProgram(t, cfg.Cmd.Path, binary, 0o700)
-}
-
 // faultHostWithoutProcesses starts two plugins as a user who may have one.
 func faultHostWithoutProcesses() {
 	left := takeStock(os.TempDir())
@@ -2161,7 +2135,7 @@ func TestFaultProcesses(t *testing.T) {
 		t.Log("this is for root on Linux")
 		return
 	}
-	dir, _ := baseShared(t)
+	dir, _ := publicDir(t)
 	reports := faultReports(t, "fault host without processes", []string{faultConfigEnv + "=" + dir})
 	if len(reports) != 1 {
 		t.Fatalf("there are %d reports", len(reports))
