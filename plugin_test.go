@@ -47,13 +47,15 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
+// ==== What all sections use ====
+
 // The test binary stands in for every plugin: a process that is started with
 // modeEnv set runs the mode of that name and no tests.
 const modeEnv = "TEST_PLUGIN_MODE"
 
 var modes = map[string]func(){
 	"greeter": func() {
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: testPlugins()})
+		servePlugins(testPlugins())
 		fmt.Fprintln(os.Stderr, "main is finishing")
 	},
 }
@@ -61,8 +63,20 @@ var modes = map[string]func(){
 // testHandshake is that of all test plugins.
 var testHandshake = HandshakeConfig{ProtocolVersion: 3, MagicCookieKey: "TEST_PLUGIN_COOKIE", MagicCookieValue: "d5f1"}
 
-// hangs is the bound on everything that takes no time unless it hangs.
-const hangs = 20 * time.Second
+const (
+	// hangs is the bound on everything that takes no time unless it hangs.
+	hangs = 20 * time.Second
+	// slack is what is added to a bound that is promised, for a machine that
+	// has other things to do.
+	slack = 5 * time.Second
+	// forever is longer than any test runs. A process that waits for its host
+	// to kill it is gone after that even where the test itself was killed.
+	forever = 2 * time.Minute
+	// notesEnv names the directory of a lab's notes.
+	notesEnv = "TEST_LIFE_NOTES"
+)
+
+var long = flag.Bool("long", false, "let plugins live, pause and leak for as long as is promised, and calls be as large")
 
 func TestMain(m *testing.M) {
 	if mode := os.Getenv(modeEnv); mode != "" {
@@ -91,7 +105,7 @@ func runTests(m *testing.M) int {
 	os.Setenv("TMP", tmp) // on Windows
 	// The race detector makes every process sleep a second before it exits.
 	os.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE"))
-	goroutines, held := runtime.NumGoroutine(), baseHeld(tmp)
+	left := takeStock(tmp)
 	flag.Parse()
 	fuzzing := flag.Lookup("test.fuzz").Value.String() != ""
 	if n := flag.Lookup("test.parallel"); !fuzzing && n.Value.String() == n.DefValue {
@@ -103,26 +117,62 @@ func runTests(m *testing.M) int {
 	if fuzzing {
 		return code // the workers are killed, and leave their directories in ours
 	}
-	if left := leftovers(tmp, goroutines, held); left != "" {
+	if left := left(); left != "" {
 		fmt.Fprintln(os.Stderr, "the tests left behind:", left)
 		return 1
 	}
 	return code
 }
 
-// leftovers says what there is beyond what was held before, and how many more
-// goroutines, giving it a while to go.
-func leftovers(tmp string, goroutines int, held []string) string {
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		left := slices.DeleteFunc(baseHeld(tmp), func(s string) bool { return slices.Contains(held, s) })
-		if n := runtime.NumGoroutine(); n > goroutines {
-			buf := make([]byte, 1<<20)
-			left = append(left, fmt.Sprintf("%d goroutines:\n%s", n-goroutines, buf[:runtime.Stack(buf, true)]))
-		}
-		if len(left) == 0 || time.Now().After(end) {
-			return strings.Join(left, "\n")
+// takeStock looks at what this process has, with the processes and files of its
+// temporary directory. The function it returns says what there is beyond that,
+// giving it a while to go.
+func takeStock(tmp string) (left func() string) {
+	goroutines, before := runtime.NumGoroutine(), held(tmp)
+	return func() (left string) {
+		poll(5*time.Second, func() bool {
+			more := slices.DeleteFunc(held(tmp), func(s string) bool { return slices.Contains(before, s) })
+			if n := runtime.NumGoroutine(); n > goroutines {
+				more = append(more, fmt.Sprintf("%d goroutines:\n%s", n-goroutines, stacks()))
+			}
+			left = strings.Join(more, "\n")
+			return left == ""
+		})
+		return left
+	}
+}
+
+// held lists this process's children, zombies too, the processes in the same
+// temporary directory, the files there and, where /proc tells, this process's
+// descriptors.
+func held(tmp string) (held []string) {
+	for _, pid := range processesWith("TMPDIR=" + tmp) {
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		held = append(held, fmt.Sprintf("process %d: %q", pid, cmdline))
+	}
+	entries, _ := os.ReadDir(tmp)
+	for _, e := range entries {
+		held = append(held, "file "+e.Name())
+	}
+	if runtime.GOOS == "windows" {
+		return held // Wine shows /proc, and there what it needs itself
+	}
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, name := range stats {
+		stat, _ := os.ReadFile(name)
+		_, after, _ := strings.Cut(string(stat), ") ")
+		if f := strings.Fields(after); len(f) > 1 && f[1] == strconv.Itoa(os.Getpid()) {
+			held = append(held, fmt.Sprintf("child %s (%s)", filepath.Base(filepath.Dir(name)), f[0]))
 		}
 	}
+	fds, _ := filepath.Glob("/proc/self/fd/*")
+	for _, fd := range fds {
+		to, err := os.Readlink(fd)
+		if err == nil && (strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "/dev/")) {
+			held = append(held, "descriptor of "+to)
+		}
+	}
+	return held
 }
 
 var signedIn *os.File // by signIn
@@ -133,7 +183,7 @@ func signIn() {
 	if runtime.GOOS != "windows" {
 		return
 	}
-	if dir := cmp.Or(os.Getenv(lifeNotesEnv), os.Getenv("TMPDIR")); dir != "" {
+	if dir := cmp.Or(os.Getenv(notesEnv), os.Getenv("TMPDIR")); dir != "" {
 		signedIn, _ = os.Create(filepath.Join(dir, fmt.Sprintf("process-%d", os.Getpid())))
 	}
 }
@@ -167,6 +217,7 @@ func processesWith(variable string) (pids []int) {
 // Greeter is the interface of the test plugin "greeter".
 type Greeter interface{ Greet() string }
 
+// greeterClient is a Greeter in the host.
 type greeterClient struct{ client *rpc.Client }
 
 func (g *greeterClient) Greet() string {
@@ -177,6 +228,7 @@ func (g *greeterClient) Greet() string {
 	return reply
 }
 
+// greeterServer is what the plugin "greeter" serves.
 type greeterServer struct{}
 
 func (greeterServer) Greet(_ any, reply *string) error {
@@ -193,6 +245,7 @@ type testPlugin struct {
 func (p testPlugin) Server(b *MuxBroker) (any, error)                { return p.server(b) }
 func (p testPlugin) Client(b *MuxBroker, c *rpc.Client) (any, error) { return p.client(b, c) }
 
+// serves returns a Server that returns v.
 func serves(v any) func(*MuxBroker) (any, error) {
 	return func(*MuxBroker) (any, error) { return v, nil }
 }
@@ -207,12 +260,9 @@ func testPlugins() PluginSet {
 	}
 }
 
-// config returns a configuration to start the test plugin in a mode.
-func config(t testing.TB, mode string) *ClientConfig {
-	t.Helper()
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = []string{modeEnv + "=" + mode}
-	return &ClientConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(), Cmd: cmd, Logger: hclog.NewNullLogger()}
+// servePlugins is the main of a plugin that serves these.
+func servePlugins(plugins PluginSet) {
+	Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: plugins})
 }
 
 // start starts a plugin and kills it when the test ends.
@@ -227,6 +277,7 @@ func start(t testing.TB, config *ClientConfig) (*Client, ClientProtocol) {
 	return c, p
 }
 
+// dispense returns what is dispensed, which must be a T.
 func dispense[T any](t testing.TB, p ClientProtocol, name string) T {
 	t.Helper()
 	v, err := Dispense[T](p, name)
@@ -236,22 +287,464 @@ func dispense[T any](t testing.TB, p ClientProtocol, name string) T {
 	return v
 }
 
-func TestGreeter(t *testing.T) {
-	var log bytes.Buffer
-	cfg := config(t, "greeter")
-	cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Trace, Mutex: new(sync.Mutex)})
-	c, p := start(t, cfg)
+// greets checks that the plugin "greeter" of a process answers.
+func greets(t testing.TB, p ClientProtocol, when ...any) {
+	t.Helper()
 	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Errorf("Greet returned %q", got)
+		t.Error(append(when, "Greet returned", got)...)
 	}
-	c.Kill()
-	if err := c.Err(); err != nil {
+}
+
+// config returns a configuration to start a mode, with these variables. It has
+// the plugins of all modes.
+func config(mode string, env ...string) *ClientConfig {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append([]string{modeEnv + "=" + mode}, env...)
+	plugins := basePlugins(&baseServer{})
+	maps.Copy(plugins, lifePlugins())
+	maps.Copy(plugins, callsPlugins())
+	return &ClientConfig{HandshakeConfig: testHandshake, Plugins: plugins, Cmd: cmd, Logger: hclog.NewNullLogger()}
+}
+
+// attachTo returns a configuration to reattach to what runs.
+func attachTo(rc *ReattachConfig) *ClientConfig {
+	cfg := config("")
+	cfg.Cmd, cfg.Reattach = nil, rc
+	return cfg
+}
+
+// echo checks that the plugins "base" and "life" answer.
+func echo(t testing.TB, c *rpc.Client, text string) {
+	t.Helper()
+	var got []byte
+	if err := c.Call("Plugin.Echo", []byte(text), &got); err != nil {
 		t.Error(err)
+	} else if string(got) != text {
+		t.Errorf("the echo of %q is %q", text, got)
 	}
-	t.Log(log.String())
+}
+
+// errorSays checks that an error has these texts in it.
+func errorSays(t testing.TB, err error, texts ...string) {
+	t.Helper()
+	if err == nil {
+		t.Fatal("there is no error")
+	}
+	for _, text := range texts {
+		if !strings.Contains(err.Error(), text) {
+			t.Errorf("the error does not say %q:\n%v", text, err)
+		}
+	}
+}
+
+// startError is the error of a start that must fail.
+func startError(t testing.TB, c *Client) *StartError {
+	t.Helper()
+	t.Cleanup(c.Kill)
+	_, err := c.Start()
+	var failed *StartError
+	if !errors.As(err, &failed) {
+		t.Fatalf("Start returned %T: %v", err, err)
+	}
+	if _, again := c.Start(); again != err {
+		t.Errorf("Start returned %v and then %v", err, again)
+	}
+	if _, again := c.Client(); again == nil || again.Error() != err.Error() {
+		t.Errorf("Start returned %v, and Client %v", err, again)
+	}
+	receive(t, "Done", c.Done())
+	return failed
+}
+
+// poll asks until the answer is yes, and returns false if the time is over.
+func poll(within time.Duration, ok func() bool) bool {
+	pause := time.Millisecond
+	for end := time.Now().Add(within); !ok(); time.Sleep(pause) {
+		if time.Now().After(end) {
+			return ok()
+		}
+		pause = min(2*pause, 5*time.Millisecond)
+	}
+	return true
+}
+
+// await waits for what must happen, and fails the test if it does not.
+func await(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	if !poll(hangs, ok) {
+		t.Fatalf("waited in vain: %s\n%s", what, stacks())
+	}
+}
+
+// receive receives from a channel, or learns that it is closed, and fails the
+// test if neither happens.
+func receive[T any](t testing.TB, what string, ch <-chan T) (v T) {
+	t.Helper()
+	select {
+	case v = <-ch:
+	case <-time.After(hangs):
+		t.Fatalf("waited in vain: %s\n%s", what, stacks())
+	}
+	return v
+}
+
+// send sends to a channel, and fails the test if nobody receives it.
+func send[T any](t testing.TB, what string, ch chan<- T, v T) {
+	t.Helper()
+	select {
+	case ch <- v:
+	case <-time.After(hangs):
+		t.Fatalf("nobody took %s\n%s", what, stacks())
+	}
+}
+
+// async runs f beside its caller and sends what it returns.
+func async[T any](f func() T) <-chan T {
+	ch := make(chan T, 1)
+	go func() { ch <- f() }()
+	return ch
+}
+
+// bounded runs f and returns its error, or one that says that it hangs.
+func bounded(bound time.Duration, f func() error) error {
+	done := make(chan error, 1)
+	go func() { defer close(done); done <- f() }() // f may end its goroutine
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(bound):
+		return fmt.Errorf("it hangs:\n%s", stacks())
+	}
+}
+
+// returns fails the test if f does not return.
+func returns(t testing.TB, what string, f func()) {
+	t.Helper()
+	if err := bounded(hangs, func() error { f(); return nil }); err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+}
+
+// within fails the test if f takes longer than it is promised to take.
+func within(t testing.TB, what string, bound time.Duration, f func()) {
+	t.Helper()
+	start := time.Now()
+	if err := bounded(bound+slack, func() error { f(); return nil }); err != nil {
+		t.Fatalf("%s takes longer than %v: %v", what, bound, err)
+	}
+	t.Logf("%s took %v", what, time.Since(start))
+}
+
+// boundedContext returns a context for what ends before it unless it hangs.
+func boundedContext(t testing.TB) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), hangs)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// stacks is what all goroutines are doing.
+func stacks() string {
+	buf := make([]byte, 1<<20)
+	return string(buf[:runtime.Stack(buf, true)])
+}
+
+// leavesNothing fails the test if it leaves a goroutine, child process,
+// descriptor or file behind. It is not for parallel tests. Call it before
+// anything else; the tests' own cleanups come before its check.
+func leavesNothing(t testing.TB) {
+	t.Helper()
+	left := takeStock(os.TempDir())
+	t.Cleanup(func() {
+		if left := left(); left != "" {
+			t.Errorf("left behind:\n%s", left)
+		}
+	})
+}
+
+// ownGoroutines returns a function that counts the goroutines of this test, be
+// they started by others of it, and not those of tests beside it.
+func ownGoroutines(t testing.TB) func() int {
+	pprof.SetGoroutineLabels(pprof.WithLabels(t.Context(), pprof.Labels("test", t.Name())))
+	own := regexp.MustCompile(`(?m)^(\d+) @.*\n# labels: .*` + regexp.QuoteMeta(strconv.Quote(t.Name())))
+	return func() (n int) {
+		var profile strings.Builder
+		_ = pprof.Lookup("goroutine").WriteTo(&profile, 1)
+		for _, alike := range own.FindAllStringSubmatch(profile.String(), -1) {
+			count, _ := strconv.Atoi(alike[1])
+			n += count
+		}
+		return n
+	}
+}
+
+// logRecord is one record of a logger.
+type logRecord struct {
+	name  string
+	level hclog.Level
+	msg   string
+	args  []any
+}
+
+// logRecords are the records of a logger, but for the frames.
+type logRecords struct {
+	mu  sync.Mutex // guards all
+	all []logRecord
+}
+
+func (r *logRecords) Accept(name string, level hclog.Level, msg string, args ...any) {
+	if strings.HasSuffix(name, ".wire") {
+		return // the frames
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.all = append(r.all, logRecord{name, level, msg, append([]any(nil), args...)})
+}
+
+// get returns the records so far.
+func (r *logRecords) get() []logRecord {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.all)
+}
+
+// find returns the records whose message holds text.
+func (r *logRecords) find(text string) []logRecord {
+	return slices.DeleteFunc(r.get(), func(r logRecord) bool { return !strings.Contains(r.msg, text) })
+}
+
+// recordingLogger returns a logger and the records that it will have got.
+func recordingLogger() (hclog.Logger, *logRecords) {
+	r := new(logRecords)
+	l := hclog.NewInterceptLogger(&hclog.LoggerOptions{Output: io.Discard, Level: hclog.Trace})
+	l.RegisterSink(r)
+	return l, r
+}
+
+// syncBuffer is a buffer for any writers and readers at once.
+type syncBuffer struct {
+	mu  sync.Mutex // guards buf
+	buf bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+func (b *syncBuffer) Reset() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.buf.Reset()
+}
+
+// writerFunc is a function as a writer.
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// readerFunc is a function as a reader.
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// noise is n bytes that do not repeat; another seed gives others.
+func noise(n int, seed uint64) []byte {
+	data := make([]byte, n)
+	var key [32]byte
+	binary.LittleEndian.PutUint64(key[:], seed)
+	_, _ = rand.NewChaCha8(key).Read(data)
+	return data
+}
+
+// shortDir makes a directory whose path leaves room for a socket's name, which
+// that of t.TempDir may not.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	base := "/tmp"
+	if runtime.GOOS == "windows" {
+		base = ""
+	}
+	dir, err := os.MkdirTemp(base, "mux-*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+// writeProgram writes a file that is to be executed. While it is open for
+// writing no process may be forked: it would hold it open, and it could not be
+// executed.
+func writeProgram(t testing.TB, path string, data []byte, mode fs.FileMode) {
+	t.Helper()
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	if err := os.WriteFile(path, data, mode); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// copyBinary copies the test binary.
+func copyBinary(t testing.TB, path string) {
+	t.Helper()
+	data, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeProgram(t, path, data, 0o700)
+}
+
+// binaryNamed returns the test binary under another name, for the life of the
+// test.
+func binaryNamed(t testing.TB, name string) string {
+	t.Helper()
+	if runtime.GOOS == "windows" {
+		name += ".exe"
+	}
+	path := filepath.Join(t.TempDir(), name)
+	// On Windows a link to a binary that runs cannot be removed.
+	if runtime.GOOS != "windows" && os.Link(os.Args[0], path) == nil {
+		return path
+	}
+	copyBinary(t, path)
+	return path
+}
+
+// quietYamux is how a peer that is yamux alone is configured.
+func quietYamux() *yamux.Config {
+	config := yamux.DefaultConfig()
+	config.EnableKeepAlive = false
+	config.LogOutput = io.Discard
+	return config
+}
+
+// lab is where the processes of one test live: with a TMPDIR of their own, and
+// a directory for notes by which they tell the test what they have done, also
+// after they were killed. When the test ends, nothing may be left in it.
+type lab struct {
+	t          testing.TB
+	tmp, notes string
+}
+
+// newLab returns a lab that is checked and removed when the test ends.
+func newLab(t testing.TB) *lab {
+	t.Helper()
+	l := &lab{t: t}
+	for _, dir := range []*string{&l.tmp, &l.notes} {
+		var err error
+		// Not t.TempDir, whose paths are too long for a socket.
+		if *dir, err = os.MkdirTemp("", "l*"); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(*dir) })
+	}
+	t.Cleanup(func() { l.deserted(hangs) })
+	return l
+}
+
+// env is what puts a process into the lab.
+func (l *lab) env() []string {
+	return []string{"TMPDIR=" + l.tmp, notesEnv + "=" + l.notes}
+}
+
+// config is a configuration to start a mode in the lab.
+func (l *lab) config(mode string) *ClientConfig {
+	cfg := config(mode)
+	cfg.Cmd.Env = append(cfg.Cmd.Env, l.env()...)
+	if runtime.GOOS != "windows" {
+		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: l.tmp}
+	}
+	return cfg
+}
+
+// processes are those that were started in the lab and have not ended.
+func (l *lab) processes() []int { return processesWith(notesEnv + "=" + l.notes) }
+
+// deserted fails the test if a process or file is left when the time is over.
+func (l *lab) deserted(within time.Duration) {
+	l.t.Helper()
+	var left string
+	ok := poll(within, func() bool {
+		left = ""
+		if pids := l.processes(); len(pids) > 0 {
+			left = fmt.Sprintf("processes %v", pids)
+		}
+		if files, _ := os.ReadDir(l.tmp); len(files) > 0 {
+			left += fmt.Sprintf(" files %v", files)
+		}
+		return left == ""
+	})
+	if !ok {
+		l.t.Errorf("after %v there are left: %s", within, left)
+		for _, pid := range l.processes() {
+			if p, err := os.FindProcess(pid); err == nil {
+				_ = p.Kill()
+			}
+		}
+	}
+}
+
+// read waits for a note and returns its text.
+func (l *lab) read(name string) string {
+	l.t.Helper()
+	var text []byte
+	await(l.t, "the note "+name, func() (ok bool) { // on Windows a new one may be locked
+		var err error
+		text, err = os.ReadFile(filepath.Join(l.notes, name))
+		return err == nil
+	})
+	return string(text)
+}
+
+// readPid waits for a note that is a pid.
+func (l *lab) readPid(name string) int {
+	l.t.Helper()
+	pid, err := strconv.Atoi(l.read(name))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return pid
+}
+
+// noted reports whether there is a note.
+func (l *lab) noted(name string) bool {
+	_, err := os.Stat(filepath.Join(l.notes, name))
+	return err == nil
+}
+
+// write leaves a note for the processes of the lab.
+func (l *lab) write(name, text string) { leaveNote(l.notes, name, text) }
+
+// note leaves a note for the test from a process in a lab.
+func note(name, text string) { leaveNote(os.Getenv(notesEnv), name, text) }
+
+// leaveNote leaves a note that appears at once and whole.
+func leaveNote(dir, name, text string) {
+	tmp := filepath.Join(dir, fmt.Sprintf(".%s-%d", name, os.Getpid()))
+	if os.WriteFile(tmp, []byte(text), 0o600) == nil {
+		_ = os.Rename(tmp, filepath.Join(dir, name))
+	}
+}
+
+// awaitNote waits for a note of the test's, in a process that it may kill.
+func awaitNote(name string) {
+	l := &lab{notes: os.Getenv(notesEnv)}
+	if !poll(3*hangs, func() bool { return l.noted(name) }) {
+		os.Exit(65)
+	}
 }
 
 // ==== Starting, calling, stopping ====
+
+// What every host and every plugin does, one topic after the other, and what
+// goes wrong because of how they are built or configured.
 
 // The environment variables by which tests tell the modes below what to do.
 const (
@@ -264,33 +757,29 @@ const (
 	baseMTLSEnv     = "TEST_BASE_MTLS"     // not empty for AutoMTLS
 )
 
-// baseForever is longer than any test runs. A process that waits for its host
-// to kill it is gone after that even where the test itself was killed.
-const baseForever = 2 * time.Minute
-
 func init() {
 	maps.Copy(modes, map[string]func(){
 		// The plugin of most tests here.
 		"base": func() {
 			s := &baseServer{environ: os.Environ(), stderr: os.Stderr}
-			Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: basePlugins(s)})
+			servePlugins(basePlugins(s))
 			fmt.Println("tail on stdout")
 			fmt.Fprintln(os.Stderr, "[INFO] tail on stderr")
 		},
 		// Does not end when it is asked to.
 		"base-stubborn": func() {
-			Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: basePlugins(&baseServer{})})
-			time.Sleep(baseForever)
+			servePlugins(basePlugins(&baseServer{}))
+			time.Sleep(forever)
 		},
 		// Prints something and waits.
 		"base-say": func() {
 			pad, _ := strconv.Atoi(os.Getenv(basePadEnv))
 			fmt.Print(os.Getenv(baseSayEnv), strings.Repeat("x", pad), "\n")
-			time.Sleep(baseForever)
+			time.Sleep(forever)
 		},
 		"base-closed-stdout": func() {
 			_ = os.Stdout.Close()
-			time.Sleep(baseForever)
+			time.Sleep(forever)
 		},
 		"base-exits": func() {
 			fmt.Fprintln(os.Stderr, "cannot find my settings")
@@ -409,176 +898,18 @@ func basePlugins(s *baseServer) PluginSet {
 	return set
 }
 
-// baseConfig returns a configuration for a mode, with these variables.
-func baseConfig(mode string, env ...string) *ClientConfig {
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append([]string{modeEnv + "=" + mode}, env...)
-	return &ClientConfig{HandshakeConfig: testHandshake, Plugins: basePlugins(&baseServer{}), Cmd: cmd, Logger: hclog.NewNullLogger()}
-}
-
-// baseRecord is one record of a logger, and baseRecords all of them.
-type baseRecord struct {
-	name  string
-	level hclog.Level
-	msg   string
-	args  []any
-}
-
-type baseRecords struct {
-	mu  sync.Mutex // guards all
-	all []baseRecord
-}
-
-func (r *baseRecords) Accept(name string, level hclog.Level, msg string, args ...any) {
-	if strings.HasSuffix(name, ".wire") {
-		return // the frames
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.all = append(r.all, baseRecord{name, level, msg, append([]any(nil), args...)})
-}
-
-func (r *baseRecords) get() []baseRecord {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return slices.Clone(r.all)
-}
-
-// find returns the records whose message holds text.
-func (r *baseRecords) find(text string) []baseRecord {
-	return slices.DeleteFunc(r.get(), func(r baseRecord) bool { return !strings.Contains(r.msg, text) })
-}
-
-// baseLogger returns a logger and the records that it will have got.
-func baseLogger() (hclog.Logger, *baseRecords) {
-	r := new(baseRecords)
-	l := hclog.NewInterceptLogger(&hclog.LoggerOptions{Output: io.Discard, Level: hclog.Trace})
-	l.RegisterSink(r)
-	return l, r
-}
-
-// baseBuffer is a buffer for one writer and any readers.
-type baseBuffer struct {
-	mu  sync.Mutex // guards buf
-	buf bytes.Buffer
-}
-
-func (b *baseBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *baseBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
-}
-
-// baseUntil waits until ok reports true.
-func baseUntil(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(hangs); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("waited in vain: %s", what)
-		}
-	}
-}
-
-// baseReturns runs f and fails if it does not return.
-func baseReturns(t testing.TB, what string, f func()) {
-	t.Helper()
-	done := make(chan struct{})
-	go func() { defer close(done); f() }()
-	if !waitFor(hangs, done) {
-		t.Fatalf("%s hangs", what)
-	}
-}
-
-// baseClean fails the test if it leaves a goroutine, child process, descriptor
-// or file behind. Call it before anything else; the tests' own cleanups come
-// before its check.
-func baseClean(t testing.TB) {
-	t.Helper()
-	tmp := os.TempDir()
-	goroutines, held := runtime.NumGoroutine(), baseHeld(tmp)
-	t.Cleanup(func() {
-		if left := leftovers(tmp, goroutines, held); left != "" {
-			t.Errorf("left behind:\n%s", left)
-		}
-	})
-}
-
-// baseHeld lists this process's children, zombies too, the processes in the
-// same temporary directory, the files there and, where /proc tells, this
-// process's descriptors.
-func baseHeld(tmp string) (held []string) {
-	for _, pid := range processesWith("TMPDIR=" + tmp) {
-		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		held = append(held, fmt.Sprintf("process %d: %q", pid, cmdline))
-	}
-	entries, _ := os.ReadDir(tmp)
-	for _, e := range entries {
-		held = append(held, "file "+e.Name())
-	}
-	if runtime.GOOS == "windows" {
-		return held // Wine shows /proc, and there what it needs itself
-	}
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, name := range stats {
-		stat, _ := os.ReadFile(name)
-		_, after, _ := strings.Cut(string(stat), ") ")
-		if f := strings.Fields(after); len(f) > 1 && f[1] == strconv.Itoa(os.Getpid()) {
-			held = append(held, fmt.Sprintf("child %s (%s)", filepath.Base(filepath.Dir(name)), f[0]))
-		}
-	}
-	fds, _ := filepath.Glob("/proc/self/fd/*")
-	for _, fd := range fds {
-		to, err := os.Readlink(fd)
-		if err == nil && (strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "/dev/")) {
-			held = append(held, "descriptor of "+to)
-		}
-	}
-	return held
-}
-
-// baseShortDir makes a directory whose path leaves room for a socket's name,
-// which that of t.TempDir may not.
-func baseShortDir(t testing.TB) string {
-	t.Helper()
-	base := "/tmp"
-	if runtime.GOOS == "windows" {
-		base = ""
-	}
-	dir, err := os.MkdirTemp(base, "mux-*")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	return dir
-}
-
-// baseCheckError checks that an error has these texts in it.
-func baseCheckError(t testing.TB, err error, texts ...string) {
-	t.Helper()
-	if err == nil {
-		t.Fatal("there is no error")
-	}
-	for _, text := range texts {
-		if !strings.Contains(err.Error(), text) {
-			t.Errorf("the error does not say %q:\n%v", text, err)
-		}
-	}
-}
-
-func baseEcho(t testing.TB, c *rpc.Client, text string) {
-	t.Helper()
-	var got []byte
-	if err := c.Call("Plugin.Echo", []byte(text), &got); err != nil {
+// TestGreeter shows a whole life, with the log of it.
+func TestGreeter(t *testing.T) {
+	var log bytes.Buffer
+	cfg := config("greeter")
+	cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Trace, Mutex: new(sync.Mutex)})
+	c, p := start(t, cfg)
+	greets(t, p)
+	c.Kill()
+	if err := c.Err(); err != nil {
 		t.Error(err)
-	} else if string(got) != text {
-		t.Errorf("the echo of %q is %q", text, got)
 	}
+	t.Log(log.String())
 }
 
 // ---- The public API ----
@@ -630,28 +961,26 @@ var (
 // TestDispenseType checks that a wrong type is an error that says all.
 func TestDispenseType(t *testing.T) {
 	client, _ := TestPluginRPCConn(t, testPlugins(), nil)
-	if g := dispense[Greeter](t, client, "greeter"); g.Greet() != "Hello!" {
-		t.Error(g.Greet())
-	}
+	greets(t, client)
 	if g := dispense[*greeterClient](t, client, "greeter"); g.Greet() != "Hello!" {
 		t.Error(g.Greet())
 	}
 	_, err := Dispense[io.Writer](client, "greeter")
-	baseCheckError(t, err, `"greeter"`, "*plugin.greeterClient", "io.Writer")
+	errorSays(t, err, `"greeter"`, "*plugin.greeterClient", "io.Writer")
 	n, err := Dispense[int](client, "greeter")
-	baseCheckError(t, err, `"greeter"`, "*plugin.greeterClient", "int")
+	errorSays(t, err, `"greeter"`, "*plugin.greeterClient", "int")
 	if n != 0 {
 		t.Error("a value was returned beside the error:", n)
 	}
 	_, err = Dispense[Greeter](client, "missing")
-	baseCheckError(t, err, `"missing"`)
+	errorSays(t, err, `"missing"`)
 }
 
 // TestAccessors checks what a client tells before, while and after its plugin
 // runs.
 func TestAccessors(t *testing.T) {
-	baseClean(t)
-	c := NewClient(baseConfig("base"))
+	leavesNothing(t)
+	c := NewClient(config("base"))
 	if c.Exited() || c.ID() != "" || c.NegotiatedVersion() != 0 || c.ReattachConfig() != nil {
 		t.Error("before Start:", c.Exited(), c.ID(), c.NegotiatedVersion(), c.ReattachConfig())
 	}
@@ -692,7 +1021,7 @@ func TestAccessors(t *testing.T) {
 	if p.Ping() == nil {
 		t.Error("Ping succeeds after Kill")
 	}
-	failed := NewClient(baseConfig("base-exits"))
+	failed := NewClient(config("base-exits"))
 	defer failed.Kill()
 	if p := failed.Protocol(); p != ProtocolInvalid {
 		t.Errorf("the protocol of what does not start is %q", p)
@@ -782,7 +1111,7 @@ func TestBasicError(t *testing.T) {
 
 // TestHelpers uses the test helpers with each of the types that tests have.
 func TestHelpers(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	conn := func(client, server net.Conn) {
 		go func() { _, _ = client.Write([]byte("abc")) }()
 		got := make([]byte, 3)
@@ -829,19 +1158,19 @@ func TestHelpers(t *testing.T) {
 
 // TestHelperOutput checks that the options' readers are the plugin's output.
 func TestHelperOutput(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	outR, outW := io.Pipe()
 	errR, errW := io.Pipe()
 	defer outW.Close()
 	defer errW.Close()
 	client, _ := TestPluginRPCConn(t, testPlugins(), &TestOptions{ServerStdout: outR, ServerStderr: errR})
-	var stdout, stderr baseBuffer
+	var stdout, stderr syncBuffer
 	if err := client.SyncStreams(&stdout, &stderr); err != nil {
 		t.Fatal(err)
 	}
 	fmt.Fprint(outW, "to stdout")
 	fmt.Fprint(errW, "to stderr")
-	baseUntil(t, "output", func() bool { return stdout.String() == "to stdout" && stderr.String() == "to stderr" })
+	await(t, "output", func() bool { return stdout.String() == "to stdout" && stderr.String() == "to stderr" })
 }
 
 type baseName string
@@ -853,10 +1182,10 @@ func (n baseName) Name(_ int, reply *string) error {
 
 // TestServeMux checks that the argument selects the plugin.
 func TestServeMux(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	client := func(_ *MuxBroker, c *rpc.Client) (any, error) { return c, nil }
 	for arg, want := range map[string]string{"first": "the first", "second": "the second"} {
-		cfg := baseConfig("base-mux")
+		cfg := config("base-mux")
 		cfg.Plugins = PluginSet{"which": testPlugin{client: client}}
 		cfg.Cmd.Args = append(cfg.Cmd.Args, arg)
 		c, p := start(t, cfg)
@@ -1070,8 +1399,8 @@ func TestVersions(t *testing.T) {
 	} {
 		name := fmt.Sprintf("%s+%s to %s+%s", test.host, test.hostLegacy, test.plugin, test.pluginLegacy)
 		t.Run(name, func(t *testing.T) {
-			baseClean(t)
-			cfg := baseConfig("base-versions", baseVersionsEnv+"="+test.plugin, baseLegacyEnv+"="+test.pluginLegacy)
+			leavesNothing(t)
+			cfg := config("base-versions", baseVersionsEnv+"="+test.plugin, baseLegacyEnv+"="+test.pluginLegacy)
 			cfg.Plugins, cfg.VersionedPlugins = nil, baseVersions(test.host)
 			if v, err := strconv.Atoi(test.hostLegacy); err == nil {
 				cfg.ProtocolVersion, cfg.Plugins = uint(v), baseVersion(v)
@@ -1084,9 +1413,9 @@ func TestVersions(t *testing.T) {
 				if !errors.As(err, &versions) {
 					t.Fatalf("the error is %v", err)
 				}
-				baseCheckError(t, err, fmt.Sprintf("version %d ", test.offered))
+				errorSays(t, err, fmt.Sprintf("version %d ", test.offered))
 				for _, v := range strings.FieldsFunc(test.host+","+test.hostLegacy, func(r rune) bool { return r == ',' }) {
-					baseCheckError(t, err, v)
+					errorSays(t, err, v)
 				}
 				return
 			}
@@ -1122,21 +1451,21 @@ func TestCookie(t *testing.T) {
 			t.Errorf("%s: on stdout it says %q", env, &stdout)
 		}
 	}
-	baseClean(t)
-	cfg := baseConfig("base")
+	leavesNothing(t)
+	cfg := config("base")
 	cfg.MagicCookieValue = "wrong"
 	c := NewClient(cfg)
 	defer c.Kill()
 	_, err := c.Start()
-	baseCheckError(t, err, "cookie "+testHandshake.MagicCookieKey, "exit status 1")
+	errorSays(t, err, "cookie "+testHandshake.MagicCookieKey, "exit status 1")
 }
 
 // TestWireOfHost plays a plugin with yamux and net/rpc alone, so that what the
 // host does on the wire is seen and not what our other half makes of it.
 func TestWireOfHost(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	ours, theirs := TestConn(t)
-	plugin, err := yamux.Server(theirs, baseYamux())
+	plugin, err := yamux.Server(theirs, quietYamux())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1146,7 +1475,7 @@ func TestWireOfHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer host.session.close()
-	var stdout, stderr baseBuffer
+	var stdout, stderr syncBuffer
 	if err := host.SyncStreams(&stdout, &stderr); err != nil {
 		t.Fatal(err)
 	}
@@ -1167,7 +1496,7 @@ func TestWireOfHost(t *testing.T) {
 	}
 	fmt.Fprint(streams[1], "to stdout")
 	fmt.Fprint(streams[2], "to stderr")
-	baseUntil(t, "output", func() bool { return stdout.String() == "to stdout" && stderr.String() == "to stderr" })
+	await(t, "output", func() bool { return stdout.String() == "to stdout" && stderr.String() == "to stderr" })
 
 	served := make(chan error, 1)
 	go func() {
@@ -1186,9 +1515,7 @@ func TestWireOfHost(t *testing.T) {
 		served <- instance.RegisterName("Plugin", greeterServer{})
 		instance.ServeConn(st)
 	}()
-	if got := dispense[Greeter](t, host, "greeter").Greet(); got != "Hello!" {
-		t.Error(got)
-	}
+	greets(t, host)
 	if err := <-served; err != nil {
 		t.Error(err)
 	}
@@ -1196,14 +1523,14 @@ func TestWireOfHost(t *testing.T) {
 
 // TestWireOfPlugin plays the host in the same way.
 func TestWireOfPlugin(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	ours, theirs := TestConn(t)
 	quit := make(chan struct{})
 	stdout, stderr := io.MultiReader(strings.NewReader("to stdout")), io.MultiReader(strings.NewReader("to stderr"))
 	server := &RPCServer{Plugins: testPlugins(), Stdout: stdout, Stderr: stderr, DoneCh: quit}
 	served := make(chan struct{})
 	go func() { defer close(served); server.ServeConn(ours) }()
-	host, err := yamux.Client(theirs, baseYamux())
+	host, err := yamux.Client(theirs, quietYamux())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1265,12 +1592,6 @@ func TestWireOfPlugin(t *testing.T) {
 	}
 }
 
-func baseYamux() *yamux.Config {
-	config := yamux.DefaultConfig()
-	config.LogOutput = io.Discard
-	return config
-}
-
 type basePing struct{}
 
 func (basePing) Ping(bool, *struct{}) error { return nil }
@@ -1284,7 +1605,7 @@ func (d baseDispenser) Dispense(_ string, id *uint32) error {
 
 // TestRPCServer serves plugins without Serve, over a listener of the test's.
 func TestRPCServer(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -1304,9 +1625,7 @@ func TestRPCServer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := dispense[Greeter](t, client, "greeter").Greet(); got != "Hello!" {
-			t.Error(got)
-		}
+		greets(t, client)
 		if err := client.Close(); err != nil {
 			t.Error(err)
 		}
@@ -1324,8 +1643,8 @@ func TestRPCServer(t *testing.T) {
 
 // baseLine runs lines through what reads a plugin's stderr, and returns the
 // records that come of it.
-func baseLine(max int, output string) []baseRecord {
-	logger, records := baseLogger()
+func baseLine(max int, output string) []logRecord {
+	logger, records := recordingLogger()
 	l := &stderrLog{logger: logger}
 	w := &lineWriter{max: max, emit: l.line}
 	_, _ = io.WriteString(w, output)
@@ -1404,7 +1723,7 @@ var baseLogLines = []struct {
 func TestLogLine(t *testing.T) {
 	for _, test := range baseLogLines {
 		got := baseLine(defaultLogBufferSize, test.line+"\n")
-		want := []baseRecord{{"", test.level, test.msg, test.args}}
+		want := []logRecord{{"", test.level, test.msg, test.args}}
 		if !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: got %.300q and want %.300q", test.name, fmt.Sprint(got), fmt.Sprint(want))
 		}
@@ -1544,7 +1863,7 @@ func FuzzLogLine(f *testing.F) {
 	f.Fuzz(func(t *testing.T, output []byte) {
 		const max = 200
 		var text bytes.Buffer
-		records := new(baseRecords)
+		records := new(logRecords)
 		logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{Output: &text, Level: hclog.Trace})
 		logger.RegisterSink(records)
 		l := &stderrLog{logger: logger}
@@ -1579,10 +1898,10 @@ func FuzzLogLine(f *testing.F) {
 // TestLogOfPlugin checks all of that once more over a process: what it writes
 // to its stderr comes out of the logger, and byte for byte of Stderr.
 func TestLogOfPlugin(t *testing.T) {
-	baseClean(t)
-	var raw baseBuffer
-	cfg := baseConfig("base")
-	logger, records := baseLogger()
+	leavesNothing(t)
+	var raw syncBuffer
+	cfg := config("base")
+	logger, records := recordingLogger()
 	cfg.Logger, cfg.Stderr = logger, &raw
 	c, p := start(t, cfg)
 	var text strings.Builder
@@ -1597,13 +1916,13 @@ func TestLogOfPlugin(t *testing.T) {
 	c.Kill()
 	name := pluginName(os.Args[0])
 	// The process's own stdout is logged, too, and in no order with its stderr.
-	got := slices.DeleteFunc(records.get(), func(r baseRecord) bool { return r.msg == "tail on stdout" })
-	first := slices.IndexFunc(got, func(r baseRecord) bool { return r.msg == baseLogLines[0].msg })
+	got := slices.DeleteFunc(records.get(), func(r logRecord) bool { return r.msg == "tail on stdout" })
+	first := slices.IndexFunc(got, func(r logRecord) bool { return r.msg == baseLogLines[0].msg })
 	if first < 0 || len(got) < first+len(baseLogLines) {
 		t.Fatalf("there are %d records, and the table begins at %d", len(got), first)
 	}
 	for i, test := range baseLogLines {
-		r, want := got[first+i], baseRecord{name, test.level, test.msg, test.args}
+		r, want := got[first+i], logRecord{name, test.level, test.msg, test.args}
 		if !reflect.DeepEqual(r, want) {
 			t.Errorf("%s: got %.300q and want %.300q", test.name, fmt.Sprint(r), fmt.Sprint(want))
 		}
@@ -1613,17 +1932,17 @@ func TestLogOfPlugin(t *testing.T) {
 	}
 }
 
-// TestLogWithoutEnd writes 10 MB without the end of a line, which neither
+// TestLogWithoutEnd writes 2 MiB without the end of a line, which neither
 // stops the plugin nor fills the host's memory, and lines beyond the limits.
 func TestLogWithoutEnd(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	for _, limit := range []int{0, 1000} {
 		hash := sha256.New()
-		cfg := baseConfig("base")
-		logger, records := baseLogger()
+		cfg := config("base")
+		logger, records := recordingLogger()
 		cfg.Logger, cfg.Stderr, cfg.PluginLogBufferSize = logger, hash, limit
 		c, p := start(t, cfg)
-		const size = 10 << 20
+		const size = 2 << 20
 		junk := bytes.Repeat([]byte("0123456789abcdef"), size/16)
 		client := dispense[*rpc.Client](t, p, "base")
 		if err := client.Call("Plugin.Print", BaseOutput{Raw: junk}, &struct{}{}); err != nil {
@@ -1658,15 +1977,15 @@ func (w *baseBadWriter) Write(p []byte) (int, error) {
 // TestBadWriters checks that the host's own writers, when they fail, stop
 // neither the plugin nor its log.
 func TestBadWriters(t *testing.T) {
-	baseClean(t)
-	cfg := baseConfig("base")
-	logger, records := baseLogger()
+	leavesNothing(t)
+	cfg := config("base")
+	logger, records := recordingLogger()
 	cfg.Logger = logger
 	cfg.Stderr, cfg.SyncStdout, cfg.SyncStderr = &baseBadWriter{100}, &baseBadWriter{100}, &baseBadWriter{100}
 	c, p := start(t, cfg)
 	client := dispense[*rpc.Client](t, p, "base")
-	junk := bytes.Repeat([]byte("junk "+strings.Repeat("x", 500)+"\n"), 10000)
-	baseReturns(t, "printing", func() {
+	junk := bytes.Repeat([]byte("junk "+strings.Repeat("x", 500)+"\n"), 2500)
+	returns(t, "printing", func() {
 		if err := client.Call("Plugin.Print", BaseOutput{junk, junk, append(junk, "[WARN] still here\n"...)}, &struct{}{}); err != nil {
 			t.Error(err)
 		}
@@ -1683,15 +2002,15 @@ func TestBadWriters(t *testing.T) {
 // TestLogOfDyingPlugin checks that a panic comes out at Error, with its trace,
 // and what was written before it does not.
 func TestLogOfDyingPlugin(t *testing.T) {
-	baseClean(t)
-	cfg := baseConfig("base-panics")
-	logger, records := baseLogger()
+	leavesNothing(t)
+	cfg := config("base-panics")
+	logger, records := recordingLogger()
 	cfg.Logger = logger
 	c := NewClient(cfg)
 	defer c.Kill()
 	_, err := c.Start()
-	baseCheckError(t, err, "panic: boom", "exit status 2")
-	baseReturns(t, "the end", func() { <-c.Done() })
+	errorSays(t, err, "panic: boom", "exit status 2")
+	returns(t, "the end", func() { <-c.Done() })
 	for text, level := range map[string]hclog.Level{
 		"all is well": hclog.Debug, "panic: boom": hclog.Error, "goroutine 1 [running]:": hclog.Error, "plugin_test.go:": hclog.Error,
 	} {
@@ -1707,38 +2026,70 @@ func TestLogOfDyingPlugin(t *testing.T) {
 	}
 }
 
-// ---- Stdout, stderr and stdin ----
-
-// basePattern is size bytes of lines that are all different.
-func basePattern(name string, size int) []byte {
-	var b bytes.Buffer
-	for i := 0; b.Len() < size; i++ {
-		fmt.Fprintf(&b, "%s %07d \x00\xff some more\n", name, i)
+// Nothing in a record can look like a record of the host's own, or reach a
+// terminal; names that only slog gives a meaning are names like others in a
+// record of hclog's, and a record that was cut keeps its level.
+func TestForgedRecords(t *testing.T) {
+	var log bytes.Buffer
+	logger := hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Trace})
+	l := stderrLog{logger: logger}
+	for line, left := range map[string]int{
+		`{"@level":"info","@message":"m\n2026-01-01T00:00:00.000Z [ERROR] host: forged"}`:                   0,
+		`{"@level":"info","@message":"m","k\n2026-01-01T00:00:00.000Z [ERROR] host: forged":1}`:             0,
+		`{"@level":"info","@message":"m","a":[["\u001b[2J"]],"b":{"\u001b":"\n2026 [ERROR] host: forged"}}`: 0,
+		`{"@level":"info","@message":"m","level":"error","msg":"other","time":"noon"}`:                      0,
+		`{"1st":1,"@level":"info","@message":"m"}`:                                                          0,
+		`{"@level":"info","@message":"cut`:                                                                  70,
+	} {
+		log.Reset()
+		l.line([]byte(line), left)
+		out := log.String()
+		if !strings.Contains(out, "[INFO]") || strings.Contains(out, "\x1b") || strings.Contains(out, "\n2026") || strings.Contains(out, "@") && left == 0 {
+			t.Errorf("%s was logged as %q", line, out)
+		}
 	}
-	return b.Bytes()[:size]
 }
+
+// What is only said to be a panic does not make errors of all that follows.
+func TestOnlyTheWordPanic(t *testing.T) {
+	var levels []hclog.Level
+	logger, records := recordingLogger()
+	l := stderrLog{logger: logger}
+	l.line([]byte("panic: it was only a drill"), 0)
+	for range 100 {
+		l.line([]byte("as ever"), 0)
+	}
+	for _, r := range records.get() {
+		levels = append(levels, r.level)
+	}
+	if levels[0] != hclog.Error || levels[len(levels)-1] != hclog.Debug {
+		t.Error(levels)
+	}
+}
+
+// ---- Stdout, stderr and stdin ----
 
 // baseGate is a writer that takes nothing until it is opened.
 type baseGate struct {
 	open chan struct{}
-	baseBuffer
+	syncBuffer
 }
 
 func (g *baseGate) Write(p []byte) (int, error) {
 	<-g.open
-	return g.baseBuffer.Write(p)
+	return g.syncBuffer.Write(p)
 }
 
 // TestOutput checks that what the plugin prints arrives, byte for byte and all
 // of it, although the plugin is killed at once.
 func TestOutput(t *testing.T) {
-	baseClean(t)
-	cfg := baseConfig("base")
-	var stdout, stderr baseBuffer
-	logger, records := baseLogger()
+	leavesNothing(t)
+	cfg := config("base")
+	var stdout, stderr syncBuffer
+	logger, records := recordingLogger()
 	cfg.SyncStdout, cfg.SyncStderr, cfg.Logger = &stdout, &stderr, logger
 	c, p := start(t, cfg)
-	out, errs := basePattern("stdout", 5<<20), basePattern("stderr", 3<<20+1)
+	out, errs := noise(2<<20, 1), noise(streamWindow+400<<10+1, 2)
 	client := dispense[*rpc.Client](t, p, "base")
 	if err := client.Call("Plugin.Print", BaseOutput{Stdout: out, Stderr: errs}, &struct{}{}); err != nil {
 		t.Fatal(err)
@@ -1765,8 +2116,8 @@ func TestOutput(t *testing.T) {
 // in the plugin when it has been asked to quit, because the host's writers
 // have taken nothing so far.
 func TestOutputUnderWay(t *testing.T) {
-	baseClean(t)
-	cfg := baseConfig("base")
+	leavesNothing(t)
+	cfg := config("base")
 	stdout, stderr := &baseGate{open: make(chan struct{})}, &baseGate{open: make(chan struct{})}
 	cfg.SyncStdout, cfg.SyncStderr = stdout, stderr
 	c, p := start(t, cfg)
@@ -1774,7 +2125,7 @@ func TestOutputUnderWay(t *testing.T) {
 	if runtime.GOOS == "windows" { // whose pipes hold 4 KiB, and not 64
 		size = streamWindow + 20<<10
 	}
-	out, errs := basePattern("stdout", size), basePattern("stderr", size)
+	out, errs := noise(size, 1), noise(size, 2)
 	client := dispense[*rpc.Client](t, p, "base")
 	if err := client.Call("Plugin.Print", BaseOutput{Stdout: out, Stderr: errs}, &struct{}{}); err != nil {
 		t.Fatal(err)
@@ -1796,10 +2147,10 @@ func TestOutputUnderWay(t *testing.T) {
 // TestOutputToLog checks that the lines go to the logger where there is no
 // writer, and only there.
 func TestOutputToLog(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	for _, test := range []struct{ stdout, stderr bool }{{false, false}, {true, false}, {false, true}} {
-		cfg := baseConfig("base")
-		logger, records := baseLogger()
+		cfg := config("base")
+		logger, records := recordingLogger()
 		cfg.Logger = logger
 		if test.stdout {
 			cfg.SyncStdout = io.Discard
@@ -1808,8 +2159,8 @@ func TestOutputToLog(t *testing.T) {
 			cfg.SyncStderr = io.Discard
 		}
 		c, p := start(t, cfg)
-		const lines = 7000
-		length := strings.Repeat("of some length ", 10) // more than a stream holds, in all
+		const lines = 1000
+		length := strings.Repeat("of some length ", 75) // more than a stream holds, in all
 		var out, errs bytes.Buffer
 		for i := range lines {
 			fmt.Fprintf(&out, "out %d is a line %s\n", i, length)
@@ -1844,7 +2195,7 @@ func TestOutputToLog(t *testing.T) {
 
 // TestStdin checks that the plugin has the host's stdin, or the command's.
 func TestStdin(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -1858,7 +2209,7 @@ func TestStdin(t *testing.T) {
 		t.Fatal(err)
 	}
 	for want, stdin := range map[string]io.Reader{"from the host": nil, "from the command": strings.NewReader("from the command")} {
-		cfg := baseConfig("base")
+		cfg := config("base")
 		cfg.Cmd.Stdin = stdin
 		c, p := start(t, cfg)
 		var got string
@@ -1903,7 +2254,7 @@ func readBaseTicket(text string) *ReattachConfig {
 
 // baseFirstHost starts a plugin, says how to reattach to it, and ends.
 func baseFirstHost() {
-	cfg := baseConfig("base-versions", baseVersionsEnv+"=1,2,9")
+	cfg := config("base-versions", baseVersionsEnv+"=1,2,9")
 	cfg.Plugins, cfg.VersionedPlugins = nil, baseVersions("1,2")
 	cfg.Detach = runtime.GOOS == "windows" // where ReattachConfig does not do it
 	c := NewClient(cfg)
@@ -1916,10 +2267,7 @@ func baseFirstHost() {
 
 // baseSecondHost reattaches to a plugin, calls it and kills it.
 func baseSecondHost() {
-	c := NewClient(&ClientConfig{
-		HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(),
-		Reattach: readBaseTicket(os.Getenv(baseReattachEnv)),
-	})
+	c := NewClient(attachTo(readBaseTicket(os.Getenv(baseReattachEnv))))
 	defer c.Kill()
 	p, err := c.Client()
 	if err != nil {
@@ -1937,9 +2285,9 @@ func baseSecondHost() {
 // TestReattach lets a second host, in another process, use the plugin that
 // this one has started, and kill it.
 func TestReattach(t *testing.T) {
-	baseClean(t)
-	cfg := baseConfig("base")
-	logger, records := baseLogger()
+	leavesNothing(t)
+	cfg := config("base")
+	logger, records := recordingLogger()
 	cfg.Logger = logger
 	c, _ := start(t, cfg)
 	second := exec.Command(os.Args[0])
@@ -1959,7 +2307,7 @@ func TestReattach(t *testing.T) {
 // TestReattachLater uses a plugin whose first host has ended, with the version
 // that the two had negotiated.
 func TestReattachLater(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	first := exec.Command(os.Args[0])
 	first.Env = append(os.Environ(), modeEnv+"=base-first-host")
 	out, err := first.Output()
@@ -1967,7 +2315,8 @@ func TestReattachLater(t *testing.T) {
 		t.Fatalf("%q, %v", out, err)
 	}
 	rc := readBaseTicket(string(out))
-	cfg := &ClientConfig{HandshakeConfig: testHandshake, VersionedPlugins: baseVersions("1,2,3"), Logger: hclog.NewNullLogger(), Reattach: rc}
+	cfg := attachTo(rc)
+	cfg.Plugins, cfg.VersionedPlugins = nil, baseVersions("1,2,3")
 	c, p := start(t, cfg)
 	if got := dispense[string](t, p, "version"); got != "host 2 plugin 2" || c.NegotiatedVersion() != 2 {
 		t.Errorf("%s was dispensed, of version %d", got, c.NegotiatedVersion())
@@ -1991,7 +2340,7 @@ func TestReattachLater(t *testing.T) {
 	c = NewClient(&other)
 	defer c.Kill()
 	_, err = c.Start()
-	baseCheckError(t, err, "version 2 ", "7", "8")
+	errorSays(t, err, "version 2 ", "7", "8")
 }
 
 // baseInnocent starts a process that is no plugin, and returns its pid and a
@@ -2027,7 +2376,7 @@ func baseInnocent(t *testing.T) (pid int, check func()) {
 // TestReattachToNobody checks what is said of a plugin that is not there, and
 // that a process that has its pid now is left alone.
 func TestReattachToNobody(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	innocent, check := baseInnocent(t)
 	dead := exec.Command(os.Args[0])
 	dead.Env = append(os.Environ(), modeEnv+"=base-exits")
@@ -2037,7 +2386,7 @@ func TestReattachToNobody(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer lis.Close()
-	nowhere := &net.UnixAddr{Name: filepath.Join(baseShortDir(t), fmt.Sprintf("plugin-%d-1", innocent)), Net: "unix"}
+	nowhere := &net.UnixAddr{Name: filepath.Join(shortDir(t), fmt.Sprintf("plugin-%d-1", innocent)), Net: "unix"}
 	for name, rc := range map[string]*ReattachConfig{
 		"a dead process": {Pid: dead.Process.Pid, Addr: nowhere},
 		"a dead process and somebody else's socket": {Pid: dead.Process.Pid, Addr: lis.Addr()},
@@ -2048,7 +2397,7 @@ func TestReattachToNobody(t *testing.T) {
 		"another process and a socket with it": {Pid: innocent, Addr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1}},
 	} {
 		rc.ProtocolVersion = int(testHandshake.ProtocolVersion)
-		c := NewClient(&ClientConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Reattach: rc})
+		c := NewClient(attachTo(rc))
 		if _, err := c.Start(); err != ErrProcessNotFound {
 			t.Errorf("%s: Start returned %v", name, err)
 		}
@@ -2066,7 +2415,7 @@ func TestReattachToNobody(t *testing.T) {
 func TestReattachWithWrongPid(t *testing.T) {
 	t.Parallel()
 	innocent, check := baseInnocent(t)
-	network, address := "unix", filepath.Join(baseShortDir(t), "plugin-1-1")
+	network, address := "unix", filepath.Join(shortDir(t), "plugin-1-1")
 	if runtime.GOOS == "windows" {
 		network, address = "tcp", "127.0.0.1:0"
 	}
@@ -2075,21 +2424,32 @@ func TestReattachWithWrongPid(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer silent.Close()
-	real, _ := start(t, baseConfig("base"))
+	real, _ := start(t, config("base"))
 	for name, addr := range map[string]net.Addr{"a plugin": real.ReattachConfig().Addr, "silence": silent.Addr()} {
-		c := NewClient(&ClientConfig{
-			HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(),
-			KillTimeout: 3 * time.Second, // in which a plugin must have been asked
-			Reattach:    &ReattachConfig{ProtocolVersion: int(testHandshake.ProtocolVersion), Addr: addr, Pid: innocent},
-		})
+		cfg := attachTo(&ReattachConfig{ProtocolVersion: int(testHandshake.ProtocolVersion), Addr: addr, Pid: innocent})
+		cfg.KillTimeout = 3 * time.Second // in which a plugin must have been asked
+		c := NewClient(cfg)
 		if _, err := c.Client(); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		baseReturns(t, "Kill", c.Kill)
+		returns(t, "Kill", c.Kill)
 		check()
 	}
 	if !waitFor(hangs, real.done) {
 		t.Error("the plugin was not asked to quit")
+	}
+}
+
+// A connection to reattach to is not missing because there was no time to look.
+func TestReattachInNoTime(t *testing.T) {
+	c, _ := start(t, config("greeter"))
+	again := attachTo(c.ReattachConfig())
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	other := NewClient(again)
+	defer other.Kill()
+	if _, err := other.StartContext(ctx); !errors.Is(err, context.Canceled) || err == ErrProcessNotFound {
+		t.Error(err)
 	}
 }
 
@@ -2116,7 +2476,7 @@ type baseHash struct{ hash.Hash }
 // TestSecureConfig checks that only the right binary is started, and that one
 // SecureConfig will do for many checks, also at once.
 func TestSecureConfig(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	sum := baseSum(t)
 	used := sha256.New()
 	used.Write([]byte("used before"))
@@ -2131,13 +2491,11 @@ func TestSecureConfig(t *testing.T) {
 				t.Errorf("%s: %v, %v", name, ok, err)
 			}
 		}
-		cfg := baseConfig("base")
+		cfg := config("base")
 		cfg.SecureConfig = secure
 		for range 2 {
 			c, p := start(t, cfg)
-			if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-				t.Errorf("%s: %s", name, got)
-			}
+			greets(t, p, name)
 			c.Kill()
 		}
 	}
@@ -2170,7 +2528,7 @@ func TestSecureConfig(t *testing.T) {
 		if ok || test.err != ErrChecksumsDoNotMatch && err != test.err {
 			t.Errorf("Check returned %v, %v, and not %v", ok, err, test.err)
 		}
-		cfg := baseConfig("base")
+		cfg := config("base")
 		cfg.SecureConfig = test.secure
 		c := NewClient(cfg)
 		if _, err := c.Start(); err != test.err {
@@ -2208,12 +2566,10 @@ func baseTLSConfig(t *testing.T) (*tls.Config, string) {
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	secure, env := baseTLSConfig(t)
-	cfg := baseConfig("base-tls", env)
+	cfg := config("base-tls", env)
 	cfg.TLSConfig = secure
 	c, p := start(t, cfg)
-	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Error(got)
-	}
+	greets(t, p)
 	c.Kill()
 
 	untrusting, _ := baseTLSConfig(t)
@@ -2227,33 +2583,33 @@ func TestTLS(t *testing.T) {
 		if err == nil {
 			t.Errorf("a host with %s is served", name)
 		}
-		baseReturns(t, "Kill", c.Kill)
+		returns(t, "Kill", c.Kill)
 	}
 
-	cfg = baseConfig("base-tls", baseTLSEnv+"=no certificate")
+	cfg = config("base-tls", baseTLSEnv+"=no certificate")
 	cfg.TLSConfig = secure
 	c = NewClient(cfg)
 	_, err := c.Start()
-	baseCheckError(t, err, "TLSProvider", "exit status 1")
+	errorSays(t, err, "TLSProvider", "exit status 1")
 	c.Kill()
 
 	// A plugin without TLS under a host with it.
-	cfg = baseConfig("base")
+	cfg = config("base")
 	cfg.TLSConfig = secure
 	c = NewClient(cfg)
 	if _, err := c.Client(); err == nil {
 		t.Error("a plugin without TLS is connected to")
 	}
-	baseReturns(t, "Kill", c.Kill)
+	returns(t, "Kill", c.Kill)
 }
 
 // TestAutoMTLS checks that only the two processes can talk, with certificates
 // made for this start.
 func TestAutoMTLS(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	var before []byte
 	for range 2 {
-		cfg := baseConfig("base")
+		cfg := config("base")
 		cfg.AutoMTLS = true
 		c, p := start(t, cfg)
 		own := c.starting.result()
@@ -2293,20 +2649,18 @@ func TestAutoMTLS(t *testing.T) {
 				client.session.close()
 			}
 		}
-		if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-			t.Error("after the strangers:", got)
-		}
+		greets(t, p, "after the strangers")
 		c.Kill()
 	}
 
 	// A plugin that has its own TLS does not answer with a certificate.
 	secure, env := baseTLSConfig(t)
-	cfg := baseConfig("base-tls", env)
+	cfg := config("base-tls", env)
 	cfg.AutoMTLS, cfg.TLSConfig = true, secure
 	c := NewClient(cfg)
 	defer c.Kill()
 	_, err := c.Start()
-	baseCheckError(t, err, "AutoMTLS", "TLSProvider")
+	errorSays(t, err, "AutoMTLS", "TLSProvider")
 }
 
 // ---- Kill ----
@@ -2315,9 +2669,9 @@ func TestAutoMTLS(t *testing.T) {
 // whenever, and as often as, one likes.
 func TestKill(t *testing.T) {
 	t.Run("while it runs", func(t *testing.T) {
-		baseClean(t)
-		cfg := baseConfig("base")
-		logger, records := baseLogger()
+		leavesNothing(t)
+		cfg := config("base")
+		logger, records := recordingLogger()
 		cfg.Logger = logger
 		c, p := start(t, cfg)
 		var killing sync.WaitGroup
@@ -2329,8 +2683,8 @@ func TestKill(t *testing.T) {
 				}
 			})
 		}
-		baseReturns(t, "Kill", killing.Wait)
-		baseReturns(t, "Kill once more", c.Kill)
+		returns(t, "Kill", killing.Wait)
+		returns(t, "Kill once more", c.Kill)
 		if len(records.find("tail on stderr")) != 1 || !cfg.Cmd.ProcessState.Success() {
 			t.Error("the plugin's main has not finished:", cfg.Cmd.ProcessState)
 		}
@@ -2342,22 +2696,22 @@ func TestKill(t *testing.T) {
 		}
 	})
 	t.Run("before Client", func(t *testing.T) {
-		baseClean(t)
-		cfg := baseConfig("base")
+		leavesNothing(t)
+		cfg := config("base")
 		c := NewClient(cfg)
 		if _, err := c.Start(); err != nil {
 			t.Fatal(err)
 		}
-		baseReturns(t, "Kill", c.Kill)
+		returns(t, "Kill", c.Kill)
 		if !cfg.Cmd.ProcessState.Success() {
 			t.Error("the plugin's main has not finished:", cfg.Cmd.ProcessState)
 		}
 	})
 	t.Run("before Start", func(t *testing.T) {
-		baseClean(t)
-		cfg := baseConfig("base")
+		leavesNothing(t)
+		cfg := config("base")
 		c := NewClient(cfg)
-		baseReturns(t, "Kill", c.Kill)
+		returns(t, "Kill", c.Kill)
 		if _, err := c.Start(); err == nil || !strings.Contains(err.Error(), "Kill") {
 			t.Errorf("Start after Kill returned %v", err)
 		}
@@ -2366,9 +2720,9 @@ func TestKill(t *testing.T) {
 		}
 	})
 	t.Run("during Start", func(t *testing.T) {
-		baseClean(t)
-		cfg := baseConfig("base-say", baseSayEnv+"=loading")
-		logger, records := baseLogger()
+		leavesNothing(t)
+		cfg := config("base-say", baseSayEnv+"=loading")
+		logger, records := recordingLogger()
 		cfg.Logger = logger
 		c := NewClient(cfg)
 		started := make(chan error, 1)
@@ -2376,9 +2730,9 @@ func TestKill(t *testing.T) {
 			_, err := c.Start()
 			started <- err
 		}()
-		baseUntil(t, "the plugin's first words", func() bool { return len(records.find("before its handshake")) > 0 })
-		baseReturns(t, "Kill", c.Kill)
-		baseReturns(t, "Start", func() {
+		await(t, "the plugin's first words", func() bool { return len(records.find("before its handshake")) > 0 })
+		returns(t, "Kill", c.Kill)
+		returns(t, "Start", func() {
 			if err := <-started; err == nil || !strings.Contains(err.Error(), "Kill") {
 				t.Errorf("Start returned %v", err)
 			}
@@ -2388,8 +2742,8 @@ func TestKill(t *testing.T) {
 		}
 	})
 	t.Run("when it is long dead", func(t *testing.T) {
-		baseClean(t)
-		cfg := baseConfig("base")
+		leavesNothing(t)
+		cfg := config("base")
 		c, _ := start(t, cfg)
 		if err := cfg.Cmd.Process.Kill(); err != nil {
 			t.Fatal(err)
@@ -2397,23 +2751,25 @@ func TestKill(t *testing.T) {
 		if !waitFor(hangs, c.done) {
 			t.Fatal("its end goes unnoticed")
 		}
-		baseReturns(t, "Kill", c.Kill)
-		baseReturns(t, "Kill", c.Kill)
+		returns(t, "Kill", c.Kill)
+		returns(t, "Kill", c.Kill)
 	})
-	t.Run("when it does not end", func(t *testing.T) {
-		baseClean(t)
-		cfg := baseConfig("base-stubborn")
-		c, _ := start(t, cfg)
-		begin := time.Now()
-		baseReturns(t, "Kill", c.Kill)
-		// It has two seconds.
-		if took := time.Since(begin); took < 2*time.Second-100*time.Millisecond || took > 8*time.Second {
-			t.Errorf("it was killed after %v", took)
-		}
-		if !c.Exited() || cfg.Cmd.ProcessState == nil || cfg.Cmd.ProcessState.Success() {
-			t.Error("the process ended with", cfg.Cmd.ProcessState)
-		}
-	})
+}
+
+// TestKillStubborn checks when a plugin is killed that does not end.
+func TestKillStubborn(t *testing.T) {
+	t.Parallel()
+	cfg := config("base-stubborn")
+	c, _ := start(t, cfg)
+	begin := time.Now()
+	returns(t, "Kill", c.Kill)
+	// It has two seconds.
+	if took := time.Since(begin); took < 2*time.Second-100*time.Millisecond || took > 8*time.Second {
+		t.Errorf("it was killed after %v", took)
+	}
+	if !c.Exited() || cfg.Cmd.ProcessState == nil || cfg.Cmd.ProcessState.Success() {
+		t.Error("the process ended with", cfg.Cmd.ProcessState)
+	}
 }
 
 // baseManaged reports whether the package holds a client.
@@ -2426,9 +2782,9 @@ func baseManaged(c *Client) bool {
 
 // TestCleanupClients checks that the managed clients are killed, and let go.
 func TestCleanupClients(t *testing.T) {
-	baseClean(t)
-	other, p := start(t, baseConfig("base"))
-	cfg := baseConfig("base")
+	leavesNothing(t)
+	other, p := start(t, config("base"))
+	cfg := config("base")
 	cfg.Managed = true
 	killed := NewClient(cfg)
 	if !baseManaged(killed) || baseManaged(other) {
@@ -2448,7 +2804,7 @@ func TestCleanupClients(t *testing.T) {
 	if baseManaged(clients[0]) {
 		t.Error("a client that was killed is held")
 	}
-	baseReturns(t, "CleanupClients", CleanupClients)
+	returns(t, "CleanupClients", CleanupClients)
 	for i, c := range clients {
 		if !c.Exited() || baseManaged(c) {
 			t.Errorf("client %d: exited is %v and managed %v", i, c.Exited(), baseManaged(c))
@@ -2460,19 +2816,30 @@ func TestCleanupClients(t *testing.T) {
 	CleanupClients() // there is none left
 }
 
+// After Kill, Client returns what it has returned before.
+func TestClientAfterKill(t *testing.T) {
+	c, p := start(t, config("greeter"))
+	c.Kill()
+	for range 100 {
+		if again, err := c.Client(); again != p || err != nil {
+			t.Fatal("another result:", again, err)
+		}
+	}
+}
+
 // ---- Config is input ----
 
 // TestConfigIsKept checks that nothing of the caller's is changed, not even
 // behind the end of a slice, and that a config can be used again.
 func TestConfigIsKept(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer r.Close()
 	defer w.Close()
-	cfg := baseConfig("base")
+	cfg := config("base")
 	roomy := func(s []string) []string { return append(make([]string, 0, len(s)+5), s...) }
 	cfg.Cmd.Env, cfg.Cmd.Args = roomy(cfg.Cmd.Env), roomy(cfg.Cmd.Args)
 	cfg.Cmd.ExtraFiles = make([]*os.File, 0, 8)
@@ -2525,9 +2892,7 @@ func TestConfigIsKept(t *testing.T) {
 		if pid := strconv.Itoa(cfg.Cmd.Process.Pid); pid != c.ID() || cfg.Cmd.ProcessState != nil {
 			t.Errorf("Cmd.Process is %s, with %v, and the plugin %s", pid, cfg.Cmd.ProcessState, c.ID())
 		}
-		if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-			t.Error(got)
-		}
+		greets(t, p)
 		check()
 		clients = append(clients, c)
 	}
@@ -2563,7 +2928,7 @@ func baseLookup(t *testing.T, p ClientProtocol, name string) (values []string) {
 
 // TestEnvironment checks whose variables win.
 func TestEnvironment(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	t.Setenv("TEST_BASE_HOST", "host")
 	t.Setenv("TEST_BASE_BOTH", "host")
 	t.Setenv("PLUGIN_OF_OURS", "host") // named alike, and not the protocol's
@@ -2576,7 +2941,7 @@ func TestEnvironment(t *testing.T) {
 		own = append(own, name+"=cmd")
 	}
 	for _, skip := range []bool{false, true} {
-		cfg := baseConfig("base", own...)
+		cfg := config("base", own...)
 		cfg.SkipHostEnv = skip
 		cfg.MinPort, cfg.MaxPort = 10, 20
 		c, p := start(t, cfg)
@@ -2612,7 +2977,7 @@ func TestEnvironment(t *testing.T) {
 // baseQuietHost goes through a plugin's whole life, and says what its logger
 // got above Debug.
 func baseQuietHost() {
-	cfg := baseConfig("greeter")
+	cfg := config("greeter")
 	cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: os.Stdout, Level: hclog.Info})
 	cfg.AutoMTLS = os.Getenv(baseMTLSEnv) != ""
 	for range 3 {
@@ -2633,7 +2998,7 @@ func baseQuietHost() {
 // TestQuiet checks that a clean life logs nothing above Debug on either side,
 // and that nothing is printed. (The plugin's own log is in the host's.)
 func TestQuiet(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	for _, mtls := range []string{"", "yes"} {
 		host := exec.Command(os.Args[0])
 		host.Env = append(os.Environ(), modeEnv+"=base-quiet-host", baseMTLSEnv+"="+mtls)
@@ -2643,16 +3008,14 @@ func TestQuiet(t *testing.T) {
 		}
 	}
 	// Whoever uses the log package's own logger in this process would be heard.
-	var printed baseBuffer
+	var printed syncBuffer
 	log.SetOutput(&printed)
 	defer log.SetOutput(os.Stderr)
-	logger, records := baseLogger()
-	cfg := baseConfig("greeter")
+	logger, records := recordingLogger()
+	cfg := config("greeter")
 	cfg.Logger = logger
 	c, p := start(t, cfg)
-	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Error(got)
-	}
+	greets(t, p)
 	c.Kill()
 	for _, r := range records.get() {
 		if r.level > hclog.Debug {
@@ -2697,7 +3060,7 @@ func baseServeTest(t *testing.T, config *ServeConfig) (*ReattachConfig, func()) 
 // TestTestMode checks that serving within a test works, and touches nothing
 // that belongs to the process.
 func TestTestMode(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	for _, name := range protocolEnv {
 		t.Setenv(name, "ours")
 	}
@@ -2710,13 +3073,11 @@ func TestTestMode(t *testing.T) {
 	if !rc.Test || rc.Pid != os.Getpid() || rc.Addr == nil || rc.ProtocolVersion != 3 {
 		t.Errorf("the ReattachConfig is %+v", rc)
 	}
-	cfg := &ClientConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Reattach: rc}
+	cfg := attachTo(rc)
 	for range 2 { // the first one's Kill leaves the server alone
 		c, p := start(t, cfg)
-		if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-			t.Error(got)
-		}
-		baseReturns(t, "Kill", c.Kill)
+		greets(t, p)
+		returns(t, "Kill", c.Kill)
 	}
 	if !slices.Equal(os.Environ(), environ) || os.Stdout != stdout || os.Stderr != stderr {
 		t.Error("the environment, stdout or stderr was changed")
@@ -2732,8 +3093,8 @@ func TestTestMode(t *testing.T) {
 // TestTestModeEnds checks that Serve ends in test mode whatever it waits for,
 // and when it cannot serve at all, without an exit of the process.
 func TestTestModeEnds(t *testing.T) {
-	baseClean(t)
-	logger, records := baseLogger()
+	leavesNothing(t)
+	logger, records := recordingLogger()
 	ended, cancel := context.WithCancel(context.Background())
 	cancel()
 	for name, config := range map[string]*ServeConfig{
@@ -2746,13 +3107,13 @@ func TestTestModeEnds(t *testing.T) {
 	} {
 		closed := make(chan struct{})
 		config.Test.CloseCh, config.Logger = closed, logger
-		baseReturns(t, name+": Serve", func() { Serve(config) })
+		returns(t, name+": Serve", func() { Serve(config) })
 		if !isClosed(closed) {
 			t.Errorf("%s: CloseCh is not closed", name)
 		}
 	}
 	for _, text := range []string{"no plugins", "no certificate"} {
-		if !slices.ContainsFunc(records.get(), func(r baseRecord) bool { return strings.Contains(fmt.Sprint(r.args), text) }) {
+		if !slices.ContainsFunc(records.get(), func(r logRecord) bool { return strings.Contains(fmt.Sprint(r.args), text) }) {
 			t.Errorf("%q is not in the log", text)
 		}
 	}
@@ -2761,7 +3122,7 @@ func TestTestModeEnds(t *testing.T) {
 // TestTestModeOutput checks that SyncStdio sends the process's output to the
 // host as well, and gives it back.
 func TestTestModeOutput(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	var files [2]*os.File
 	for i := range files {
 		f, err := os.Create(filepath.Join(t.TempDir(), "output"))
@@ -2777,13 +3138,13 @@ func TestTestModeOutput(t *testing.T) {
 	rc, stop := baseServeTest(t, &ServeConfig{
 		HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Test: &ServeTestConfig{SyncStdio: true},
 	})
-	var out, errs baseBuffer
-	c, _ := start(t, &ClientConfig{
-		HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Reattach: rc, SyncStdout: &out, SyncStderr: &errs,
-	})
+	var out, errs syncBuffer
+	cfg := attachTo(rc)
+	cfg.SyncStdout, cfg.SyncStderr = &out, &errs
+	c, _ := start(t, cfg)
 	fmt.Fprintln(os.Stdout, "to stdout")
 	fmt.Fprintln(os.Stderr, "to stderr")
-	baseUntil(t, "output", func() bool { return out.String() == "to stdout\n" && errs.String() == "to stderr\n" })
+	await(t, "output", func() bool { return out.String() == "to stdout\n" && errs.String() == "to stderr\n" })
 	c.Kill()
 	stop()
 	if os.Stdout != files[0] || os.Stderr != files[1] {
@@ -2800,8 +3161,8 @@ func TestTestModeOutput(t *testing.T) {
 
 // TestConcurrency lets 100 goroutines start, dispense, call and ask at once.
 func TestConcurrency(t *testing.T) {
-	baseClean(t)
-	c := NewClient(baseConfig("base"))
+	t.Parallel()
+	c := NewClient(config("base"))
 	t.Cleanup(c.Kill)
 	var all sync.WaitGroup
 	for i := range 100 {
@@ -2818,7 +3179,7 @@ func TestConcurrency(t *testing.T) {
 					return
 				}
 				for j := range 5 {
-					baseEcho(t, client, strings.Repeat(fmt.Sprint(i, " ", j, " "), 100*i))
+					echo(t, client, strings.Repeat(fmt.Sprint(i, " ", j, " "), 100*i))
 				}
 				if err := client.Close(); err != nil {
 					t.Error(err)
@@ -2832,14 +3193,14 @@ func TestConcurrency(t *testing.T) {
 			}
 		})
 	}
-	baseReturns(t, "the whole", all.Wait)
+	returns(t, "the whole", all.Wait)
 }
 
 // ---- Bad input ----
 
 // TestBadConfig is the table of configurations that cannot work.
 func TestBadConfig(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	running := &ReattachConfig{Pid: os.Getpid(), Addr: &net.UnixAddr{Name: "/s", Net: "unix"}}
 	for _, test := range []struct {
 		name   string
@@ -2869,7 +3230,7 @@ func TestBadConfig(t *testing.T) {
 		{"a plugin for gRPC alone", func(c *ClientConfig) { c.AllowedProtocols = []Protocol{ProtocolGRPC} }, nil, []string{`"netrpc"`, `"grpc"`}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			cfg := baseConfig("base")
+			cfg := config("base")
 			test.change(cfg)
 			c := NewClient(cfg)
 			defer c.Kill()
@@ -2877,7 +3238,7 @@ func TestBadConfig(t *testing.T) {
 			if test.is != nil && err != test.is {
 				t.Errorf("the error is %v and not %v", err, test.is)
 			}
-			baseCheckError(t, err, append(test.texts, "plugin")...)
+			errorSays(t, err, append(test.texts, "plugin")...)
 			if p, again := c.Client(); again != err || p != nil {
 				t.Errorf("Client returns %v, %v, and Start %v", p, again, err)
 			}
@@ -2892,14 +3253,13 @@ func TestBadConfig(t *testing.T) {
 func baseForeign(t *testing.T, head string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "foreign.exe")
-	if err := os.WriteFile(path, append([]byte(head), make([]byte, 1000)...), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	writeProgram(t, path, append([]byte(head), make([]byte, 1000)...), 0o755)
 	return path
 }
 
 // TestBadBinary is the table of plugins that do not start.
 func TestBadBinary(t *testing.T) {
+	t.Parallel()
 	say := func(line string) func(*testing.T, *ClientConfig) {
 		return func(_ *testing.T, c *ClientConfig) {
 			c.Cmd.Env = []string{modeEnv + "=base-say", baseSayEnv + "=" + line}
@@ -2915,7 +3275,7 @@ func TestBadBinary(t *testing.T) {
 	if runtime.GOARCH == "arm64" {
 		arch = "\x3e" // amd64
 	}
-	short := func(c *ClientConfig) { c.StartTimeout = 300 * time.Millisecond }
+	short := func(c *ClientConfig) { c.StartTimeout = 3 * time.Second }
 	for _, test := range []struct {
 		name    string
 		prepare func(*testing.T, *ClientConfig)
@@ -2928,7 +3288,7 @@ func TestBadBinary(t *testing.T) {
 		{"a directory", path(func(t *testing.T) string { return t.TempDir() }), nil, false, []string{"directory"}},
 		{"exits at once", mode("base-exits"), nil, true, []string{"exit status 7", "cannot find my settings"}},
 		{"panics at once", mode("base-panics"), nil, true, []string{"exit status 2", "panic: boom"}},
-		{"never speaks", say("loading"), short, false, []string{"300ms", "loading", "handshake"}},
+		{"never speaks", say("loading"), short, false, []string{"3s", "loading", "handshake"}},
 		{"closes stdout", mode("base-closed-stdout"), nil, false, []string{"closed its stdout"}},
 		{"core protocol 2", say("2|3|unix|/tmp/s|netrpc|"), nil, false, []string{`"2"`, "core protocol"}},
 		{"gRPC", say("1|3|unix|/tmp/s|grpc|"), nil, false, []string{"gRPC", "net/rpc"}},
@@ -2955,16 +3315,16 @@ func TestBadBinary(t *testing.T) {
 		}), nil, false, nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			baseClean(t)
-			cfg := baseConfig("base")
+			t.Parallel()
+			cfg := config("base")
 			test.prepare(t, cfg)
 			if test.change != nil {
 				test.change(cfg)
 			}
 			c := NewClient(cfg)
 			var err error
-			baseReturns(t, "Start", func() { _, err = c.Start() })
-			baseCheckError(t, err, append(test.texts, "plugin "+pluginName(cfg.Cmd.Path))...)
+			returns(t, "Start", func() { _, err = c.Start() })
+			errorSays(t, err, append(test.texts, "plugin "+pluginName(cfg.Cmd.Path))...)
 			var failed *StartError
 			if !errors.As(err, &failed) {
 				t.Fatalf("the error is a %T", err)
@@ -2984,7 +3344,7 @@ func TestBadBinary(t *testing.T) {
 			if !waitFor(hangs, c.done) {
 				t.Error("Done is not closed")
 			}
-			// Nothing is left even if Kill is never called.
+			// Nothing is left even if Kill is never called: see runTests.
 		})
 	}
 }
@@ -3019,8 +3379,8 @@ func TestBinaryKind(t *testing.T) {
 // TestBadDispense is the table of plugins that cannot be dispensed. The
 // connection lives on, and nothing stays behind on either side.
 func TestBadDispense(t *testing.T) {
-	baseClean(t)
-	cfg := baseConfig("base")
+	leavesNothing(t)
+	cfg := config("base")
 	cfg.Plugins["only here"] = testPlugins()["greeter"]
 	c, p := start(t, cfg)
 	client := dispense[*rpc.Client](t, p, "base")
@@ -3047,20 +3407,36 @@ func TestBadDispense(t *testing.T) {
 	} {
 		for range 3 {
 			v, err := p.Dispense(test.name)
-			baseCheckError(t, err, append(test.texts, strconv.Quote(test.name))...)
+			errorSays(t, err, append(test.texts, strconv.Quote(test.name))...)
 			if v != nil {
 				t.Errorf("%s: %v was returned beside the error", test.name, v)
 			}
 		}
-		if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-			t.Errorf("after %s: %s", test.name, got)
-		}
+		greets(t, p, "after", test.name)
 		before += 2 // that greeter is kept: who reads its calls, and who has served one
 	}
-	baseUntil(t, "the plugin's goroutines", func() bool { return goroutines() <= before+2 })
+	await(t, "the plugin's goroutines", func() bool { return goroutines() <= before+2 })
 	c.Kill()
 	if _, err := p.Dispense("greeter"); err == nil {
 		t.Error("a plugin is dispensed after Kill")
+	}
+}
+
+// A plugin without any plugins says so, and odd sizes and times mean the
+// defaults.
+func TestOddConfigs(t *testing.T) {
+	for _, sets := range []map[int]PluginSet{nil, {}, {1: nil}, {1: {}}} {
+		if s, err := newServing(&ServeConfig{Plugins: PluginSet{}, VersionedPlugins: sets}, nil, hclog.NewNullLogger()); err == nil {
+			s.close()
+			t.Error("there is nothing to serve, and it is served:", sets)
+		}
+	}
+	cfg := config("greeter")
+	cfg.PluginLogBufferSize, cfg.StartTimeout, cfg.KillTimeout = -1, -1, -1
+	c, _ := start(t, cfg)
+	c.Kill()
+	if err := c.Err(); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -3069,7 +3445,7 @@ func TestBadDispense(t *testing.T) {
 // baseBench starts the plugin "base" for a benchmark.
 func baseBench(b *testing.B) (ClientProtocol, *rpc.Client) {
 	b.Helper()
-	_, p := start(b, baseConfig("base"))
+	_, p := start(b, config("base"))
 	return p, dispense[*rpc.Client](b, p, "base")
 }
 
@@ -3159,7 +3535,7 @@ func BenchmarkBrokerStream(b *testing.B) {
 func BenchmarkStartToFirstReply(b *testing.B) {
 	in := make([]byte, 16)
 	for b.Loop() {
-		c, p := start(b, baseConfig("base"))
+		c, p := start(b, config("base"))
 		baseCall(b, dispense[*rpc.Client](b, p, "base"), in)
 		b.StopTimer()
 		c.Kill()
@@ -3169,181 +3545,16 @@ func BenchmarkStartToFirstReply(b *testing.B) {
 
 // ==== Life and death ====
 
-// The life and death of plugins. What needs Unix signals is in
-// life_unix_test.go.
-
-var lifeLong = flag.Bool("long", false, "let plugins live, pause and leak for as long as is promised, and calls be as large")
-
-const (
-	// lifeNotesEnv names the directory of a lab's notes.
-	lifeNotesEnv = "TEST_LIFE_NOTES"
-	// slack is what is added to a bound that is promised, for a machine that
-	// has other things to do.
-	slack = 5 * time.Second
-)
+// How plugins end, by themselves or when they are asked, what their hosts learn
+// of it, and that nothing is left. What needs Unix signals is in
+// plugin_unix_test.go.
 
 // lifeCycles is how often something is done that must not leak.
 func lifeCycles() int {
-	if *lifeLong {
+	if *long {
 		return 500
 	}
 	return 40
-}
-
-// lab is where the processes of one test live: with a TMPDIR of their own, and
-// a directory for notes by which they tell the test what they have done, also
-// after they were killed. When the test ends, nothing may be left in it.
-type lab struct {
-	t          testing.TB
-	tmp, notes string
-}
-
-func newLab(t testing.TB) *lab {
-	t.Helper()
-	l := &lab{t: t}
-	for _, dir := range []*string{&l.tmp, &l.notes} {
-		var err error
-		// Not t.TempDir, whose paths are too long for a socket.
-		if *dir, err = os.MkdirTemp("", "l*"); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { os.RemoveAll(*dir) })
-	}
-	t.Cleanup(func() { l.deserted(hangs) })
-	return l
-}
-
-func (l *lab) env() []string {
-	return []string{"TMPDIR=" + l.tmp, lifeNotesEnv + "=" + l.notes}
-}
-
-// config is a configuration that starts the plugin "life" in a mode.
-func (l *lab) config(mode string) *ClientConfig {
-	cfg := lifeConfig(mode)
-	cfg.Cmd.Env = append(cfg.Cmd.Env, l.env()...)
-	if runtime.GOOS != "windows" {
-		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: l.tmp}
-	}
-	return cfg
-}
-
-func lifeConfig(mode string) *ClientConfig {
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = []string{modeEnv + "=" + mode}
-	return &ClientConfig{HandshakeConfig: testHandshake, Plugins: lifePlugins(), Cmd: cmd, Logger: hclog.NewNullLogger()}
-}
-
-// processes are those that were started in the lab and have not ended.
-func (l *lab) processes() []int { return processesWith(lifeNotesEnv + "=" + l.notes) }
-
-// deserted fails the test if a process or file is left when the time is over.
-func (l *lab) deserted(within time.Duration) {
-	l.t.Helper()
-	var left string
-	ok := poll(within, func() bool {
-		left = ""
-		if pids := l.processes(); len(pids) > 0 {
-			left = fmt.Sprintf("processes %v", pids)
-		}
-		if files, _ := os.ReadDir(l.tmp); len(files) > 0 {
-			left += fmt.Sprintf(" files %v", files)
-		}
-		return left == ""
-	})
-	if !ok {
-		l.t.Errorf("after %v there are left: %s", within, left)
-		for _, pid := range l.processes() {
-			if p, err := os.FindProcess(pid); err == nil {
-				_ = p.Kill()
-			}
-		}
-	}
-}
-
-// read waits for a note and returns its text.
-func (l *lab) read(name string) string {
-	l.t.Helper()
-	var text []byte
-	lifeAwait(l.t, "the note "+name, func() (ok bool) { // on Windows a new one may be locked
-		var err error
-		text, err = os.ReadFile(filepath.Join(l.notes, name))
-		return err == nil
-	})
-	return string(text)
-}
-
-func (l *lab) readPid(name string) int {
-	l.t.Helper()
-	pid, err := strconv.Atoi(l.read(name))
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	return pid
-}
-
-func (l *lab) noted(name string) bool {
-	_, err := os.Stat(filepath.Join(l.notes, name))
-	return err == nil
-}
-
-func (l *lab) write(name, text string) { leaveNote(l.notes, name, text) }
-
-// note leaves a note for the test from a process in a lab.
-func note(name, text string) { leaveNote(os.Getenv(lifeNotesEnv), name, text) }
-
-func leaveNote(dir, name, text string) {
-	tmp := filepath.Join(dir, fmt.Sprintf(".%s-%d", name, os.Getpid()))
-	if os.WriteFile(tmp, []byte(text), 0o600) == nil {
-		_ = os.Rename(tmp, filepath.Join(dir, name))
-	}
-}
-
-// awaitNote waits for a note of the test's, in a process that it may kill.
-func awaitNote(name string) {
-	l := &lab{notes: os.Getenv(lifeNotesEnv)}
-	if !poll(3*hangs, func() bool { return l.noted(name) }) {
-		os.Exit(65)
-	}
-}
-
-// poll asks until the answer is yes, and returns false if the time is over.
-func poll(within time.Duration, ok func() bool) bool {
-	for end := time.Now().Add(within); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			return ok()
-		}
-	}
-	return true
-}
-
-func lifeAwait(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	if !poll(hangs, ok) {
-		t.Fatalf("there is still not %s", what)
-	}
-}
-
-// awaitClosed fails the test if the channel is not closed.
-func awaitClosed(t testing.TB, what string, ch <-chan struct{}) {
-	t.Helper()
-	select {
-	case <-ch:
-	case <-time.After(hangs):
-		t.Fatalf("%s takes too long", what)
-	}
-}
-
-// within fails the test if f takes longer than it is promised to take.
-func within(t testing.TB, what string, bound time.Duration, f func()) {
-	t.Helper()
-	start, done := time.Now(), make(chan struct{})
-	go func() { defer close(done); f() }()
-	select {
-	case <-done:
-		t.Logf("%s took %v", what, time.Since(start))
-	case <-time.After(bound + slack):
-		t.Fatalf("%s takes longer than %v", what, bound)
-	}
 }
 
 // lifeServer is what the test plugin "life" serves.
@@ -3476,7 +3687,7 @@ func (c *lifeClient) hang(t testing.TB, n int) <-chan error {
 			}
 		}()
 	}
-	lifeAwait(t, "that all calls hang", func() bool {
+	await(t, "that all calls hang", func() bool {
 		var hanging int32
 		if err := c.Call("Plugin.Hanging", true, &hanging); err != nil {
 			t.Fatal(err)
@@ -3547,20 +3758,20 @@ func init() {
 	}
 	modes["life prints and stays"] = func() {
 		fmt.Println("welcome to the jungle")
-		time.Sleep(baseForever) // what waits for nothing is a deadlock
+		time.Sleep(forever) // what waits for nothing is a deadlock
 	}
 	modes["life says nothing"] = func() {
 		note("plugin", strconv.Itoa(os.Getpid()))
-		time.Sleep(baseForever)
+		time.Sleep(forever)
 	}
 	modes["life exits"] = func() { os.Exit(7) }
 	modes["life speaks gRPC"] = func() {
 		fmt.Println("1|3|unix|/tmp/none|grpc|")
-		time.Sleep(baseForever)
+		time.Sleep(forever)
 	}
 	modes["life speaks gibberish"] = func() {
 		fmt.Println("1|three|unix")
-		time.Sleep(baseForever)
+		time.Sleep(forever)
 	}
 	modes["life deaf"] = func() {
 		// It is there and listens, but nobody is at home.
@@ -3573,28 +3784,8 @@ func init() {
 			panic(err)
 		}
 		fmt.Printf("1|3|%s|%s|netrpc|\n", network, lis.Addr())
-		time.Sleep(baseForever)
+		time.Sleep(forever)
 	}
-}
-
-// lifeNamed returns the test binary under another name, for the life of the
-// test.
-func lifeNamed(t testing.TB, name string) string {
-	t.Helper()
-	if runtime.GOOS == "windows" {
-		name += ".exe"
-	}
-	path := filepath.Join(t.TempDir(), name)
-	// On Windows a link to a binary that runs cannot be removed.
-	if runtime.GOOS != "windows" && os.Link(os.Args[0], path) == nil {
-		return path
-	}
-	data, err := os.ReadFile(os.Args[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	lifeWriteProgram(t, path, data, 0o700)
-	return path
 }
 
 // A plugin that ends unasked says why: at Done and Err, and to every call that
@@ -3615,7 +3806,7 @@ func TestLifeDeath(t *testing.T) {
 		t.Run(test.how, func(t *testing.T) {
 			t.Parallel()
 			cfg := newLab(t).config("life")
-			cfg.Cmd.Path = lifeNamed(t, "greeter")
+			cfg.Cmd.Path = binaryNamed(t, "greeter")
 			c, p := start(t, cfg)
 			life, idle := dispense[*lifeClient](t, p, "life"), dispense[*lifeClient](t, p, "life")
 			if err := c.Err(); err != nil || c.Exited() {
@@ -3636,7 +3827,7 @@ func TestLifeDeath(t *testing.T) {
 			for range cap(errs) {
 				check(<-errs)
 			}
-			awaitClosed(t, "Done", c.Done())
+			receive(t, "Done", c.Done())
 			var exit *ExitError
 			if !errors.As(c.Err(), &exit) {
 				t.Fatalf("Err returned %v", c.Err())
@@ -3694,7 +3885,7 @@ func TestLifeReattachedDeath(t *testing.T) {
 		}
 	}
 	for c, child := range map[*Client]bool{first: true, second: false} {
-		awaitClosed(t, "Done", c.Done())
+		receive(t, "Done", c.Done())
 		var exit *ExitError
 		if !errors.As(c.Err(), &exit) || (exit.State != nil) != child {
 			t.Errorf("Err returned %+v", c.Err())
@@ -3712,12 +3903,12 @@ func TestLifeLastWords(t *testing.T) {
 			c, p := start(t, newLab(t).config(mode))
 			life := dispense[*lifeClient](t, p, "life")
 			_ = life.Call("Plugin.Babble", crash != "", new(bool))
-			awaitClosed(t, "Done", c.Done())
+			receive(t, "Done", c.Done())
 			var exit *ExitError
 			if !errors.As(c.Err(), &exit) {
 				t.Fatalf("Err returned %v", c.Err())
 			}
-			if len(exit.Stderr) > 8<<10 || len(exit.Stderr) < 4<<10 || !strings.Contains(exit.Stderr, "the last of 3000 lines") || !strings.HasPrefix(exit.Panic, crash) {
+			if len(exit.Stderr) > 8<<10 || len(exit.Stderr) < 4<<10 || !strings.Contains(exit.Stderr, "the last of 300 lines") || !strings.HasPrefix(exit.Panic, crash) {
 				t.Errorf("%d bytes of stderr: %q\nPanic: %q", len(exit.Stderr), exit.Stderr, exit.Panic)
 			}
 		})
@@ -3728,10 +3919,10 @@ func TestLifeLastWords(t *testing.T) {
 type lifeBabbler struct{ stderr *os.File }
 
 func (b lifeBabbler) Babble(crash bool, _ *bool) error {
-	for n := range 3000 {
-		fmt.Fprintf(b.stderr, "line %d\n", n)
+	for n := range 300 { // a record of each has to be made while its end is awaited
+		fmt.Fprintf(b.stderr, "line %d %s\n", n, strings.Repeat("x", 100))
 	}
-	fmt.Fprintln(b.stderr, "the last of 3000 lines")
+	fmt.Fprintln(b.stderr, "the last of 300 lines")
 	if crash {
 		panic("boom")
 	}
@@ -3765,7 +3956,7 @@ func TestLifeAskedEnd(t *testing.T) {
 			cfg.Managed = true
 			c, p := start(t, cfg)
 			end(c, p)
-			awaitClosed(t, "Done", c.Done())
+			receive(t, "Done", c.Done())
 			if err := c.Err(); err != nil {
 				t.Error(err)
 			}
@@ -3780,7 +3971,7 @@ func TestLifeNeverLived(t *testing.T) {
 	l := newLab(t)
 	c := NewClient(l.config("life"))
 	c.Kill()
-	awaitClosed(t, "Done", c.Done())
+	receive(t, "Done", c.Done())
 	if _, err := c.Start(); err == nil {
 		t.Error("it started after Kill")
 	}
@@ -3791,25 +3982,6 @@ func TestLifeNeverLived(t *testing.T) {
 	if c.Err() != nil || c.ID() != "" || l.noted("plugin") {
 		t.Errorf("Err: %v, ID: %q", c.Err(), c.ID())
 	}
-}
-
-// startError is the error of a start that must fail.
-func startError(t testing.TB, c *Client) *StartError {
-	t.Helper()
-	t.Cleanup(c.Kill)
-	_, err := c.Start()
-	var failed *StartError
-	if !errors.As(err, &failed) {
-		t.Fatalf("Start returned %T: %v", err, err)
-	}
-	if _, again := c.Start(); again != err {
-		t.Errorf("Start returned %v and then %v", err, again)
-	}
-	if _, again := c.Client(); again == nil || again.Error() != err.Error() {
-		t.Errorf("Start returned %v, and Client %v", err, again)
-	}
-	awaitClosed(t, "Done", c.Done())
-	return failed
 }
 
 // lifeFailure is a start that fails, and what its error must have.
@@ -3939,68 +4111,33 @@ func TestLifeSentinels(t *testing.T) {
 				t.Errorf("Start returned %v and not %v", err, test.want)
 			}
 		}
-		awaitClosed(t, "Done", c.Done())
+		receive(t, "Done", c.Done())
 		c.Kill()
 	}
-}
-
-// lifeRecord is what a lifeLogger keeps.
-type lifeRecord struct {
-	level      hclog.Level
-	name, text string
-}
-
-// lifeLogger returns a logger and the records that it has got so far.
-func lifeLogger() (hclog.Logger, func() []lifeRecord) {
-	var mu sync.Mutex
-	var records []lifeRecord
-	logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{Output: io.Discard, Level: hclog.Trace})
-	logger.RegisterSink(&lifeSink{func(r lifeRecord) {
-		mu.Lock()
-		defer mu.Unlock()
-		records = append(records, r)
-	}})
-	return logger, func() []lifeRecord {
-		mu.Lock()
-		defer mu.Unlock()
-		return slices.Clone(records)
-	}
-}
-
-type lifeSink struct{ take func(lifeRecord) }
-
-func (s *lifeSink) Accept(name string, level hclog.Level, msg string, args ...any) {
-	s.take(lifeRecord{level, name, msg + fmt.Sprintln(args...)})
 }
 
 // What a plugin prints before its handshake does not keep it from starting.
 func TestLifeNoise(t *testing.T) {
 	t.Parallel()
 	cfg := newLab(t).config("life noisy")
-	cfg.Cmd.Path = lifeNamed(t, "greeter")
-	logger, records := lifeLogger()
+	cfg.Cmd.Path = binaryNamed(t, "greeter")
+	logger, records := recordingLogger()
 	cfg.Logger = logger
 	c, p := start(t, cfg)
-	var reply []byte
-	if err := dispense[*lifeClient](t, p, "life").Call("Plugin.Echo", []byte("?"), &reply); err != nil || string(reply) != "?" {
-		t.Errorf("Echo returned %q, %v", reply, err)
-	}
+	echo(t, dispense[*lifeClient](t, p, "life").Client, "?")
 	c.Kill()
-	var warnings []lifeRecord
-	for _, r := range records() {
-		if r.level >= hclog.Warn {
-			warnings = append(warnings, r)
-		}
-	}
+	warnings := slices.DeleteFunc(records.get(), func(r logRecord) bool { return r.level < hclog.Warn })
 	if len(warnings) != 4 {
 		t.Fatalf("there are %d warnings and not one for each of 4 lines", len(warnings))
 	}
 	for i, part := range []string{"a banner | of a library", "7 of 9", "", strings.Repeat("x", 1000)} {
-		if w := warnings[i]; w.level != hclog.Warn || !strings.Contains(w.name+w.text, "greeter") || !strings.Contains(w.text, part) {
-			t.Errorf("warning %d by %q has no %q: %.200q", i, w.name, part, w.text)
+		w := warnings[i]
+		text := w.msg + fmt.Sprintln(w.args...)
+		if w.level != hclog.Warn || !strings.Contains(w.name+text, "greeter") || !strings.Contains(text, part) {
+			t.Errorf("warning %d by %q has no %q: %.200q", i, w.name, part, text)
 		}
 	}
-	if n := len(warnings[3].text); n > defaultLogBufferSize+1000 {
+	if n := len(warnings[3].msg + fmt.Sprintln(warnings[3].args...)); n > defaultLogBufferSize+1000 {
 		t.Errorf("a warning is %d bytes long", n)
 	}
 }
@@ -4040,14 +4177,14 @@ func TestLifeKillInterrupts(t *testing.T) {
 				}
 				failed <- err
 			}()
-			lifeAwait(t, test.name, func() bool { return test.at(c, l) })
+			await(t, test.name, func() bool { return test.at(c, l) })
 			within(t, "Kill", killTimeout+time.Second, c.Kill)
 			within(t, "what was waiting", 0, func() {
 				if err := <-failed; err == nil {
 					t.Error("it did not fail")
 				}
 			})
-			awaitClosed(t, "Done", c.Done())
+			receive(t, "Done", c.Done())
 			if err := c.Err(); err != nil {
 				t.Error(err)
 			}
@@ -4136,7 +4273,7 @@ func TestLifeRestart(t *testing.T) {
 		}
 		pids = append(pids, c.ID())
 		end(c, dispense[*lifeClient](t, p, "life"))
-		awaitClosed(t, "Done", c.Done())
+		receive(t, "Done", c.Done())
 	}
 	if cfg.Cmd.Process == nil || strconv.Itoa(cfg.Cmd.Process.Pid) != pids[2] || cfg.Cmd.ProcessState == nil {
 		t.Errorf("the command has %v, %v", cfg.Cmd.Process, cfg.Cmd.ProcessState)
@@ -4160,7 +4297,7 @@ func TestLifeCleanHouse(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, env := range map[string][]string{"plugin": life.self(t).Env, "child": strings.Split(child, "\n")} {
-		if !slices.ContainsFunc(env, func(v string) bool { return strings.HasPrefix(v, lifeNotesEnv+"=") }) {
+		if !slices.ContainsFunc(env, func(v string) bool { return strings.HasPrefix(v, notesEnv+"=") }) {
 			t.Errorf("the %s has no environment: %q", name, env)
 		}
 		for _, v := range env {
@@ -4256,7 +4393,7 @@ func TestLifeLeakCrashes(t *testing.T) {
 		if err := dispense[*lifeClient](t, p, "life").Call("Plugin.Die", deaths[n%len(deaths)], new(bool)); !errors.As(err, new(*ExitError)) {
 			t.Fatal(err)
 		}
-		awaitClosed(t, "Done", c.Done())
+		receive(t, "Done", c.Done())
 	})
 	l.deserted(0)
 }
@@ -4300,25 +4437,6 @@ func TestLifeLeakDispense(t *testing.T) {
 	}
 }
 
-// lifeWriteProgram writes a file that is to be executed. While it is open for
-// writing no process may be forked: it would hold it open, and it could not be
-// executed.
-func lifeWriteProgram(t testing.TB, path string, data []byte, mode fs.FileMode) {
-	t.Helper()
-	syscall.ForkLock.RLock()
-	defer syscall.ForkLock.RUnlock()
-	if err := os.WriteFile(path, data, mode); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// lifeData is n bytes that do not repeat.
-func lifeData(n int) []byte {
-	data := make([]byte, n)
-	_, _ = cryptorand.Read(data)
-	return data
-}
-
 // errWrong is a wrong answer.
 var errWrong = errors.New("the answer is wrong")
 
@@ -4328,7 +4446,7 @@ func (c *lifeClient) traffic(ctx context.Context, logger func(n int)) error {
 		if logger != nil {
 			logger(n)
 		}
-		data := lifeData(1 + n*7919%200_000)
+		data := noise(1+n*7919%200_000, rand.Uint64())
 		var err error
 		var got, want []byte
 		switch n % 3 {
@@ -4352,13 +4470,32 @@ func (c *lifeClient) traffic(ctx context.Context, logger func(n int)) error {
 	return nil
 }
 
+// A descriptor that is not a pipe is somebody else's: it is neither read, nor
+// closed, nor taken for the end of the host.
+func TestForeignLifeline(t *testing.T) {
+	f, err := os.Open(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, life := range []string{fmt.Sprint(lifePipe, f.Fd()), lifePipe + "9999", lifePipe + "x", lifePid + "x", lifeDetached, ""} {
+		if hostWaiter(life) != nil {
+			t.Errorf("%q is watched", life)
+		}
+	}
+	runtime.GC()
+	if _, err := f.Read(make([]byte, 1)); err != nil {
+		t.Error("the file cannot be read any more:", err)
+	}
+}
+
 // ==== Calls and streams ====
 
 // The tests of calls, errors and streams. Most run over a connection inside
 // this process; "the plugin" is then merely the other end.
 
 func init() {
-	modes["calls"] = func() { Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()}) }
+	modes["calls"] = func() { servePlugins(callsPlugins()) }
 	gob.Register(CallsBox{})
 	gob.Register(CallsInner{})
 	gob.Register(CallsDeep{})
@@ -4561,78 +4698,6 @@ func callsPlugins() PluginSet {
 	}}
 }
 
-// callsContext ends when nothing but a hang takes that long.
-func callsContext(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), hangs)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-// callsSoon waits until ok.
-func callsSoon(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(hangs); !ok(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(end) {
-			buf := make([]byte, 1<<20)
-			t.Fatalf("it never happened that %s\n%s", what, buf[:runtime.Stack(buf, true)])
-		}
-	}
-}
-
-// callsGet receives from ch.
-func callsGet[T any](t testing.TB, what string, ch <-chan T) (v T) {
-	t.Helper()
-	select {
-	case v = <-ch:
-	case <-time.After(hangs):
-		buf := make([]byte, 1<<20)
-		t.Fatalf("waiting in vain for %s\n%s", what, buf[:runtime.Stack(buf, true)])
-	}
-	return v
-}
-
-// callsSend sends to ch.
-func callsSend[T any](t testing.TB, what string, ch chan<- T, v T) {
-	t.Helper()
-	select {
-	case ch <- v:
-	case <-time.After(hangs):
-		t.Fatalf("nobody took %s", what)
-	}
-}
-
-// callsGo runs f and returns its result in a channel.
-func callsGo[T any](f func() T) <-chan T {
-	ch := make(chan T, 1)
-	go func() { ch <- f() }()
-	return ch
-}
-
-// callsGoroutines fails the test if more goroutines are left at its end than
-// there were when it was called. Not for parallel tests.
-func callsGoroutines(t testing.TB) {
-	before := runtime.NumGoroutine()
-	t.Cleanup(func() {
-		callsSoon(t, "all goroutines ended", func() bool { return runtime.NumGoroutine() <= before })
-	})
-}
-
-// callsOwn returns a function that counts the goroutines of this test, be they
-// started by others of it, and not those of tests beside it.
-func callsOwn(t testing.TB) func() int {
-	pprof.SetGoroutineLabels(pprof.WithLabels(t.Context(), pprof.Labels("test", t.Name())))
-	own := regexp.MustCompile(`(?m)^(\d+) @.*\n# labels: .*` + regexp.QuoteMeta(strconv.Quote(t.Name())))
-	return func() (n int) {
-		var profile strings.Builder
-		_ = pprof.Lookup("goroutine").WriteTo(&profile, 1)
-		for _, alike := range own.FindAllStringSubmatch(profile.String(), -1) {
-			count, _ := strconv.Atoi(alike[1])
-			n += count
-		}
-		return n
-	}
-}
-
 func callsSpawn(f func()) bool {
 	go f()
 	return true
@@ -4687,7 +4752,7 @@ func callsEcho(t testing.TB, c *rpc.Client) {
 	t.Helper()
 	var out string
 	text := fmt.Sprint("echo ", rand.Int())
-	if err := Call(callsContext(t), c, "Plugin.Echo", text, &out); err != nil || out != text {
+	if err := Call(boundedContext(t), c, "Plugin.Echo", text, &out); err != nil || out != text {
 		t.Errorf("the stream did not live on: %q, %v", out, err)
 	}
 }
@@ -4751,10 +4816,7 @@ func callsBothWays(t *testing.T, f func(t *testing.T, here, there *MuxBroker)) {
 func callsRaw(t testing.TB) (*MuxBroker, *yamux.Session) {
 	t.Helper()
 	a, b := TestConn(t)
-	config := yamux.DefaultConfig()
-	config.EnableKeepAlive = false
-	config.LogOutput = io.Discard
-	raw, err := yamux.Server(b, config)
+	raw, err := yamux.Server(b, quietYamux())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -4762,9 +4824,25 @@ func callsRaw(t testing.TB) (*MuxBroker, *yamux.Session) {
 	return callsBroker(t, a, true), raw
 }
 
+// streamsOf is how many streams are known on one side.
+func streamsOf(b *MuxBroker) int {
+	b.session.frames.mu.Lock()
+	defer b.session.frames.mu.Unlock()
+	return b.session.mux.NumStreams() + len(b.session.frames.flows)
+}
+
+// streamsGone waits until the brokers know of no streams.
+func streamsGone(t testing.TB, brokers ...*MuxBroker) {
+	t.Helper()
+	for _, b := range brokers {
+		await(t, "all streams were gone", func() bool { return streamsOf(b) == 0 })
+	}
+}
+
+// callsID is how a stream is dialled.
 func callsID(id uint32) []byte { return binary.LittleEndian.AppendUint32(nil, id) }
 
-// Calls.
+// ---- Calls ----
 
 func TestCallEndsWithContext(t *testing.T) {
 	timeout := func(ctx context.Context) (context.Context, context.CancelFunc) {
@@ -4795,18 +4873,18 @@ func TestCallEndsWithContext(t *testing.T) {
 				ctx, cancel := end.make(context.Background())
 				defer cancel()
 				reply := "before"
-				done := callsGo(func() error { return Call(ctx, c, "Plugin.Block", "late", &reply) })
-				callsGet(t, "the call", s.started)
+				done := async(func() error { return Call(ctx, c, "Plugin.Block", "late", &reply) })
+				receive(t, "the call", s.started)
 				if end.canceled {
 					cancel()
 				}
-				err := callsGet(t, "the end of Call", done)
+				err := receive(t, "the end of Call", done)
 				if !errors.Is(err, ctx.Err()) || !errors.Is(err, end.cause) {
 					t.Errorf("Call returned %v; want one that is %v and %v", err, ctx.Err(), end.cause)
 				}
 				// The reply is in use again while the late one arrives. The
 				// race detector watches as well.
-				callsSend(t, "the release", s.release, struct{}{})
+				send(t, "the release", s.release, struct{}{})
 				for i := range 20 {
 					reply = fmt.Sprint("again ", i)
 					callsEcho(t, c)
@@ -4847,12 +4925,12 @@ func TestCallBadReplyHolder(t *testing.T) {
 				if method == "Plugin.Bad" {
 					arg = "none"
 				}
-				if err := Call(callsContext(t), c, method, arg, reply); err == nil {
+				if err := Call(boundedContext(t), c, method, arg, reply); err == nil {
 					t.Error("no error")
 				}
 				callsEcho(t, c)
 				var out CallsBox
-				if err := Call(callsContext(t), c, "Plugin.Box", CallsBox{CallsInner{2}}, &out); err != nil || out.V != (CallsInner{2}) {
+				if err := Call(boundedContext(t), c, "Plugin.Box", CallsBox{CallsInner{2}}, &out); err != nil || out.V != (CallsInner{2}) {
 					t.Errorf("a later reply of the type did not arrive: %v, %v", out, err)
 				}
 			}
@@ -4861,7 +4939,7 @@ func TestCallBadReplyHolder(t *testing.T) {
 				s := newCallsService(nil)
 				c := callsOver(t, wire.client, wire.serve, s)
 				ctx, cancel := context.WithTimeout(context.Background(), hangs)
-				err := callsGet(t, "the end of Call", callsGo(func() error { return Call(ctx, c, "Plugin.Block", "", reply) }))
+				err := receive(t, "the end of Call", async(func() error { return Call(ctx, c, "Plugin.Block", "", reply) }))
 				cancel()
 				if err == nil || !strings.Contains(err.Error(), "Plugin.Block") || !strings.Contains(err.Error(), fmt.Sprintf("%T", reply)) {
 					t.Errorf("%s: %v", wire.name, err)
@@ -4872,7 +4950,7 @@ func TestCallBadReplyHolder(t *testing.T) {
 	}
 	// net/rpc drops the reply if there is no place for it.
 	c := callsOver(t, callsOurs, callsServe, newCallsService(nil))
-	if err := Call(callsContext(t), c, "Plugin.Box", CallsBox{CallsInner{1}}, nil); err != nil {
+	if err := Call(boundedContext(t), c, "Plugin.Box", CallsBox{CallsInner{1}}, nil); err != nil {
 		t.Error(err)
 	}
 	callsEcho(t, c)
@@ -4894,6 +4972,13 @@ func (r *callsRecorder) Write(p []byte) (int, error) {
 	return r.Conn.Write(p)
 }
 
+// all is what was written, and in how many writes.
+func (r *callsRecorder) all() ([]byte, int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.written, r.writes
+}
+
 // Without cancellation, Call sends byte by byte what c.Call sends.
 func TestCallSendsNothingMore(t *testing.T) {
 	record := func(call func(c *rpc.Client, out *string) error) ([]byte, int) {
@@ -4908,9 +4993,7 @@ func TestCallSendsNothingMore(t *testing.T) {
 			}
 		}
 		c.Close()
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		return r.written, r.writes
+		return r.all()
 	}
 	plain, writes := record(func(c *rpc.Client, out *string) error { return c.Call("Plugin.Echo", "x", out) })
 	got, n := record(func(c *rpc.Client, out *string) error {
@@ -4945,7 +5028,7 @@ func TestCallAllocations(t *testing.T) {
 	}
 }
 
-// Contexts in served methods.
+// ---- Contexts in served methods ----
 
 func TestServedContext(t *testing.T) {
 	for _, test := range []struct {
@@ -4967,23 +5050,23 @@ func TestServedContext(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer c.Close()
-				ctx, cancel := context.WithCancel(callsContext(t))
+				ctx, cancel := context.WithCancel(boundedContext(t))
 				if test.end == nil {
 					ctx, cancel = context.WithTimeout(ctx, 20*time.Millisecond)
 				}
 				defer cancel()
-				done := callsGo(func() error { return Call(ctx, c, "Plugin.Wait", "", new(string)) })
-				callsGet(t, "the call", s.started)
+				done := async(func() error { return Call(ctx, c, "Plugin.Wait", "", new(string)) })
+				receive(t, "the call", s.started)
 				if test.end != nil {
 					test.end(cancel, c, here)
 				}
-				cause := callsGet(t, "the end of the method's context", s.ended)
+				cause := receive(t, "the end of the method's context", s.ended)
 				for _, want := range test.want {
 					if !errors.Is(cause, want) {
 						t.Errorf("the context ended by %v; want %v", cause, want)
 					}
 				}
-				if err := callsGet(t, "the end of Call", done); err == nil {
+				if err := receive(t, "the end of Call", done); err == nil {
 					t.Error("Call returned no error")
 				}
 			})
@@ -4997,20 +5080,20 @@ func TestServedContextEndsWithQuit(t *testing.T) {
 	host, c, s := callsPlugin(t, hclog.NewNullLogger())
 	callback := newCallsService(nil)
 	id := c.broker.ServeRPC(callback)
-	waiting := callsGo(func() error { return Call(callsContext(t), c.Client, "Plugin.Wait", "", new(string)) })
-	calling := callsGo(func() error {
-		return Call(callsContext(t), c.Client, "Plugin.CallBack", CallsBack{ID: id, Method: "Plugin.Wait"}, new(string))
+	waiting := async(func() error { return Call(boundedContext(t), c.Client, "Plugin.Wait", "", new(string)) })
+	calling := async(func() error {
+		return Call(boundedContext(t), c.Client, "Plugin.CallBack", CallsBack{ID: id, Method: "Plugin.Wait"}, new(string))
 	})
-	callsGet(t, "the call", s.started)
-	callsGet(t, "the callback", callback.started)
-	closed := callsGo(host.Close)
-	callsGet(t, "the end of the method's context", s.ended)
-	callsGet(t, "the end of the callback's context", callback.ended)
-	if err := callsGet(t, "Close", closed); err != nil {
+	receive(t, "the call", s.started)
+	receive(t, "the callback", callback.started)
+	closed := async(host.Close)
+	receive(t, "the end of the method's context", s.ended)
+	receive(t, "the end of the callback's context", callback.ended)
+	if err := receive(t, "Close", closed); err != nil {
 		t.Error(err)
 	}
 	for _, done := range []<-chan error{waiting, calling} {
-		if err := callsGet(t, "the end of Call", done); err == nil {
+		if err := receive(t, "the end of Call", done); err == nil {
 			t.Error("Call returned no error")
 		}
 	}
@@ -5026,14 +5109,14 @@ func TestCancelOneOfMany(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		ctx, cancel := context.WithCancel(callsContext(t))
+		ctx, cancel := context.WithCancel(boundedContext(t))
 		var canceled, released []<-chan error
 		for i := range calls {
-			with := callsContext(t)
+			with := boundedContext(t)
 			if i%2 == 0 {
 				with = ctx
 			}
-			done := callsGo(func() error {
+			done := async(func() error {
 				var out string
 				err := Call(with, c, "Plugin.Wait", fmt.Sprint(i), &out)
 				if err == nil && out != fmt.Sprint(i) {
@@ -5048,20 +5131,20 @@ func TestCancelOneOfMany(t *testing.T) {
 			}
 		}
 		for range calls {
-			callsGet(t, "the calls", s.started)
+			receive(t, "the calls", s.started)
 		}
 		cancel()
 		for _, done := range canceled {
-			if err := callsGet(t, "a cancelled call", done); !errors.Is(err, context.Canceled) {
+			if err := receive(t, "a cancelled call", done); !errors.Is(err, context.Canceled) {
 				t.Error(err)
 			}
-			callsGet(t, "the end of a context", s.ended)
+			receive(t, "the end of a context", s.ended)
 		}
 		for range released {
-			callsSend(t, "a release", s.release, struct{}{})
+			send(t, "a release", s.release, struct{}{})
 		}
 		for _, done := range released {
-			if err := callsGet(t, "a released call", done); err != nil {
+			if err := receive(t, "a released call", done); err != nil {
 				t.Error(err)
 			}
 		}
@@ -5084,7 +5167,7 @@ func TestOddCancels(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	receive := func(seq uint64, fails bool) {
+	answer := func(seq uint64, fails bool) {
 		t.Helper()
 		var resp rpc.Response
 		var body string
@@ -5104,10 +5187,10 @@ func TestOddCancels(t *testing.T) {
 
 	cancel(1, true) // before its call
 	send("Plugin.Wait", 1, "a")
-	callsGet(t, "the call", s.started)
+	receive(t, "the call", s.started)
 	cancel(77, false) // of no call
 	send("Plugin.Echo", 2, "b")
-	receive(2, false)
+	answer(2, false)
 	if len(s.ended) > 0 {
 		t.Error("a cancel that came before its call cancelled it:", <-s.ended)
 	}
@@ -5115,23 +5198,23 @@ func TestOddCancels(t *testing.T) {
 	cancel(1, false)
 	cancel(1, true) // twice
 	cancel(1, false)
-	if cause := callsGet(t, "the end of the context", s.ended); !errors.Is(cause, errCanceled) {
+	if cause := receive(t, "the end of the context", s.ended); !errors.Is(cause, errCanceled) {
 		t.Error(cause)
 	}
-	receive(1, true)
+	answer(1, true)
 	cancel(3, "no bool") // with what is no such argument
 	send("Plugin.Wait", 3, "c")
-	callsGet(t, "the call", s.started)
+	receive(t, "the call", s.started)
 	cancel(3, CallsBox{}) // here it counts, and says no reason
-	callsGet(t, "the end of the context", s.ended)
-	receive(3, true)
+	receive(t, "the end of the context", s.ended)
+	answer(3, true)
 	send(cancelMethod, 4, true) // without the bit it is a call like any other
-	receive(4, true)
+	answer(4, true)
 	send("Plugin.Echo", 5, "d")
-	receive(5, false)
+	answer(5, false)
 }
 
-// Bad values.
+// ---- Bad values ----
 
 // callsGoodBoxes are values that must arrive whatever has failed before.
 var callsGoodBoxes = []CallsBox{
@@ -5147,12 +5230,12 @@ func callsBoxes(t testing.TB, c *rpc.Client) {
 	t.Helper()
 	for _, box := range callsGoodBoxes {
 		var out CallsBox
-		if err := Call(callsContext(t), c, "Plugin.Box", box, &out); err != nil || !reflect.DeepEqual(out, box) {
+		if err := Call(boundedContext(t), c, "Plugin.Box", box, &out); err != nil || !reflect.DeepEqual(out, box) {
 			t.Errorf("%v did not arrive: %v, %v", box, out, err)
 		}
 	}
 	var moody CallsMoody
-	if err := Call(callsContext(t), c, "Plugin.Moody", CallsMoody{Text: "good"}, &moody); err != nil || moody.Text != "good" {
+	if err := Call(boundedContext(t), c, "Plugin.Moody", CallsMoody{Text: "good"}, &moody); err != nil || moody.Text != "good" {
 		t.Errorf("%v did not arrive: %v", moody, err)
 	}
 }
@@ -5241,8 +5324,8 @@ func testBadValues(t *testing.T, client func(net.Conn) *rpc.Client, serve func(n
 	s := newCallsService(nil)
 	c := callsOver(t, client, serve, s)
 	var beside string
-	done := callsGo(func() error { return Call(callsContext(t), c, "Plugin.Block", "beside", &beside) })
-	callsGet(t, "the call beside", s.started)
+	done := async(func() error { return Call(boundedContext(t), c, "Plugin.Block", "beside", &beside) })
+	receive(t, "the call beside", s.started)
 	var others sync.WaitGroup
 	for _, call := range bad {
 		for _, how := range []string{"Call", "c.Call"} {
@@ -5260,9 +5343,9 @@ func testBadValues(t *testing.T, client func(net.Conn) *rpc.Client, serve func(n
 				reply = new(CallsMoody)
 			}
 			if how == "Call" {
-				err = Call(callsContext(t), c, call.method, call.arg, reply)
+				err = Call(boundedContext(t), c, call.method, call.arg, reply)
 			} else {
-				err = callsGet(t, "c.Call", callsGo(func() error { return c.Call(call.method, call.arg, reply) }))
+				err = receive(t, "c.Call", async(func() error { return c.Call(call.method, call.arg, reply) }))
 			}
 			if err == nil {
 				t.Errorf("%s %s: no error", how, call.name)
@@ -5278,8 +5361,8 @@ func testBadValues(t *testing.T, client func(net.Conn) *rpc.Client, serve func(n
 	}
 	others.Wait()
 	callsBoxes(t, c)
-	callsSend(t, "the release", s.release, struct{}{})
-	if err := callsGet(t, "the call beside", done); err != nil || beside != "beside" {
+	send(t, "the release", s.release, struct{}{})
+	if err := receive(t, "the call beside", done); err != nil || beside != "beside" {
 		t.Errorf("the call beside returned %q, %v", beside, err)
 	}
 }
@@ -5296,7 +5379,7 @@ func TestUndecodableReply(t *testing.T) {
 		{"Plugin.MoodyReply", "decode fails", new(CallsMoody)},
 		{"Plugin.MoodyReply", "decode panics", new(CallsMoody)},
 	} {
-		err := Call(callsContext(t), c, call.method, call.arg, call.reply)
+		err := Call(boundedContext(t), c, call.method, call.arg, call.reply)
 		if err == nil || !strings.Contains(err.Error(), call.method) || !strings.Contains(err.Error(), reflect.TypeOf(call.reply).String()) {
 			t.Errorf("%s into %T: %v", call.method, call.reply, err)
 		}
@@ -5314,13 +5397,13 @@ func TestAbandonedReplyKeepsStep(t *testing.T) {
 			c := callsOver(t, wire.client, wire.serve, s)
 			for i := range callsGoodBoxes {
 				ctx, cancel := context.WithCancel(context.Background())
-				done := callsGo(func() error { return Call(ctx, c, "Plugin.Slow", i, new(CallsBox)) })
-				callsGet(t, "the call", s.started)
+				done := async(func() error { return Call(ctx, c, "Plugin.Slow", i, new(CallsBox)) })
+				receive(t, "the call", s.started)
 				cancel()
-				if err := callsGet(t, "the end of Call", done); !errors.Is(err, context.Canceled) {
+				if err := receive(t, "the end of Call", done); !errors.Is(err, context.Canceled) {
 					t.Error(err)
 				}
-				callsSend(t, "the release", s.release, struct{}{})
+				send(t, "the release", s.release, struct{}{})
 				for range 5 {
 					callsEcho(t, c)
 				}
@@ -5345,14 +5428,29 @@ func TestSelfEncodingType(t *testing.T) {
 	for _, wire := range callsWires[:3] {
 		c := callsOver(t, wire.client, wire.serve, newCallsService(nil))
 		var out CallsRing
-		if err := Call(callsContext(t), c, "Plugin.Ring", newCallsRing("x"), &out); err != nil || out.Name != "x" {
+		if err := Call(boundedContext(t), c, "Plugin.Ring", newCallsRing("x"), &out); err != nil || out.Name != "x" {
 			t.Errorf("%s: %q, %v", wire.name, out.Name, err)
 		}
 		callsEcho(t, c)
 	}
 }
 
-// Methods that do not fit.
+// A reply that does not fit ends the client of a plain c.Call, as net/rpc has
+// it, and nothing else: neither Kill nor a session waits for it.
+func TestMisfitReply(t *testing.T) {
+	c, p := start(t, config("greeter"))
+	g := dispense[Greeter](t, p, "greeter").(*greeterClient)
+	if err := g.client.Call("Plugin.Greet", new(any), new(int)); err == nil || !strings.Contains(err.Error(), "int") {
+		t.Error("a string was read into an int:", err)
+	}
+	greets(t, p, "another client")
+	returns(t, "Kill", c.Kill)
+	if _, known := codecs.Load(g.client); known {
+		t.Error("the client is still known")
+	}
+}
+
+// ---- Methods that do not fit ----
 
 func TestUnfitAndMissingMethods(t *testing.T) {
 	for _, test := range []struct {
@@ -5369,7 +5467,7 @@ func TestUnfitAndMissingMethods(t *testing.T) {
 				continue
 			}
 			c := callsOver(t, wire.client, wire.serve, newCallsService(nil))
-			err := Call(callsContext(t), c, test.method, CallsBox{CallsInner{1}}, new(string))
+			err := Call(boundedContext(t), c, test.method, CallsBox{CallsInner{1}}, new(string))
 			for _, want := range test.mentions {
 				if err == nil || !strings.Contains(err.Error(), want) {
 					t.Errorf("%s: %s: %v does not mention %q", wire.name, test.method, err, want)
@@ -5435,23 +5533,23 @@ func TestServeRPCWithoutUsableMethods(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.Close()
-			if err := Call(callsContext(t), c, "Plugin.Echo", "", new(string)); err == nil || !strings.Contains(err.Error(), "cannot be called") {
+			if err := Call(boundedContext(t), c, "Plugin.Echo", "", new(string)); err == nil || !strings.Contains(err.Error(), "cannot be called") {
 				t.Error(err)
 			}
 		}
 	})
 }
 
-// Panics.
+// ---- Panics ----
 
 func TestCallbackCannotCrashHost(t *testing.T) {
-	var log callsLog
+	var log syncBuffer
 	_, c, _ := callsPlugin(t, hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Debug}))
 	callback := newCallsService(nil)
 	for _, method := range []string{"Panic", "NilError"} {
 		log.Reset()
 		id := c.broker.ServeRPC(callback)
-		err := Call(callsContext(t), c.Client, "Plugin.CallBack", CallsBack{id, "Plugin." + method, "a broken callback"}, new(string))
+		err := Call(boundedContext(t), c.Client, "Plugin.CallBack", CallsBack{id, "Plugin." + method, "a broken callback"}, new(string))
 		if err == nil || method == "Panic" && !strings.Contains(err.Error(), "a broken callback") {
 			t.Errorf("%s: the plugin got %v", method, err)
 		}
@@ -5468,39 +5566,24 @@ func TestCallbackCannotCrashHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	done := callsGo(func() error { return Call(callsContext(t), client, "Plugin.Block", "", new(string)) })
-	callsGet(t, "the call beside", s.started)
+	done := async(func() error { return Call(boundedContext(t), client, "Plugin.Block", "", new(string)) })
+	receive(t, "the call beside", s.started)
 	for range 3 {
-		if err := Call(callsContext(t), client, "Plugin.Panic", "boom", new(string)); err == nil || !strings.Contains(err.Error(), "boom") {
+		if err := Call(boundedContext(t), client, "Plugin.Panic", "boom", new(string)); err == nil || !strings.Contains(err.Error(), "boom") {
 			t.Error(err)
 		}
 	}
 	callsEcho(t, client)
-	callsSend(t, "the release", s.release, struct{}{})
-	if err := callsGet(t, "the call beside", done); err != nil {
+	send(t, "the release", s.release, struct{}{})
+	if err := receive(t, "the call beside", done); err != nil {
 		t.Error(err)
 	}
 }
 
-// callsLog is a buffer that may be written to and read concurrently.
-type callsLog struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (l *callsLog) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-func (l *callsLog) String() string { l.mu.Lock(); defer l.mu.Unlock(); return l.buf.String() }
-func (l *callsLog) Reset()         { l.mu.Lock(); defer l.mu.Unlock(); l.buf.Reset() }
-
 // A panic in a plugin ends it, and every caller learns of what.
 func TestPluginPanics(t *testing.T) {
 	t.Parallel()
-	cfg := config(t, "calls")
-	cfg.Plugins = callsPlugins()
+	cfg := config("calls")
 	_, p := start(t, cfg)
 	c, other := dispense[*callsClient](t, p, "calls"), dispense[*callsClient](t, p, "calls")
 	reader, err := c.broker.DialReader(1) // nobody serves it
@@ -5513,13 +5596,15 @@ func TestPluginPanics(t *testing.T) {
 		if i%2 == 0 {
 			client, method = other.Client, "Plugin.Wait"
 		}
-		inFlight = append(inFlight, callsGo(func() error { return Call(callsContext(t), client, method, "", new(string)) }))
+		inFlight = append(inFlight, async(func() error { return Call(boundedContext(t), client, method, "", new(string)) }))
 	}
 	callsEcho(t, c.Client)
 	callsEcho(t, other.Client)
-	inFlight = append(inFlight, callsGo(func() error { return Call(callsContext(t), c.Client, "Plugin.Panic", "the plugin's end", new(string)) }))
+	inFlight = append(inFlight, async(func() error {
+		return Call(boundedContext(t), c.Client, "Plugin.Panic", "the plugin's end", new(string))
+	}))
 	for _, done := range inFlight {
-		err := callsGet(t, "a call in flight", done)
+		err := receive(t, "a call in flight", done)
 		var exit *ExitError
 		if !errors.As(err, &exit) {
 			// It may have been too late to be in flight.
@@ -5532,16 +5617,15 @@ func TestPluginPanics(t *testing.T) {
 			t.Errorf("a call returned %v", err)
 		}
 	}
-	if err := callsGet(t, "a call after the end", callsGo(func() error { return c.Call("Plugin.Echo", "", new(string)) })); !errors.Is(err, rpc.ErrShutdown) {
+	if err := receive(t, "a call after the end", async(func() error { return c.Call("Plugin.Echo", "", new(string)) })); !errors.Is(err, rpc.ErrShutdown) {
 		t.Error("a later call returned", err)
 	}
 }
 
-// Errors.
+// ---- Errors ----
 
 func TestErrorIdentity(t *testing.T) {
-	cfg := config(t, "calls")
-	cfg.Plugins = callsPlugins()
+	cfg := config("calls")
 	_, p := start(t, cfg)
 	process := dispense[*callsClient](t, p, "calls").Client
 	stockServer := callsOver(t, callsOurs, callsServeStock, newCallsService(nil))
@@ -5550,7 +5634,7 @@ func TestErrorIdentity(t *testing.T) {
 		for _, how := range []string{"", "wrapped", "joined", "path"} {
 			in := CallsFail{name, how}
 			for _, method := range []string{"Plugin.Fail", "Plugin.FailWith"} {
-				err := Call(callsContext(t), process, method, in, new(string))
+				err := Call(boundedContext(t), process, method, in, new(string))
 				testRemoteError(t, err, in.error().Error())
 				for other, known := range callsErrors {
 					if got, want := errors.Is(err, known), errors.Is(in.error(), known); got != want {
@@ -5564,8 +5648,8 @@ func TestErrorIdentity(t *testing.T) {
 					t.Errorf("%s %s: %v is an error that was not registered", name, how, err)
 				}
 			}
-			testRemoteError(t, Call(callsContext(t), stockServer, "Plugin.Fail", in, new(string)), in.error().Error())
-			testRemoteError(t, Call(callsContext(t), stockClient, "Plugin.Fail", in, new(string)), in.error().Error())
+			testRemoteError(t, Call(boundedContext(t), stockServer, "Plugin.Fail", in, new(string)), in.error().Error())
+			testRemoteError(t, Call(boundedContext(t), stockClient, "Plugin.Fail", in, new(string)), in.error().Error())
 		}
 	}
 }
@@ -5605,14 +5689,15 @@ func TestRegisterError(t *testing.T) {
 	RegisterError(nil)
 }
 
-// Sizes.
+// ---- Sizes ----
 
 func TestLargeCall(t *testing.T) {
+	t.Parallel()
 	_, c, _ := callsPlugin(t, hclog.NewNullLogger())
 	// Above 16 MiB gob writes a size with one byte more, and above 10 MiB it
 	// reads in pieces. Beyond that, more of it is only more of the same.
-	size := 20 << 20
-	if *lifeLong {
+	size := 17 << 20
+	if *long {
 		size = 256 << 20
 	}
 	in := make([]byte, size)
@@ -5637,18 +5722,13 @@ func TestTooLargeToSend(t *testing.T) {
 	c := newRPCClient(r, callsSpawn)
 	defer c.Close()
 	callsEcho(t, c)
-	r.mu.Lock()
-	before := len(r.written)
-	r.mu.Unlock()
+	before, _ := r.all()
 	err := Call(context.Background(), c, "Plugin.Bytes", make([]byte, maxMessage+1), new([]byte))
 	if err == nil || !strings.Contains(err.Error(), "stream") || !strings.Contains(err.Error(), "Plugin.Bytes") || !strings.Contains(err.Error(), "[]uint8") {
 		t.Errorf("it was refused by %v", err)
 	}
-	r.mu.Lock()
-	sent := len(r.written) - before
-	r.mu.Unlock()
-	if sent > 100 {
-		t.Errorf("%d bytes of it were sent", sent)
+	if after, _ := r.all(); len(after) > len(before)+100 {
+		t.Errorf("%d bytes of it were sent", len(after)-len(before))
 	}
 	callsEcho(t, c)
 	// A reply likewise.
@@ -5688,11 +5768,11 @@ func TestForgedMessages(t *testing.T) {
 			a, b = TestConn(t)
 			c := callsOurs(a)
 			defer c.Close()
-			done := callsGo(func() error { return Call(callsContext(t), c, "Plugin.Echo", "x", new(string)) })
+			done := async(func() error { return Call(boundedContext(t), c, "Plugin.Echo", "x", new(string)) })
 			_, _ = b.Read(make([]byte, 1))
 			_, _ = b.Write(forged)
 			_ = b.(*net.TCPConn).CloseWrite()
-			if err := callsGet(t, "the call", done); err == nil || errors.Is(err, context.DeadlineExceeded) {
+			if err := receive(t, "the call", done); err == nil || errors.Is(err, context.DeadlineExceeded) {
 				t.Error("the call returned", err)
 			}
 			runtime.ReadMemStats(&after)
@@ -5708,7 +5788,7 @@ func TestForgedMessages(t *testing.T) {
 	}
 }
 
-// Streams by number.
+// ---- Streams by number ----
 
 func TestBrokerTimeouts(t *testing.T) {
 	t.Parallel()
@@ -5733,7 +5813,7 @@ func TestBrokerTimeouts(t *testing.T) {
 // other side; afterwards nothing is left of it.
 func TestNothingIsLeftAfterTimeout(t *testing.T) {
 	t.Parallel()
-	goroutines := callsOwn(t)
+	goroutines := ownGoroutines(t)
 	host, plugin := callsBrokers(t)
 	baseline := goroutines()
 	began := time.Now()
@@ -5764,13 +5844,13 @@ func TestNothingIsLeftAfterTimeout(t *testing.T) {
 		t.Errorf("Accept and Dial took %v together", took)
 	}
 	for _, b := range []*MuxBroker{host, plugin} {
-		callsSoon(t, "the broker forgot all ids", func() bool {
+		await(t, "the broker forgot all ids", func() bool {
 			b.mu.Lock()
 			defer b.mu.Unlock()
 			return len(b.accepting)+len(b.parked) == 0
 		})
 	}
-	callsSoon(t, "all goroutines ended", func() bool { return goroutines() <= baseline })
+	await(t, "all goroutines ended", func() bool { return goroutines() <= baseline })
 	callsTalk(t, host, plugin)
 }
 
@@ -5778,8 +5858,8 @@ func TestNothingIsLeftAfterTimeout(t *testing.T) {
 func callsTalk(t testing.TB, here, there *MuxBroker) {
 	t.Helper()
 	id := here.NextId()
-	accepted := callsGo(func() error {
-		conn, err := there.AcceptContext(callsContext(t), id)
+	accepted := async(func() error {
+		conn, err := there.AcceptContext(boundedContext(t), id)
 		if err != nil {
 			return err
 		}
@@ -5787,7 +5867,7 @@ func callsTalk(t testing.TB, here, there *MuxBroker) {
 		_, err = io.Copy(conn, conn)
 		return err
 	})
-	conn, err := here.DialContext(callsContext(t), id)
+	conn, err := here.DialContext(boundedContext(t), id)
 	if err != nil {
 		t.Fatal("the brokers do not work any more:", err)
 	}
@@ -5798,13 +5878,13 @@ func callsTalk(t testing.TB, here, there *MuxBroker) {
 		t.Errorf("%q, %v", got, err)
 	}
 	conn.Close()
-	if err := callsGet(t, "the accepting side", accepted); err != nil {
+	if err := receive(t, "the accepting side", accepted); err != nil {
 		t.Error(err)
 	}
 }
 
 func TestBrokerOddStreams(t *testing.T) {
-	callsGoroutines(t)
+	leavesNothing(t)
 	b, raw := callsRaw(t)
 	open := func(send ...byte) *yamux.Stream {
 		t.Helper()
@@ -5825,7 +5905,7 @@ func TestBrokerOddStreams(t *testing.T) {
 	// Dialled and closed before it is accepted: that one's end, no more.
 	gone := open(callsID(5)...)
 	gone.Close()
-	conn, err := b.AcceptContext(callsContext(t), 5)
+	conn, err := b.AcceptContext(boundedContext(t), 5)
 	if err == nil {
 		if _, err := conn.Read(make([]byte, 1)); err != io.EOF {
 			t.Error("a closed stream reads", err)
@@ -5834,7 +5914,7 @@ func TestBrokerOddStreams(t *testing.T) {
 	}
 	// Two for one id: the first is taken, the second hung up on.
 	first := open(callsID(6)...)
-	callsSoon(t, "the stream was parked", func() bool {
+	await(t, "the stream was parked", func() bool {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		return b.parked[6] != nil
@@ -5854,8 +5934,8 @@ func TestBrokerOddStreams(t *testing.T) {
 	conn.Close()
 	// Two who accept one id.
 	ctx, cancel := context.WithCancel(context.Background())
-	one := callsGo(func() error { _, err := b.AcceptContext(ctx, 8); return err })
-	callsSoon(t, "it is being accepted", func() bool {
+	one := async(func() error { _, err := b.AcceptContext(ctx, 8); return err })
+	await(t, "it is being accepted", func() bool {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		return b.accepting[8] != nil
@@ -5864,12 +5944,12 @@ func TestBrokerOddStreams(t *testing.T) {
 		t.Error("the second who accepts gets", err)
 	}
 	cancel()
-	if err := callsGet(t, "the first who accepts", one); !errors.Is(err, context.Canceled) {
+	if err := receive(t, "the first who accepts", one); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
 	// A peer that acknowledges another number, a part of one, or hangs up.
 	for _, ack := range [][]byte{callsID(99), {1, 2}, nil} {
-		answered := callsGo(func() error {
+		answered := async(func() error {
 			st, err := raw.AcceptStream()
 			if err == nil {
 				_, err = io.ReadFull(st, make([]byte, 4))
@@ -5878,18 +5958,18 @@ func TestBrokerOddStreams(t *testing.T) {
 			}
 			return err
 		})
-		if conn, err := b.DialContext(callsContext(t), 9); err == nil || errors.Is(err, context.DeadlineExceeded) {
+		if conn, err := b.DialContext(boundedContext(t), 9); err == nil || errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("acknowledged with %v: %v, %v", ack, conn, err)
 		}
-		if err := callsGet(t, "the peer", answered); err != nil {
+		if err := receive(t, "the peer", answered); err != nil {
 			t.Error(err)
 		}
 	}
 	raw.Close()
-	if _, err := b.AcceptContext(callsContext(t), 10); err == nil || errors.Is(err, context.DeadlineExceeded) {
+	if _, err := b.AcceptContext(boundedContext(t), 10); err == nil || errors.Is(err, context.DeadlineExceeded) {
 		t.Error("after the end of the connection, accepting returned", err)
 	}
-	if _, err := b.DialContext(callsContext(t), 10); err == nil || errors.Is(err, context.DeadlineExceeded) {
+	if _, err := b.DialContext(boundedContext(t), 10); err == nil || errors.Is(err, context.DeadlineExceeded) {
 		t.Error("after the end of the connection, dialling returned", err)
 	}
 }
@@ -5900,8 +5980,8 @@ func TestBrokerDuplicateDial(t *testing.T) {
 	host, plugin := callsBrokers(t)
 	var dialling []<-chan error
 	for range 2 {
-		dialling = append(dialling, callsGo(func() error {
-			conn, err := host.DialContext(callsContext(t), 5)
+		dialling = append(dialling, async(func() error {
+			conn, err := host.DialContext(boundedContext(t), 5)
 			if err == nil {
 				conn.Close()
 			}
@@ -5923,7 +6003,7 @@ func TestBrokerDuplicateDial(t *testing.T) {
 		t.Fatal(err)
 	}
 	conn.Close()
-	if err := callsGet(t, "the first who dials", first); err != nil {
+	if err := receive(t, "the first who dials", first); err != nil {
 		t.Error(err)
 	}
 }
@@ -5937,7 +6017,7 @@ func TestTenThousandStreams(t *testing.T) {
 		conns []net.Conn
 		err   error
 	}
-	accepting := callsGo(func() (r result) {
+	accepting := async(func() (r result) {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*hangs)
 		defer cancel()
 		for i := range streams {
@@ -5972,7 +6052,7 @@ func TestTenThousandStreams(t *testing.T) {
 			t.Fatalf("stream %d reads %v, %v", i, got, err)
 		}
 	}
-	r := callsGet(t, "the accepting side", accepting)
+	r := receive(t, "the accepting side", accepting)
 	if r.err != nil || len(r.conns) != streams {
 		t.Fatalf("%d were accepted, %v", len(r.conns), r.err)
 	}
@@ -5980,12 +6060,12 @@ func TestTenThousandStreams(t *testing.T) {
 		dialled[i].Close()
 		r.conns[i].Close()
 	}
-	callsSoon(t, "all streams were gone", func() bool { return streamsOf(b)+raw.NumStreams() == 0 })
+	await(t, "all streams were gone", func() bool { return streamsOf(b)+raw.NumStreams() == 0 })
 }
 
 // Many goroutines dial and accept on both sides, in any order.
 func TestBrokerCrowd(t *testing.T) {
-	callsGoroutines(t)
+	leavesNothing(t)
 	host, plugin := callsBrokers(t)
 	var crowd sync.WaitGroup
 	for range 500 {
@@ -5993,9 +6073,7 @@ func TestBrokerCrowd(t *testing.T) {
 		crowd.Go(func() { callsTalk(t, plugin, host) })
 	}
 	crowd.Wait()
-	for _, b := range []*MuxBroker{host, plugin} {
-		callsSoon(t, "all streams were gone", func() bool { return streamsOf(b) == 0 })
-	}
+	streamsGone(t, host, plugin)
 }
 
 func TestNextIdsNeverMeet(t *testing.T) {
@@ -6024,18 +6102,18 @@ func TestClosingClientEndsServing(t *testing.T) {
 		host, c, s := callsPlugin(t, hclog.NewNullLogger())
 		streams := host.session.mux.NumStreams()
 		plugin := s.broker.session.mux
-		done := callsGo(func() error { return Call(callsContext(t), c.Client, "Plugin.Wait", "", new(string)) })
-		callsGet(t, "the call", s.started)
+		done := async(func() error { return Call(boundedContext(t), c.Client, "Plugin.Wait", "", new(string)) })
+		receive(t, "the call", s.started)
 		if err := c.Close(); err != nil {
 			t.Error(err)
 		}
-		if err := callsGet(t, "the call in flight", done); !errors.Is(err, rpc.ErrShutdown) {
+		if err := receive(t, "the call in flight", done); !errors.Is(err, rpc.ErrShutdown) {
 			t.Error("a call in flight returned", err)
 		}
-		if cause := callsGet(t, "the end of the context", s.ended); !errors.Is(cause, errCallerGone) {
+		if cause := receive(t, "the end of the context", s.ended); !errors.Is(cause, errCallerGone) {
 			t.Error(cause)
 		}
-		callsSoon(t, "the stream was gone on both sides", func() bool {
+		await(t, "the stream was gone on both sides", func() bool {
 			return host.session.mux.NumStreams() == streams-1 && plugin.NumStreams() == streams-1
 		})
 		if err := c.Close(); !errors.Is(err, rpc.ErrShutdown) {
@@ -6047,7 +6125,7 @@ func TestClosingClientEndsServing(t *testing.T) {
 	})
 	t.Run("dialled", func(t *testing.T) {
 		callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-			callsGoroutines(t)
+			leavesNothing(t)
 			for range 20 {
 				c, err := here.DialRPC(there.ServeRPC(newCallsService(nil)))
 				if err != nil {
@@ -6056,9 +6134,7 @@ func TestClosingClientEndsServing(t *testing.T) {
 				callsEcho(t, c)
 				c.Close()
 			}
-			callsSoon(t, "all streams were gone", func() bool {
-				return here.session.mux.NumStreams()+there.session.mux.NumStreams() == 0
-			})
+			streamsGone(t, here, there)
 		})
 	})
 	// The server is stuck with replies that nobody reads any more.
@@ -6075,26 +6151,24 @@ func TestClosingClientEndsServing(t *testing.T) {
 				for !bytes.Contains(stack[:runtime.Stack(stack, true)], []byte("(*gobWriter).waitRoom")) {
 					c.Go("Plugin.Many", 1<<18, new([]byte), nil)
 				}
-				for range 100 {
+				for range 20 {
 					c.Go("Plugin.Many", 1<<18, new([]byte), nil)
 				}
 				codec, _ := codecs.Load(c)
-				if err := codec.(*clientCodec).w.drain(callsContext(t)); err != nil {
+				if err := codec.(*clientCodec).w.drain(boundedContext(t)); err != nil {
 					t.Error(err)
 				}
 				c.Close()
 				close(gate.open)
 			}
-			callsSoon(t, "all streams were gone", func() bool {
-				return here.session.mux.NumStreams()+there.session.mux.NumStreams() == 0
-			})
+			streamsGone(t, here, there)
 		})
 	})
 }
 
 // MuxBroker.Close ends every wait, on both sides.
 func TestBrokerCloseEndsEveryWait(t *testing.T) {
-	callsGoroutines(t)
+	leavesNothing(t)
 	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
 		ctx := context.Background()
 		s := newCallsService(nil)
@@ -6110,27 +6184,27 @@ func TestBrokerCloseEndsEveryWait(t *testing.T) {
 		}
 		block := make(chan struct{})
 		defer close(block)
-		w, err := here.DialWriter(there.ServeWriter(callsWriter(func(p []byte) (int, error) { <-block; return len(p), nil })))
+		w, err := here.DialWriter(there.ServeWriter(writerFunc(func(p []byte) (int, error) { <-block; return len(p), nil })))
 		if err != nil {
 			t.Fatal(err)
 		}
-		closing, err := here.DialWriter(there.ServeWriter(callsWriter(func(p []byte) (int, error) { <-block; return len(p), nil })))
+		closing, err := here.DialWriter(there.ServeWriter(writerFunc(func(p []byte) (int, error) { <-block; return len(p), nil })))
 		if err != nil {
 			t.Fatal(err)
 		}
 		_, _ = closing.Write([]byte("x"))
 		waits := map[string]<-chan error{
-			"accept":        callsGo(func() error { _, err := here.AcceptContext(ctx, 5); return err }),
-			"dial":          callsGo(func() error { _, err := here.DialContext(ctx, 6); return err }),
-			"accept, there": callsGo(func() error { _, err := there.AcceptContext(ctx, 7); return err }),
-			"dial, there":   callsGo(func() error { _, err := there.DialContext(ctx, 8); return err }),
-			"call":          callsGo(func() error { return Call(ctx, c, "Plugin.Wait", "", new(string)) }),
-			"read":          callsGo(func() error { _, err := io.ReadAll(r); return err }),
-			"write":         callsGo(func() error { _, err := io.Copy(w, callsZeros{}); return err }),
-			"close":         callsGo(closing.Close),
+			"accept":        async(func() error { _, err := here.AcceptContext(ctx, 5); return err }),
+			"dial":          async(func() error { _, err := here.DialContext(ctx, 6); return err }),
+			"accept, there": async(func() error { _, err := there.AcceptContext(ctx, 7); return err }),
+			"dial, there":   async(func() error { _, err := there.DialContext(ctx, 8); return err }),
+			"call":          async(func() error { return Call(ctx, c, "Plugin.Wait", "", new(string)) }),
+			"read":          async(func() error { _, err := io.ReadAll(r); return err }),
+			"write":         async(func() error { _, err := io.Copy(w, callsZeros{}); return err }),
+			"close":         async(closing.Close),
 		}
-		callsGet(t, "the call", s.started)
-		callsSoon(t, "all wait", func() bool {
+		receive(t, "the call", s.started)
+		await(t, "all wait", func() bool {
 			here.mu.Lock()
 			defer here.mu.Unlock()
 			return here.accepting[5] != nil && here.parked[8] != nil
@@ -6139,7 +6213,7 @@ func TestBrokerCloseEndsEveryWait(t *testing.T) {
 			t.Error(err)
 		}
 		for name, done := range waits {
-			if err := callsGet(t, name, done); err == nil {
+			if err := receive(t, name, done); err == nil {
 				t.Errorf("%s returned no error", name)
 			} else if name == "read" && err == io.EOF {
 				t.Error("a cut reader is at a clean end")
@@ -6157,28 +6231,46 @@ func TestBrokerCloseEndsEveryWait(t *testing.T) {
 	})
 }
 
-// callsWriter and callsReader are functions as writers and readers.
-type callsWriter func([]byte) (int, error)
-
-func (f callsWriter) Write(p []byte) (int, error) { return f(p) }
-
-type callsReader func([]byte) (int, error)
-
-func (f callsReader) Read(p []byte) (int, error) { return f(p) }
-
 type callsZeros struct{}
 
 func (callsZeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
-// Readers and writers.
-
-// callsData is n bytes that are not alike.
-func callsData(n int) []byte {
-	data := make([]byte, n)
-	r := rand.NewChaCha8([32]byte{1})
-	_, _ = r.Read(data)
-	return data
+// A time-out of the broker is one, and nothing else.
+func TestBrokerTimeoutIsOne(t *testing.T) {
+	t.Parallel()
+	host, _ := callsBrokers(t)
+	_, err := host.Accept(host.NextId())
+	if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
 }
+
+// More streams than yamux leaves unanswered wait to be accepted.
+func TestManyParkedStreams(t *testing.T) {
+	b, raw := callsRaw(t)
+	const many = 600
+	opened := async(func() (err error) {
+		for id := uint32(1); id <= many && err == nil; id++ {
+			var st *yamux.Stream
+			if st, err = raw.OpenStream(); err == nil {
+				_, err = st.Write(callsID(id))
+			}
+		}
+		return err
+	})
+	if err := receive(t, "opening", opened); err != nil {
+		t.Fatal(err)
+	}
+	for id := uint32(1); id <= many; id++ {
+		conn, err := b.AcceptContext(boundedContext(t), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+	}
+}
+
+// ---- Readers and writers ----
 
 func TestReader(t *testing.T) {
 	t.Parallel()
@@ -6191,9 +6283,9 @@ func TestReader(t *testing.T) {
 		{"empty", 0, io.EOF},
 		{"small", 5, io.EOF},
 		{"a chunk", maxChunk, io.EOF},
-		{"large", 4<<20 + 1, io.EOF},
+		{"large", 2<<20 + 1, io.EOF},
 		{"fails at once", 0, lost},
-		{"fails half-way", 3<<20 + 7, lost},
+		{"fails half-way", 2<<20 + 7, lost},
 		{"unexpected end", 100, io.ErrUnexpectedEOF},
 		{"registered error", 100, errCallsKnown},
 		{"unknown error", 100, errCallsUnknown},
@@ -6201,8 +6293,8 @@ func TestReader(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-				data := callsData(test.size)
-				src := io.MultiReader(bytes.NewReader(data), callsReader(func([]byte) (int, error) { return 0, test.err }))
+				data := noise(test.size, 1)
+				src := io.MultiReader(bytes.NewReader(data), readerFunc(func([]byte) (int, error) { return 0, test.err }))
 				r, err := here.DialReader(there.ServeReader(src))
 				if err != nil {
 					t.Fatal(err)
@@ -6231,9 +6323,7 @@ func TestReader(t *testing.T) {
 				if err := r.Close(); err != nil {
 					t.Error(err)
 				}
-				callsSoon(t, "the stream was gone", func() bool {
-					return here.session.mux.NumStreams()+there.session.mux.NumStreams() == 0
-				})
+				streamsGone(t, here, there)
 			})
 		})
 	}
@@ -6248,12 +6338,12 @@ func TestOddReaders(t *testing.T) {
 			want string
 			err  string
 		}{
-			{"both at once", callsReader(func(p []byte) (int, error) { return copy(p, "last"), errCallsKnown }), "last", errCallsKnown.Error()},
-			{"end with data", callsReader(func(p []byte) (int, error) { return copy(p, "last"), io.EOF }), "last", ""},
-			{"panic", callsReader(func(p []byte) (int, error) { panic("a broken reader") }), "", "a broken reader"},
-			{"nil error type", callsReader(func(p []byte) (int, error) { return 0, (*callsNilError)(nil) }), "", "callsNilError"},
-			{"no text", callsReader(func(p []byte) (int, error) { return 0, errors.New("") }), "", "errorString"},
-			{"long text", callsReader(func(p []byte) (int, error) { return 0, errors.New(strings.Repeat("x", 3<<20)) }), "", "xxxxxxxx"},
+			{"both at once", readerFunc(func(p []byte) (int, error) { return copy(p, "last"), errCallsKnown }), "last", errCallsKnown.Error()},
+			{"end with data", readerFunc(func(p []byte) (int, error) { return copy(p, "last"), io.EOF }), "last", ""},
+			{"panic", readerFunc(func(p []byte) (int, error) { panic("a broken reader") }), "", "a broken reader"},
+			{"nil error type", readerFunc(func(p []byte) (int, error) { return 0, (*callsNilError)(nil) }), "", "callsNilError"},
+			{"no text", readerFunc(func(p []byte) (int, error) { return 0, errors.New("") }), "", "errorString"},
+			{"long text", readerFunc(func(p []byte) (int, error) { return 0, errors.New(strings.Repeat("x", 3<<20)) }), "", "xxxxxxxx"},
 		} {
 			r, err := here.DialReader(there.ServeReader(test.r))
 			if err != nil {
@@ -6271,10 +6361,10 @@ func TestOddReaders(t *testing.T) {
 // Closing a dialled reader early releases the serving end within a second,
 // whether it waits for room or for the caller's own Read.
 func TestReaderEarlyClose(t *testing.T) {
-	callsGoroutines(t)
+	leavesNothing(t)
 	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
 		var served atomic.Int64
-		r, err := here.DialReader(there.ServeReader(callsReader(func(p []byte) (int, error) {
+		r, err := here.DialReader(there.ServeReader(readerFunc(func(p []byte) (int, error) {
 			served.Add(int64(len(p)))
 			return len(p), nil
 		})))
@@ -6284,11 +6374,11 @@ func TestReaderEarlyClose(t *testing.T) {
 		if _, err := io.ReadFull(r, make([]byte, 100)); err != nil {
 			t.Fatal(err)
 		}
-		callsSoon(t, "the stream was full", func() bool { return served.Load() >= 256<<10 })
+		await(t, "the stream was full", func() bool { return served.Load() >= 256<<10 })
 		began := time.Now()
 		r.Close()
 		gone := func() bool { return here.session.mux.NumStreams()+there.session.mux.NumStreams() == 0 }
-		callsSoon(t, "the serving end was released", gone)
+		await(t, "the serving end was released", gone)
 		if took := time.Since(began); took > 10*time.Second { // a second, on a machine that has time
 			t.Errorf("it took %v", took)
 		}
@@ -6302,12 +6392,12 @@ func TestReaderEarlyClose(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		reading := callsGo(func() error { _, err := r.Read(make([]byte, 1)); return err })
+		reading := async(func() error { _, err := r.Read(make([]byte, 1)); return err })
 		r.Close()
-		if err := callsGet(t, "a Read during Close", reading); !errors.Is(err, io.ErrClosedPipe) {
+		if err := receive(t, "a Read during Close", reading); !errors.Is(err, io.ErrClosedPipe) {
 			t.Error("a Read during Close returned", err)
 		}
-		callsSoon(t, "the stream was gone", gone)
+		await(t, "the stream was gone", gone)
 		if _, err := w.Write([]byte("x")); err != nil { // the caller's reader is not closed
 			t.Error("our reader was closed:", err)
 		}
@@ -6318,13 +6408,13 @@ func TestReaderEarlyClose(t *testing.T) {
 // A slow reader slows the other side, however much there is to send.
 func TestReaderBoundedMemory(t *testing.T) {
 	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-		const size, most = 32 << 20, 3 << 20
+		const size, most = 16 << 20, 3 << 20
 		var sent, received, worst int64
 		var mu sync.Mutex // guards the above
 		sum, want := crc32.NewIEEE(), crc32.NewIEEE()
 		random := rand.NewChaCha8([32]byte{2})
 		left := size
-		r, err := here.DialReader(there.ServeReader(callsReader(func(p []byte) (int, error) {
+		r, err := here.DialReader(there.ServeReader(readerFunc(func(p []byte) (int, error) {
 			n := min(len(p), left)
 			if left -= n; n == 0 {
 				return 0, io.EOF
@@ -6341,8 +6431,8 @@ func TestReaderBoundedMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer r.Close()
-		callsSoon(t, "the other side had begun", func() bool { mu.Lock(); defer mu.Unlock(); return sent >= 256<<10 })
-		n, err := io.Copy(callsWriter(func(p []byte) (int, error) {
+		await(t, "the other side had begun", func() bool { mu.Lock(); defer mu.Unlock(); return sent >= 256<<10 })
+		n, err := io.Copy(writerFunc(func(p []byte) (int, error) {
 			mu.Lock()
 			received += int64(len(p))
 			mu.Unlock()
@@ -6362,12 +6452,12 @@ func TestReaderBoundedMemory(t *testing.T) {
 func TestWriterSlow(t *testing.T) {
 	t.Parallel()
 	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-		const size, most = 8 << 20, 3 << 20
-		data := callsData(size)
+		const size, most = 5 << 20, 3 << 20
+		data := noise(size, 1)
 		var got bytes.Buffer
 		var taken, worst atomic.Int64
 		last := make(chan struct{})
-		w, err := here.DialWriter(there.ServeWriter(callsWriter(func(p []byte) (int, error) {
+		w, err := here.DialWriter(there.ServeWriter(writerFunc(func(p []byte) (int, error) {
 			if got.Len()+len(p) == size {
 				<-last
 			}
@@ -6383,14 +6473,14 @@ func TestWriterSlow(t *testing.T) {
 			}
 			worst.Store(max(worst.Load(), int64(n)-taken.Load()))
 		}
-		closed := callsGo(w.Close)
+		closed := async(w.Close)
 		select {
 		case err := <-closed:
 			t.Error("Close returned before everything was taken:", err)
 		case <-time.After(100 * time.Millisecond):
 		}
 		close(last)
-		if err := callsGet(t, "Close", closed); err != nil {
+		if err := receive(t, "Close", closed); err != nil {
 			t.Error(err)
 		}
 		if !bytes.Equal(got.Bytes(), data) {
@@ -6426,9 +6516,9 @@ func TestWriterFails(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
-				for _, size := range []int{test.after + 10, test.after + 8<<20} { // the error comes from Close, or from Write
+				for _, size := range []int{test.after + 10, test.after + 4<<20} { // the error comes from Close, or from Write
 					n := 0
-					w, err := here.DialWriter(there.ServeWriter(callsWriter(func(p []byte) (int, error) {
+					w, err := here.DialWriter(there.ServeWriter(writerFunc(func(p []byte) (int, error) {
 						if n += len(p); n > test.after {
 							return test.write(p)
 						}
@@ -6450,9 +6540,7 @@ func TestWriterFails(t *testing.T) {
 							t.Errorf("%v; want %q that is %v", err, test.text, test.is)
 						}
 					}
-					callsSoon(t, "the stream was gone", func() bool {
-						return here.session.mux.NumStreams()+there.session.mux.NumStreams() == 0
-					})
+					streamsGone(t, here, there)
 				}
 			})
 		})
@@ -6540,14 +6628,12 @@ func TestStreamKindMismatch(t *testing.T) {
 				return
 			}
 			defer c.Close()
-			if err := Call(callsContext(t), c, "Plugin.Echo", "x", new(string)); err == nil || errors.Is(err, context.DeadlineExceeded) {
+			if err := Call(boundedContext(t), c, "Plugin.Echo", "x", new(string)); err == nil || errors.Is(err, context.DeadlineExceeded) {
 				t.Error("a call to a reader returned", err)
 			}
 		})
 		all.Wait()
-		callsSoon(t, "all streams were gone", func() bool {
-			return here.session.mux.NumStreams()+there.session.mux.NumStreams() == 0
-		})
+		streamsGone(t, here, there)
 		callsTalk(t, here, there)
 	})
 }
@@ -6567,7 +6653,7 @@ func TestHostileStreamFrames(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b, raw := callsRaw(t)
-			serving := callsGo(func() error {
+			serving := async(func() error {
 				st, err := raw.AcceptStream()
 				if err == nil {
 					_, err = io.ReadFull(st, make([]byte, 4))
@@ -6583,10 +6669,10 @@ func TestHostileStreamFrames(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer r.Close()
-			if err := callsGet(t, "the peer", serving); err != nil {
+			if err := receive(t, "the peer", serving); err != nil {
 				t.Error(err)
 			}
-			if err := callsGet(t, "the reader", callsGo(func() error { _, err := io.ReadAll(r); return err })); err == nil {
+			if err := receive(t, "the reader", async(func() error { _, err := io.ReadAll(r); return err })); err == nil {
 				t.Error("it is at a clean end")
 			}
 		})
@@ -6596,14 +6682,13 @@ func TestHostileStreamFrames(t *testing.T) {
 // Helpers over a real process: a callback service calls through Call with its
 // powers, from the plugin to the host.
 func TestCallbackOverProcess(t *testing.T) {
-	cfg := config(t, "calls")
-	cfg.Plugins = callsPlugins()
+	cfg := config("calls")
 	client, p := start(t, cfg)
 	c := dispense[*callsClient](t, p, "calls")
 	callback := newCallsService(nil)
 	serve := func(method, arg string) (string, error) {
 		var out string
-		err := Call(callsContext(t), c.Client, "Plugin.CallBack", CallsBack{c.broker.ServeRPC(callback), method, arg}, &out)
+		err := Call(boundedContext(t), c.Client, "Plugin.CallBack", CallsBack{c.broker.ServeRPC(callback), method, arg}, &out)
 		return out, err
 	}
 	if out, err := serve("Plugin.Echo", "round"); err != nil || out != "round" {
@@ -6614,16 +6699,16 @@ func TestCallbackOverProcess(t *testing.T) {
 	}
 	// The host's cancel goes through the plugin's method into the callback.
 	ctx, cancel := context.WithCancel(context.Background())
-	done := callsGo(func() error {
+	done := async(func() error {
 		return Call(ctx, c.Client, "Plugin.CallBack", CallsBack{c.broker.ServeRPC(callback), "Plugin.Wait", ""}, new(string))
 	})
-	callsGet(t, "the callback", callback.started)
+	receive(t, "the callback", callback.started)
 	cancel()
 	// The plugin's method closes its client at once, which may overtake.
-	if cause := callsGet(t, "the end of the callback's context", callback.ended); !errors.Is(cause, context.Canceled) && !errors.Is(cause, errCallerGone) {
+	if cause := receive(t, "the end of the callback's context", callback.ended); !errors.Is(cause, context.Canceled) && !errors.Is(cause, errCallerGone) {
 		t.Error(cause)
 	}
-	if err := callsGet(t, "the call", done); !errors.Is(err, context.Canceled) {
+	if err := receive(t, "the call", done); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
 	callsEcho(t, c.Client)
@@ -6633,7 +6718,43 @@ func TestCallbackOverProcess(t *testing.T) {
 	}
 }
 
-// Garbage on the connection.
+// CallsPipe is a reader and a writer of the host's.
+type CallsPipe struct{ Reader, Writer uint32 }
+
+// Pipe copies all from the reader to the writer.
+func (s *CallsService) Pipe(in CallsPipe, _ *string) error {
+	r, err := s.broker.DialReader(in.Reader)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	w, err := s.broker.DialWriter(in.Writer)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(w, r)
+	return errors.Join(err, w.Close())
+}
+
+// A plugin that reads a file of the host's and writes to it, in a process.
+func TestPipeOverProcess(t *testing.T) {
+	cfg := config("calls")
+	_, p := start(t, cfg)
+	c := dispense[*callsClient](t, p, "calls")
+	data := noise(3<<20, 1)
+	var got bytes.Buffer
+	in := CallsPipe{c.broker.ServeReader(bytes.NewReader(data)), c.broker.ServeWriter(&got)}
+	if err := Call(boundedContext(t), c.Client, "Plugin.Pipe", in, new(string)); err != nil || !bytes.Equal(got.Bytes(), data) {
+		t.Errorf("%d bytes of %d were piped, %v", got.Len(), len(data), err)
+	}
+	lost := io.MultiReader(bytes.NewReader(data[:100]), readerFunc(func([]byte) (int, error) { return 0, errCallsKnown }))
+	in = CallsPipe{c.broker.ServeReader(lost), c.broker.ServeWriter(io.Discard)}
+	if err := Call(boundedContext(t), c.Client, "Plugin.Pipe", in, new(string)); !errors.Is(err, errCallsKnown) {
+		t.Error("an error that went to and fro is", err)
+	}
+}
+
+// ---- Garbage on the connection ----
 
 // callsFeed is a connection on which a script arrives.
 type callsFeed struct {
@@ -6694,7 +6815,7 @@ func callsGarbage() map[string][]byte {
 		"TLS":               {0x15, 3, 1, 0, 2, 2, 0x28},
 		"zeros":             make([]byte, 1000),
 		"ones":              bytes.Repeat([]byte{0xff}, 1000),
-		"random":            callsData(10000),
+		"random":            noise(10000, 1),
 		"another version":   append([]byte{1}, syn[1:]...),
 		"unknown type":      callsFrame(9, 0, 1, 0),
 		"a cut frame":       syn[:7],
@@ -6725,7 +6846,7 @@ func callsGarbage() map[string][]byte {
 // Whatever arrives, the session ends with an error, at either end, and memory
 // stays bounded; so it does for what arrives and does not end.
 func TestGarbage(t *testing.T) {
-	callsGoroutines(t)
+	leavesNothing(t)
 	for name, script := range callsGarbage() {
 		for _, stall := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, stalled: %v", name, stall), func(t *testing.T) {
@@ -6739,10 +6860,10 @@ func TestGarbage(t *testing.T) {
 				conn := feed()
 				client, err := NewRPCClient(conn, callsPlugins())
 				if err == nil {
-					ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+					ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 					defer cancel()
 					if !stall {
-						ctx = callsContext(t)
+						ctx = boundedContext(t)
 					}
 					if err := client.ping(ctx); err == nil || !stall && errors.Is(err, context.DeadlineExceeded) {
 						t.Error("the plugin answers:", err)
@@ -6752,11 +6873,11 @@ func TestGarbage(t *testing.T) {
 				<-conn.closed
 				server := &RPCServer{Plugins: callsPlugins()}
 				conn = feed()
-				serving := callsGo(func() int { server.ServeConn(conn); return 0 })
+				serving := async(func() int { server.ServeConn(conn); return 0 })
 				if stall {
 					server.close()
 				}
-				callsGet(t, "ServeConn", serving)
+				receive(t, "ServeConn", serving)
 				runtime.ReadMemStats(&after)
 				if used := int64(after.HeapSys) - int64(before.HeapSys); used > 64<<20 {
 					t.Errorf("%d bytes of memory were taken", used)
@@ -6766,24 +6887,68 @@ func TestGarbage(t *testing.T) {
 	}
 }
 
-// Flow: what a stream may send, by the account that the connection keeps.
+// A peer that takes stream numbers of the other side's ends the session.
+func TestStreamNumbersOfOthers(t *testing.T) {
+	leavesNothing(t)
+	for _, host := range []bool{true, false} {
+		a, b := TestConn(t)
+		broker := callsBroker(t, a, host)
+		stream := uint32(2)
+		if host {
+			stream = 1
+		}
+		if _, err := b.Write(callsFrame(1, 1, stream, 0)); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-broker.session.ended():
+		case <-time.After(hangs):
+			t.Error("the session lives on; host:", host)
+		}
+	}
+}
+
+// A logger at Trace sees the frames, one at Debug does not.
+func TestFramesInTheLog(t *testing.T) {
+	for _, level := range []hclog.Level{hclog.Trace, hclog.Debug} {
+		var log syncBuffer
+		cfg := config("calls")
+		cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: &log, Level: level})
+		_, c := start(t, cfg)
+		callsEcho(t, dispense[*callsClient](t, c, "calls").Client)
+		for _, want := range []string{
+			"from=host type=window flags=SYN stream=1 ",
+			"from=plugin type=window flags=ACK stream=1 ",
+			"from=host type=data flags=\"\" stream=1 length=",
+			"from=plugin type=data flags=\"\" stream=7 length=",
+		} {
+			if level == hclog.Trace {
+				await(t, want, func() bool { return strings.Contains(log.String(), want) })
+			} else if strings.Contains(log.String(), "from=") {
+				t.Errorf("frames are logged at %v:\n%s", level, &log)
+			}
+		}
+	}
+}
+
+// ---- Flow: what a stream may send, by the account that the connection keeps ----
 
 // rawStream returns a stream that is open here and the other end of it, which
 // a yamux session of nobody's holds.
 func rawStream(t testing.TB) (*MuxBroker, *stream, *yamux.Stream) {
 	t.Helper()
 	b, raw := callsRaw(t)
-	accepted := callsGo(func() (st *yamux.Stream) {
+	accepted := async(func() (st *yamux.Stream) {
 		if st, _ = raw.AcceptStream(); st != nil {
 			_, _ = io.CopyN(st, st, 4)
 		}
 		return st
 	})
-	conn, err := b.DialContext(callsContext(t), 1)
+	conn, err := b.DialContext(boundedContext(t), 1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return b, conn.(*stream), callsGet(t, "the other end", accepted)
+	return b, conn.(*stream), receive(t, "the other end", accepted)
 }
 
 // A Write stops where the window ends, and goes on when it is read.
@@ -6799,12 +6964,12 @@ func TestWriteWaitsForTheReader(t *testing.T) {
 		t.Fatalf("of a Write that nobody reads came back %d, %v; the window is %d", n, err, firstWindow-4)
 	}
 	_ = st.SetWriteDeadline(time.Time{})
-	writing := callsGo(func() error { _, err := st.Write(sent[n:]); return err })
+	writing := async(func() error { _, err := st.Write(sent[n:]); return err })
 	got := make([]byte, len(sent))
 	if _, err := io.ReadFull(iotest.OneByteReader(bufio.NewReader(raw)), got); err != nil || !bytes.Equal(got, sent) {
 		t.Error("what arrives is not what was sent:", err)
 	}
-	if err := callsGet(t, "Write", writing); err != nil {
+	if err := receive(t, "Write", writing); err != nil {
 		t.Error(err)
 	}
 }
@@ -6830,14 +6995,14 @@ func TestWriteEnds(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			b, st, raw := rawStream(t)
-			writing := callsGo(func() error { _, err := st.Write(make([]byte, 2*firstWindow)); return err })
-			callsSoon(t, "the window was used up", func() bool {
+			writing := async(func() error { _, err := st.Write(make([]byte, 2*firstWindow)); return err })
+			await(t, "the window was used up", func() bool {
 				b.session.frames.mu.Lock()
 				defer b.session.frames.mu.Unlock()
 				return st.flow.window == 0
 			})
 			test.end(b, st, raw)
-			err := callsGet(t, "Write", writing)
+			err := receive(t, "Write", writing)
 			if err == nil || test.want != nil && !errors.Is(err, test.want) {
 				t.Errorf("it ended with %v and not %v", err, test.want)
 			}
@@ -6878,65 +7043,7 @@ func TestFramesInPieces(t *testing.T) {
 		t.Errorf("%d bytes were read, %v", len(got), err)
 	}
 	r.Close()
-	for _, b := range []*MuxBroker{host, plugin} {
-		callsSoon(t, "all streams were gone", func() bool { return streamsOf(b) == 0 })
-	}
-}
-
-// streamsOf is how many streams are known on one side.
-func streamsOf(b *MuxBroker) int {
-	b.session.frames.mu.Lock()
-	defer b.session.frames.mu.Unlock()
-	return b.session.mux.NumStreams() + len(b.session.frames.flows)
-}
-
-// A logger at Trace sees the frames, one at Debug does not.
-func TestFramesInTheLog(t *testing.T) {
-	for _, level := range []hclog.Level{hclog.Trace, hclog.Debug} {
-		var log baseBuffer
-		cfg := config(t, "calls")
-		cfg.Plugins = callsPlugins()
-		cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: &log, Level: level})
-		_, c := start(t, cfg)
-		callsEcho(t, dispense[*callsClient](t, c, "calls").Client)
-		for _, want := range []string{
-			"from=host type=window flags=SYN stream=1 ",
-			"from=plugin type=window flags=ACK stream=1 ",
-			"from=host type=data flags=\"\" stream=1 length=",
-			"from=plugin type=data flags=\"\" stream=7 length=",
-		} {
-			if level == hclog.Trace {
-				callsSoon(t, want, func() bool { return strings.Contains(log.String(), want) })
-			} else if strings.Contains(log.String(), "from=") {
-				t.Errorf("frames are logged at %v:\n%s", level, &log)
-			}
-		}
-	}
-}
-
-// More streams than yamux leaves unanswered wait to be accepted.
-func TestManyParkedStreams(t *testing.T) {
-	b, raw := callsRaw(t)
-	const many = 600
-	opened := callsGo(func() (err error) {
-		for id := uint32(1); id <= many && err == nil; id++ {
-			var st *yamux.Stream
-			if st, err = raw.OpenStream(); err == nil {
-				_, err = st.Write(callsID(id))
-			}
-		}
-		return err
-	})
-	if err := callsGet(t, "opening", opened); err != nil {
-		t.Fatal(err)
-	}
-	for id := uint32(1); id <= many; id++ {
-		conn, err := b.AcceptContext(callsContext(t), id)
-		if err != nil {
-			t.Fatal(err)
-		}
-		conn.Close()
-	}
+	streamsGone(t, host, plugin)
 }
 
 // flowFile is a connection like a file that knows no deadlines: nothing can be
@@ -6959,7 +7066,7 @@ func TestFlowNoDeadlines(t *testing.T) {
 		return
 	}
 	defer client.session.close()
-	callsGet(t, "a call", callsGo(func() error { return client.ping(context.Background()) }))
+	receive(t, "a call", async(func() error { return client.ping(context.Background()) }))
 }
 
 // Dial knows a bound also towards a peer that answers pings and takes no streams.
@@ -6971,11 +7078,11 @@ func TestFlowDialIsBounded(t *testing.T) {
 	for id := range uint32(256) {
 		all.Go(func() { _, _ = b.DialContext(ctx, id) })
 	}
-	callsSoon(t, "all were opened", func() bool { return b.session.mux.NumStreams() == 256 })
+	await(t, "all were opened", func() bool { return b.session.mux.NumStreams() == 256 })
 	cancel()
 	all.Wait()
-	dialled := callsGo(func() error { _, err := b.Dial(1000); return err })
-	if err := callsGet(t, "Dial", dialled); !errors.Is(err, context.DeadlineExceeded) {
+	dialled := async(func() error { _, err := b.Dial(1000); return err })
+	if err := receive(t, "Dial", dialled); !errors.Is(err, context.DeadlineExceeded) {
 		t.Error("Dial failed with", err)
 	}
 }
@@ -6989,8 +7096,8 @@ func TestFlowAcceptIsBounded(t *testing.T) {
 	_, _ = c.Write(append(callsFrame(frameWindow, flagSYN, 2, none), callsFrame(frameData, 0, 2, 4, callsID(7)...)...))
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
-	accepting := callsGo(func() error { _, err := b.AcceptContext(ctx, 7); return err })
-	if err := callsGet(t, "AcceptContext", accepting); err == nil {
+	accepting := async(func() error { _, err := b.AcceptContext(ctx, 7); return err })
+	if err := receive(t, "AcceptContext", accepting); err == nil {
 		t.Error("it ended with", err)
 	}
 }
@@ -7001,10 +7108,10 @@ func TestFlowAccount(t *testing.T) {
 	for seed := range int64(5) {
 		b, st, raw := rawStream(t)
 		r := rand.New(rand.NewPCG(0, uint64(seed)))
-		const total = 3 << 20
-		data := callsData(total)
+		const total = 2 << 20
+		data := noise(total, 1)
 		both := []<-chan error{
-			callsGo(func() error {
+			async(func() error {
 				for left := data; len(left) > 0; {
 					n := min(len(left), 1+r.IntN(400<<10)>>r.IntN(16))
 					if _, err := st.Write(left[:n]); err != nil {
@@ -7014,19 +7121,19 @@ func TestFlowAccount(t *testing.T) {
 				}
 				return nil
 			}),
-			callsGo(func() error { _, err := raw.Write(data); return err }),
-			callsGo(func() error { return flowExpect(raw, data, seed) }),
-			callsGo(func() error { return flowExpect(st, data, seed+100) }),
+			async(func() error { _, err := raw.Write(data); return err }),
+			async(func() error { return flowExpect(raw, data, seed) }),
+			async(func() error { return flowExpect(st, data, seed+100) }),
 		}
 		for _, done := range both {
-			if err := callsGet(t, "the traffic", done); err != nil {
+			if err := receive(t, "the traffic", done); err != nil {
 				t.Fatal(err)
 			}
 		}
 		// Everything has been read, so the peer has less than half of its window
 		// yet to give back. What this side thinks it may send can be sent.
 		var window uint32
-		callsSoon(t, "the last of the window was given back", func() bool {
+		await(t, "the last of the window was given back", func() bool {
 			b.session.frames.mu.Lock()
 			defer b.session.frames.mu.Unlock()
 			window = st.flow.window
@@ -7044,7 +7151,7 @@ func TestFlowAccount(t *testing.T) {
 			t.Fatal(len(got), n, err)
 		}
 		raw.Close()
-		callsSoon(t, "all was gone", func() bool { return streamsOf(b) == 0 })
+		streamsGone(t, b)
 	}
 }
 
@@ -7079,11 +7186,11 @@ func flowTLS(t testing.TB, a, b net.Conn) (net.Conn, net.Conn) {
 	}
 	client := tls.Client(a, &tls.Config{InsecureSkipVerify: true})
 	server := tls.Server(b, &tls.Config{Certificates: []tls.Certificate{ca}})
-	shaken := callsGo(client.Handshake)
+	shaken := async(client.Handshake)
 	if err := server.Handshake(); err != nil {
 		t.Fatal(err)
 	}
-	if err := callsGet(t, "the handshake", shaken); err != nil {
+	if err := receive(t, "the handshake", shaken); err != nil {
 		t.Fatal(err)
 	}
 	return client, server
@@ -7094,7 +7201,7 @@ func flowTLS(t testing.TB, a, b net.Conn) (net.Conn, net.Conn) {
 func TestFlowChurn(t *testing.T) {
 	t.Parallel()
 	rounds := 3
-	if *lifeLong {
+	if *long {
 		rounds = 100
 	}
 	for name, conns := range flowConns(t) {
@@ -7110,11 +7217,11 @@ func TestFlowChurn(t *testing.T) {
 						id := here.NextId()
 						how := r.IntN(5)
 						size := r.IntN(700<<10) >> r.IntN(15)
-						data := callsData(size)
+						data := noise(size, 1)
 						patience := time.Duration(r.IntN(3000)) * time.Microsecond
 						var pair sync.WaitGroup
 						pair.Go(func() {
-							ctx := callsContext(t)
+							ctx := boundedContext(t)
 							if how == 4 {
 								c, cancel := context.WithTimeout(ctx, patience)
 								defer cancel()
@@ -7142,7 +7249,7 @@ func TestFlowChurn(t *testing.T) {
 							}
 						})
 						pair.Go(func() {
-							ctx := callsContext(t)
+							ctx := boundedContext(t)
 							if how == 4 {
 								c, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
 								defer cancel()
@@ -7177,9 +7284,9 @@ func TestFlowChurn(t *testing.T) {
 					}
 				})
 			}
-			callsGet(t, "the crowd", callsGo(func() int { crowd.Wait(); return 0 }))
+			receive(t, "the crowd", async(func() int { crowd.Wait(); return 0 }))
 			for _, b := range sides {
-				callsSoon(t, "all streams were gone", func() bool { return streamsOf(b) == 0 })
+				streamsGone(t, b)
 				if n := reflect.ValueOf(b.session.mux).Elem().FieldByName("synCh").Len(); n != 0 {
 					t.Error(n, "streams are still in flight for yamux")
 				}
@@ -7211,7 +7318,7 @@ func TestFlowStuckSocket(t *testing.T) {
 				}
 				var writing, closing []<-chan error
 				for _, st := range streams[:150] {
-					writing = append(writing, callsGo(func() error {
+					writing = append(writing, async(func() error {
 						for {
 							if _, err := st.Write(make([]byte, 100<<10)); err != nil {
 								return err
@@ -7219,7 +7326,7 @@ func TestFlowStuckSocket(t *testing.T) {
 						}
 					}))
 				}
-				callsSoon(t, "the socket was full", func() bool {
+				await(t, "the socket was full", func() bool {
 					for range 50 {
 						if s.frames.writing.TryLock() {
 							s.frames.writing.Unlock()
@@ -7230,7 +7337,7 @@ func TestFlowStuckSocket(t *testing.T) {
 					return true
 				})
 				for i, st := range streams[100:] {
-					closing = append(closing, callsGo(func() error {
+					closing = append(closing, async(func() error {
 						if i%3 == 0 {
 							st.announce()
 						}
@@ -7241,19 +7348,19 @@ func TestFlowStuckSocket(t *testing.T) {
 					}))
 				}
 				if here {
-					callsGet(t, "close", callsGo(func() int { s.close(); return 0 }))
+					receive(t, "close", async(func() int { s.close(); return 0 }))
 				} else {
 					_ = y.Close()
 				}
 				for _, w := range writing {
-					if err := callsGet(t, "a Write", w); err == nil || !here && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, yamux.ErrStreamClosed) {
+					if err := receive(t, "a Write", w); err == nil || !here && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, yamux.ErrStreamClosed) {
 						t.Error("a Write ended with", err)
 					}
 				}
 				for _, w := range closing {
-					callsGet(t, "a Close", w)
+					receive(t, "a Close", w)
 				}
-				callsSoon(t, "the session ended", s.mux.IsClosed)
+				await(t, "the session ended", s.mux.IsClosed)
 			})
 		}
 	}
@@ -7333,11 +7440,11 @@ func testFault(t *testing.T, n int64, hosts, stall bool) bool {
 		fault.Conn, b = b, fault
 	}
 	server := &RPCServer{Plugins: callsPlugins()}
-	serving := callsGo(func() int { server.ServeConn(b); return 0 })
+	serving := async(func() int { server.ServeConn(b); return 0 })
 	// hung reports whether it stalls, which may be for ever.
 	hung := func(done func() bool) bool {
 		t.Helper()
-		callsSoon(t, "it ended or stalled", func() bool { return done() || stall && fault.left.Load() < 0 })
+		await(t, "it ended or stalled", func() bool { return done() || stall && fault.left.Load() < 0 })
 		for end := time.Now().Add(20 * time.Millisecond); !done(); time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
 				return true
@@ -7346,21 +7453,21 @@ func testFault(t *testing.T, n int64, hosts, stall bool) bool {
 		return false
 	}
 	var client *RPCClient
-	connecting := callsGo(func() (err error) { client, err = NewRPCClient(a, callsPlugins()); return err })
+	connecting := async(func() (err error) { client, err = NewRPCClient(a, callsPlugins()); return err })
 	if hung(func() bool { return len(connecting) > 0 }) {
 		fault.Close() // the caller's own: NewRPCClient knows no bound
 	}
-	err := callsGet(t, "NewRPCClient", connecting)
+	err := receive(t, "NewRPCClient", connecting)
 	if err == nil {
-		doing := callsGo(func() error { return everything(client) })
+		doing := async(func() error { return everything(client) })
 		slow := hung(func() bool { return len(doing) > 0 })
 		client.session.close()
-		if err = callsGet(t, "the end of what was done", doing); err == nil && slow {
+		if err = receive(t, "the end of what was done", doing); err == nil && slow {
 			err = errCallsFault
 		}
 	}
 	server.close()
-	callsGet(t, "ServeConn", serving)
+	receive(t, "ServeConn", serving)
 	return err == nil
 }
 
@@ -7383,7 +7490,7 @@ func everything(client *RPCClient) error {
 	in := CallsPipe{c.broker.ServeReader(strings.NewReader("all of it")), 0}
 	var got bytes.Buffer
 	written := make(chan struct{})
-	in.Writer = c.broker.ServeWriter(callsWriter(func(p []byte) (int, error) {
+	in.Writer = c.broker.ServeWriter(writerFunc(func(p []byte) (int, error) {
 		defer close(written)
 		return got.Write(p)
 	}))
@@ -7396,44 +7503,7 @@ func everything(client *RPCClient) error {
 	return client.Close()
 }
 
-// CallsPipe is a reader and a writer of the host's.
-type CallsPipe struct{ Reader, Writer uint32 }
-
-// Pipe copies all from the reader to the writer.
-func (s *CallsService) Pipe(in CallsPipe, _ *string) error {
-	r, err := s.broker.DialReader(in.Reader)
-	if err != nil {
-		return err
-	}
-	defer r.Close()
-	w, err := s.broker.DialWriter(in.Writer)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(w, r)
-	return errors.Join(err, w.Close())
-}
-
-// A plugin that reads a file of the host's and writes to it, in a process.
-func TestPipeOverProcess(t *testing.T) {
-	cfg := config(t, "calls")
-	cfg.Plugins = callsPlugins()
-	_, p := start(t, cfg)
-	c := dispense[*callsClient](t, p, "calls")
-	data := callsData(5 << 20)
-	var got bytes.Buffer
-	in := CallsPipe{c.broker.ServeReader(bytes.NewReader(data)), c.broker.ServeWriter(&got)}
-	if err := Call(callsContext(t), c.Client, "Plugin.Pipe", in, new(string)); err != nil || !bytes.Equal(got.Bytes(), data) {
-		t.Errorf("%d bytes of %d were piped, %v", got.Len(), len(data), err)
-	}
-	lost := io.MultiReader(bytes.NewReader(data[:100]), callsReader(func([]byte) (int, error) { return 0, errCallsKnown }))
-	in = CallsPipe{c.broker.ServeReader(lost), c.broker.ServeWriter(io.Discard)}
-	if err := Call(callsContext(t), c.Client, "Plugin.Pipe", in, new(string)); !errors.Is(err, errCallsKnown) {
-		t.Error("an error that went to and fro is", err)
-	}
-}
-
-// Schema evolution.
+// ---- Schema evolution ----
 
 // What one side sends and another version of it receives.
 type (
@@ -7513,13 +7583,13 @@ func testSchema[A, B any](t *testing.T, name string, send A, want B, fails strin
 			if wire.served {
 				s := &callsVersion[B, string]{}
 				c := callsOver(t, wire.client, wire.serve, s)
-				err := Call(callsContext(t), c, "Plugin.Do", send, new(string))
+				err := Call(boundedContext(t), c, "Plugin.Do", send, new(string))
 				check("argument", s.got, err)
 			}
 			if wire.ours {
 				c := callsOver(t, wire.client, wire.serve, &callsVersion[string, A]{reply: send})
 				var got B
-				err := Call(callsContext(t), c, "Plugin.Do", "", &got)
+				err := Call(boundedContext(t), c, "Plugin.Do", "", &got)
 				check("reply", got, err)
 			}
 		}
@@ -7550,7 +7620,7 @@ func TestSchemaEvolution(t *testing.T) {
 	testSchema(t, "zero to pointer", CallsV1{"", 7}, CallsPtr{nil, &size}, "")
 }
 
-// Fuzzing.
+// ---- Fuzzing ----
 
 // callsWritten returns what a client writes while f uses it.
 func callsWritten(tb testing.TB, answer []byte, f func(c *rpc.Client)) []byte {
@@ -7564,9 +7634,8 @@ func callsWritten(tb testing.TB, answer []byte, f func(c *rpc.Client)) []byte {
 	_ = codec.(*clientCodec).w.drain(context.Background())
 	c.Close()
 	b.Close()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.written
+	written, _ := r.all()
+	return written
 }
 
 // callsSessions returns what each end of a whole session writes, the host's first.
@@ -7574,7 +7643,7 @@ func callsSessions(tb testing.TB) [2][]byte {
 	a, b := TestConn(tb)
 	host, plugin := &callsRecorder{Conn: a}, &callsRecorder{Conn: b}
 	server := &RPCServer{Plugins: callsPlugins()}
-	serving := callsGo(func() int { server.ServeConn(plugin); return 0 })
+	serving := async(func() int { server.ServeConn(plugin); return 0 })
 	client, err := NewRPCClient(host, callsPlugins())
 	if err == nil {
 		err = everything(client)
@@ -7583,7 +7652,7 @@ func callsSessions(tb testing.TB) [2][]byte {
 		tb.Fatal(err)
 	}
 	client.session.close()
-	callsGet(tb, "ServeConn", serving)
+	receive(tb, "ServeConn", serving)
 	return [2][]byte{host.written, plugin.written}
 }
 
@@ -7671,9 +7740,8 @@ func FuzzRPCClient(f *testing.F) {
 	}
 	_ = c.Call("Plugin.Fail", CallsFail{"io.EOF", "wrapped"}, new(string))
 	c.Close()
-	r.mu.Lock()
-	f.Add(r.written)
-	r.mu.Unlock()
+	written, _ := r.all()
+	f.Add(written)
 	f.Fuzz(func(t *testing.T, script []byte) {
 		feed, gate := newCallsFeed(script), make(chan struct{})
 		feed.gate = gate
@@ -7684,12 +7752,12 @@ func FuzzRPCClient(f *testing.F) {
 		for i := range boxes {
 			client.Go("Plugin.Box", callsGoodBoxes[i], &boxes[i], calls)
 		}
-		done := callsGo(func() error { return Call(context.Background(), client, "Plugin.Box", CallsBox{}, &CallsBox{}) })
+		done := async(func() error { return Call(context.Background(), client, "Plugin.Box", CallsBox{}, &CallsBox{}) })
 		close(gate)
 		for range boxes {
-			callsGet(t, "a call", calls)
+			receive(t, "a call", calls)
 		}
-		callsGet(t, "Call", done)
+		receive(t, "Call", done)
 		if err := client.Call("Plugin.Echo", "x", new(string)); err == nil {
 			t.Error("a stream that has ended answers")
 		}
@@ -7710,10 +7778,7 @@ func FuzzBroker(f *testing.F) {
 			return
 		}
 		a, b := net.Pipe()
-		config := yamux.DefaultConfig()
-		config.EnableKeepAlive = false
-		config.LogOutput = io.Discard
-		raw, err := yamux.Server(b, config)
+		raw, err := yamux.Server(b, quietYamux())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -7799,157 +7864,4 @@ func FuzzBroker(f *testing.F) {
 			t.Errorf("left behind: %v, %v", broker.accepting, broker.parked)
 		}
 	})
-}
-
-// A peer that takes stream numbers of the other side's ends the session.
-func TestStreamNumbersOfOthers(t *testing.T) {
-	callsGoroutines(t)
-	for _, host := range []bool{true, false} {
-		a, b := TestConn(t)
-		broker := callsBroker(t, a, host)
-		stream := uint32(2)
-		if host {
-			stream = 1
-		}
-		if _, err := b.Write(callsFrame(1, 1, stream, 0)); err != nil {
-			t.Fatal(err)
-		}
-		select {
-		case <-broker.session.ended():
-		case <-time.After(hangs):
-			t.Error("the session lives on; host:", host)
-		}
-	}
-}
-
-// ==== What reviews have found ====
-
-// A reply that does not fit ends the client of a plain c.Call, as net/rpc has
-// it, and nothing else: neither Kill nor a session waits for it.
-func TestMisfitReply(t *testing.T) {
-	c, p := start(t, config(t, "greeter"))
-	g := dispense[Greeter](t, p, "greeter").(*greeterClient)
-	if err := g.client.Call("Plugin.Greet", new(any), new(int)); err == nil || !strings.Contains(err.Error(), "int") {
-		t.Error("a string was read into an int:", err)
-	}
-	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Error("another client:", got)
-	}
-	baseReturns(t, "Kill", c.Kill)
-	if _, known := codecs.Load(g.client); known {
-		t.Error("the client is still known")
-	}
-}
-
-// After Kill, Client returns what it has returned before.
-func TestClientAfterKill(t *testing.T) {
-	c, p := start(t, config(t, "greeter"))
-	c.Kill()
-	for range 100 {
-		if again, err := c.Client(); again != p || err != nil {
-			t.Fatal("another result:", again, err)
-		}
-	}
-}
-
-// Nothing in a record can look like a record of the host's own, or reach a
-// terminal; names that only slog gives a meaning are names like others in a
-// record of hclog's, and a record that was cut keeps its level.
-func TestForgedRecords(t *testing.T) {
-	var log bytes.Buffer
-	logger := hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Trace})
-	l := stderrLog{logger: logger}
-	for line, left := range map[string]int{
-		`{"@level":"info","@message":"m\n2026-01-01T00:00:00.000Z [ERROR] host: forged"}`:                   0,
-		`{"@level":"info","@message":"m","k\n2026-01-01T00:00:00.000Z [ERROR] host: forged":1}`:             0,
-		`{"@level":"info","@message":"m","a":[["\u001b[2J"]],"b":{"\u001b":"\n2026 [ERROR] host: forged"}}`: 0,
-		`{"@level":"info","@message":"m","level":"error","msg":"other","time":"noon"}`:                      0,
-		`{"1st":1,"@level":"info","@message":"m"}`:                                                          0,
-		`{"@level":"info","@message":"cut`:                                                                  70,
-	} {
-		log.Reset()
-		l.line([]byte(line), left)
-		out := log.String()
-		if !strings.Contains(out, "[INFO]") || strings.Contains(out, "\x1b") || strings.Contains(out, "\n2026") || strings.Contains(out, "@") && left == 0 {
-			t.Errorf("%s was logged as %q", line, out)
-		}
-	}
-}
-
-// What is only said to be a panic does not make errors of all that follows.
-func TestOnlyTheWordPanic(t *testing.T) {
-	var levels []hclog.Level
-	logger, records := baseLogger()
-	l := stderrLog{logger: logger}
-	l.line([]byte("panic: it was only a drill"), 0)
-	for range 100 {
-		l.line([]byte("as ever"), 0)
-	}
-	for _, r := range records.get() {
-		levels = append(levels, r.level)
-	}
-	if levels[0] != hclog.Error || levels[len(levels)-1] != hclog.Debug {
-		t.Error(levels)
-	}
-}
-
-// A plugin without any plugins says so, and odd sizes and times mean the
-// defaults.
-func TestOddConfigs(t *testing.T) {
-	for _, sets := range []map[int]PluginSet{nil, {}, {1: nil}, {1: {}}} {
-		if s, err := newServing(&ServeConfig{Plugins: PluginSet{}, VersionedPlugins: sets}, nil, hclog.NewNullLogger()); err == nil {
-			s.close()
-			t.Error("there is nothing to serve, and it is served:", sets)
-		}
-	}
-	cfg := config(t, "greeter")
-	cfg.PluginLogBufferSize, cfg.StartTimeout, cfg.KillTimeout = -1, -1, -1
-	c, _ := start(t, cfg)
-	c.Kill()
-	if err := c.Err(); err != nil {
-		t.Error(err)
-	}
-}
-
-// A descriptor that is not a pipe is somebody else's: it is neither read, nor
-// closed, nor taken for the end of the host.
-func TestForeignLifeline(t *testing.T) {
-	f, err := os.Open(os.Args[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	for _, life := range []string{fmt.Sprint(lifePipe, f.Fd()), lifePipe + "9999", lifePipe + "x", lifePid + "x", lifeDetached, ""} {
-		if hostWaiter(life) != nil {
-			t.Errorf("%q is watched", life)
-		}
-	}
-	runtime.GC()
-	if _, err := f.Read(make([]byte, 1)); err != nil {
-		t.Error("the file cannot be read any more:", err)
-	}
-}
-
-// A connection to reattach to is not missing because there was no time to look.
-func TestReattachInNoTime(t *testing.T) {
-	c, _ := start(t, config(t, "greeter"))
-	again := config(t, "")
-	again.Cmd, again.Reattach = nil, c.ReattachConfig()
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	other := NewClient(again)
-	defer other.Kill()
-	if _, err := other.StartContext(ctx); !errors.Is(err, context.Canceled) || err == ErrProcessNotFound {
-		t.Error(err)
-	}
-}
-
-// A time-out of the broker is one, and nothing else.
-func TestBrokerTimeoutIsOne(t *testing.T) {
-	t.Parallel()
-	host, _ := callsBrokers(t)
-	_, err := host.Accept(host.NextId())
-	if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
-		t.Error(err)
-	}
 }

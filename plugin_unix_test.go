@@ -36,7 +36,24 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
+// ==== What all sections use ====
+
+// publicDir returns a directory that every user may enter, with a copy of the
+// test binary in it.
+func publicDir(t *testing.T) (dir, binary string) {
+	t.Helper()
+	dir = shortDir(t)
+	binary = filepath.Join(dir, "greeter")
+	copyBinary(t, binary)
+	if err := errors.Join(os.Chmod(binary, 0o755), os.Chmod(dir, 0o755)); err != nil { // whatever the umask
+		t.Fatal(err)
+	}
+	return dir, binary
+}
+
 // ==== Starting, calling, stopping ====
+
+// What has to do with sockets, users and signals of Unix.
 
 func init() {
 	if os.Getenv(modeEnv) == "" {
@@ -49,7 +66,7 @@ func init() {
 	// Tells who it is, before it serves.
 	modes["base-user"] = func() {
 		s := &baseServer{environ: []string{"USER_ID=" + strconv.Itoa(os.Getuid())}}
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: basePlugins(s)})
+		servePlugins(basePlugins(s))
 	}
 }
 
@@ -84,7 +101,7 @@ func baseGone(t *testing.T, path string) {
 // TestSocketDirectory checks that nobody else may enter it, that each plugin
 // has its own, and that it is gone however the plugin ended.
 func TestSocketDirectory(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	seen := make(map[string]bool)
 	for name, end := range map[string]func(*Client, *exec.Cmd){
 		"by Kill":           func(c *Client, _ *exec.Cmd) { c.Kill() },
@@ -92,8 +109,8 @@ func TestSocketDirectory(t *testing.T) {
 		"by SIGTERM":        func(_ *Client, cmd *exec.Cmd) { _ = cmd.Process.Signal(syscall.SIGTERM) },
 		"without a connect": nil,
 	} {
-		cfg := baseConfig("base")
-		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: baseShortDir(t)}
+		cfg := config("base")
+		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: shortDir(t)}
 		c := NewClient(cfg)
 		t.Cleanup(c.Kill)
 		path, dir := baseSocket(t, c)
@@ -121,17 +138,17 @@ func TestSocketDirectory(t *testing.T) {
 		baseGone(t, path)
 		baseGone(t, dir)
 	}
-	cfg := baseConfig("base")
+	cfg := config("base")
 	cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: filepath.Join(t.TempDir(), "missing")}
 	c := NewClient(cfg)
 	defer c.Kill()
 	_, err := c.Start()
-	baseCheckError(t, err, "missing", "no such file")
+	errorSays(t, err, "missing", "no such file")
 }
 
 // TestSocketGroup checks that a group may be let in.
 func TestSocketGroup(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	gid := os.Getgid()
 	if os.Getuid() == 0 {
 		gid = 54321 // only root may give files to a group that it is not in
@@ -141,7 +158,7 @@ func TestSocketGroup(t *testing.T) {
 		groups = append(groups, g.Name)
 	}
 	for i, group := range groups {
-		cfg := baseConfig("base")
+		cfg := config("base")
 		cfg.UnixSocketConfig = &UnixSocketConfig{Group: group}
 		c, p := start(t, cfg)
 		want := gid
@@ -161,18 +178,18 @@ func TestSocketGroup(t *testing.T) {
 		c.Kill()
 		baseGone(t, dir)
 	}
-	cfg := baseConfig("base")
+	cfg := config("base")
 	cfg.UnixSocketConfig = &UnixSocketConfig{Group: "no-such-group"}
 	c := NewClient(cfg)
 	defer c.Kill()
 	_, err := c.Start()
-	baseCheckError(t, err, "no-such-group")
+	errorSays(t, err, "no-such-group")
 }
 
 // TestSocketPathTooLong checks that a TMPDIR that is too long for a socket is
 // done without, and that the error says so where a directory was asked for.
 func TestSocketPathTooLong(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	long := t.TempDir()
 	for len(long) < 120 {
 		long = filepath.Join(long, strings.Repeat("long", 8))
@@ -180,19 +197,17 @@ func TestSocketPathTooLong(t *testing.T) {
 	if err := os.MkdirAll(long, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	cfg := baseConfig("base")
+	cfg := config("base")
 	cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: long}
 	c := NewClient(cfg)
 	_, err := c.Start()
-	baseCheckError(t, err, "too long", "TempDir", long)
+	errorSays(t, err, "too long", "TempDir", long)
 	c.Kill()
 
 	t.Setenv("TMPDIR", long)
 	cfg.UnixSocketConfig = nil
 	c, p := start(t, cfg)
-	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Error(got)
-	}
+	greets(t, p)
 	_, dir := baseSocket(t, c)
 	if mode, _, _ := baseOwner(t, dir); mode != 0o700 {
 		t.Errorf("the directory has %v", mode)
@@ -204,42 +219,11 @@ func TestSocketPathTooLong(t *testing.T) {
 	}
 }
 
-// baseShared returns a directory that every user may enter, with a copy of the
-// test binary in it.
-func baseShared(t *testing.T) (dir, binary string) {
-	t.Helper()
-	dir = baseShortDir(t)
-	binary = filepath.Join(dir, "greeter")
-	from, err := os.Open(os.Args[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer from.Close()
-	to, err := os.OpenFile(binary, os.O_CREATE|os.O_WRONLY, 0o755)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = io.Copy(to, from)
-	if closed := to.Close(); err == nil {
-		err = closed
-	}
-	if err == nil {
-		err = os.Chmod(binary, 0o755)
-	}
-	if err == nil {
-		err = os.Chmod(dir, 0o755)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return dir, binary
-}
-
 // TestOtherUser starts the plugin under another user, which only root can; any
 // other user tries it with itself.
 func TestOtherUser(t *testing.T) {
-	baseClean(t)
-	dir, binary := baseShared(t)
+	leavesNothing(t)
+	dir, binary := publicDir(t)
 	cred := &syscall.Credential{Uid: uint32(os.Getuid()), Gid: uint32(os.Getgid()), NoSetGroups: true}
 	if os.Getuid() == 0 {
 		cred = &syscall.Credential{Uid: 54321, Gid: 54322}
@@ -250,7 +234,7 @@ func TestOtherUser(t *testing.T) {
 		"with AutoMTLS":     func(c *ClientConfig) { c.AutoMTLS = true },
 		"with a group":      func(c *ClientConfig) { c.UnixSocketConfig.Group = strconv.Itoa(int(cred.Gid)) },
 	} {
-		cfg := baseConfig("base-user")
+		cfg := config("base-user")
 		cfg.Cmd.Path, cfg.Cmd.Dir = binary, dir
 		cfg.Cmd.SysProcAttr = &syscall.SysProcAttr{Credential: cred}
 		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: dir}
@@ -296,18 +280,18 @@ func TestBadFile(t *testing.T) {
 		{"for Windows", "MZ" + strings.Repeat("\x00", 100), 0o755, false, []string{"Windows"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			baseClean(t)
+			leavesNothing(t)
 			path := filepath.Join(t.TempDir(), "greeter")
 			if err := os.WriteFile(path, []byte(test.text), test.mode); err != nil {
 				t.Fatal(err)
 			}
-			cfg := baseConfig("")
+			cfg := config("")
 			cfg.Cmd = exec.Command(path)
 			c := NewClient(cfg)
 			defer c.Kill()
 			var err error
-			baseReturns(t, "Start", func() { _, err = c.Start() })
-			baseCheckError(t, err, append(test.texts, "plugin greeter")...)
+			returns(t, "Start", func() { _, err = c.Start() })
+			errorSays(t, err, append(test.texts, "plugin greeter")...)
 			if exited := cfg.Cmd.ProcessState != nil; exited != test.exited {
 				t.Errorf("it ended with %v", cfg.Cmd.ProcessState)
 			}
@@ -318,14 +302,14 @@ func TestBadFile(t *testing.T) {
 // TestTestModeSignals checks that in test mode the process's signals stay with
 // whoever else takes them.
 func TestTestModeSignals(t *testing.T) {
-	baseClean(t)
+	leavesNothing(t)
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
 	defer signal.Stop(signals)
 	rc, _ := baseServeTest(t, &ServeConfig{
 		HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Test: &ServeTestConfig{},
 	})
-	_, p := start(t, &ClientConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(), Logger: hclog.NewNullLogger(), Reattach: rc})
+	_, p := start(t, attachTo(rc))
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
 		if err := syscall.Kill(os.Getpid(), sig); err != nil {
 			t.Fatal(err)
@@ -339,14 +323,14 @@ func TestTestModeSignals(t *testing.T) {
 			t.Errorf("%v does not arrive", sig)
 		}
 	}
-	if got := dispense[Greeter](t, p, "greeter").Greet(); got != "Hello!" {
-		t.Error("after the signals:", got)
-	}
+	greets(t, p, "after the signals")
 }
 
 // ==== Life and death ====
 
-var lifeTorture = flag.Duration("torture", 2*time.Second, "how long hosts and plugins are tortured")
+// Hosts and plugins that are killed, stopped, interrupted and detached.
+
+var lifeTorture = flag.Duration("torture", time.Second, "how long hosts and plugins are tortured")
 
 // orphanBound is how long a plugin may outlive its host.
 const orphanBound = 2 * time.Second
@@ -406,7 +390,7 @@ func startLife(l *lab, mode string, h lifeHost) *lifeProcess {
 func (p *lifeProcess) kill(t testing.TB) {
 	t.Helper()
 	_ = p.Process.Kill()
-	awaitClosed(t, "killing", p.waited)
+	receive(t, "killing", p.waited)
 }
 
 // lifeMoments are the moments of a plugin's life. Each brings it there and
@@ -466,7 +450,7 @@ func init() {
 			signal.Notify(interrupted, lifeTerminal[h.End])
 			go func() { <-interrupted; os.Exit(130) }()
 		}
-		cfg := lifeConfig(h.Plugin)
+		cfg := config(h.Plugin)
 		cfg.Detach = h.Detach
 		if h.Shell {
 			shell := exec.Command("sh", "-c", `"$0"; exit $?`, os.Args[0])
@@ -572,7 +556,7 @@ func TestLifeOrphan(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			awaitClosed(t, "the host's end", host.waited)
+			receive(t, "the host's end", host.waited)
 			if h.At == "before Serve" {
 				if len(l.processes()) == 0 {
 					t.Error("the plugin is gone before it was in Serve")
@@ -614,28 +598,26 @@ func TestLifeOrphanLateSignal(t *testing.T) {
 // A main that goes on when its host is gone is ended.
 func TestLifeOrphanEndless(t *testing.T) {
 	t.Parallel()
-	for _, shell := range []bool{false, true} {
-		t.Run(fmt.Sprint("shell:", shell), func(t *testing.T) {
+	for _, test := range []struct {
+		name         string
+		shell, later bool // later: main is at it already when the host goes
+	}{
+		{name: "alone"}, {name: "through a shell", shell: true}, {name: "later", later: true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
-			host := lifeHost{Plugin: "life endless", At: "idle", Shell: shell}.start(l)
+			host := lifeHost{Plugin: "life endless", At: "idle", Shell: test.shell}.start(l)
 			l.read("host is ready")
+			if test.later {
+				lifeSignal(t, l.readPid("plugin"), syscall.SIGTERM)
+				l.read("main runs on")
+			}
 			host.kill(t)
 			l.read("main runs on")
 			l.deserted(orphanBound + slack)
 		})
 	}
-	// The host may also go when main is at it already.
-	t.Run("later", func(t *testing.T) {
-		t.Parallel()
-		l := newLab(t)
-		host := lifeHost{Plugin: "life endless", At: "idle"}.start(l)
-		l.read("host is ready")
-		lifeSignal(t, l.readPid("plugin"), syscall.SIGTERM)
-		l.read("main runs on")
-		host.kill(t)
-		l.deserted(orphanBound + slack)
-	})
 }
 
 // survives fails the test if the process ends within the time in which an
@@ -660,7 +642,7 @@ func lifeSignal(t testing.TB, pid int, s syscall.Signal) {
 	}
 	if s == syscall.SIGSTOP {
 		// Its threads run on until they notice. Without /proc, we cannot.
-		lifeAwait(t, "a stop", func() bool {
+		await(t, "a stop", func() bool {
 			threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
 			return !slices.ContainsFunc(threads, func(name string) bool {
 				stat, err := os.ReadFile(name)
@@ -668,24 +650,6 @@ func lifeSignal(t testing.TB, pid int, s syscall.Signal) {
 			})
 		})
 	}
-}
-
-// lifeBuffer is a bytes.Buffer for two goroutines.
-type lifeBuffer struct {
-	mu  sync.Mutex // guards buf
-	buf bytes.Buffer
-}
-
-func (b *lifeBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *lifeBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
 }
 
 // A plugin that is meant to live on does, whatever it writes, and the next
@@ -715,7 +679,7 @@ func TestLifeDetach(t *testing.T) {
 				survives(t, pid)
 			}
 
-			var stdout, stderr lifeBuffer
+			var stdout, stderr syncBuffer
 			cfg := l.config("")
 			cfg.Cmd = nil
 			cfg.Reattach = &ReattachConfig{Protocol: ProtocolNetRPC, ProtocolVersion: 3, Addr: &net.UnixAddr{Net: "unix", Name: l.read("address")}, Pid: pid}
@@ -725,11 +689,11 @@ func TestLifeDetach(t *testing.T) {
 			if err := life.Call("Plugin.Print", "for the second host\n", new(bool)); err != nil {
 				t.Fatal(err)
 			}
-			lifeAwait(t, "what the plugin printed", func() bool {
+			await(t, "what the plugin printed", func() bool {
 				return strings.Contains(stdout.String(), "for the second host") && strings.Contains(stderr.String(), "for the second host")
 			})
 			c.Kill()
-			awaitClosed(t, "Done", c.Done())
+			receive(t, "Done", c.Done())
 			if err := c.Err(); err != nil {
 				t.Error(err)
 			}
@@ -804,7 +768,7 @@ func TestLifeStartErrorFiles(t *testing.T) {
 	runs := func(data []byte, mode fs.FileMode) func(testing.TB, *ClientConfig) {
 		return func(t testing.TB, cfg *ClientConfig) {
 			cfg.Cmd.Path = filepath.Join(t.TempDir(), "greeter")
-			lifeWriteProgram(t, cfg.Cmd.Path, data, mode)
+			writeProgram(t, cfg.Cmd.Path, data, mode)
 		}
 	}
 	for _, test := range []lifeFailure{
@@ -839,7 +803,7 @@ func TestLifeKillBound(t *testing.T) {
 		}, false},
 		{"stopped with its stream full", "life", func(t testing.TB, c *Client, life *lifeClient) {
 			stop(t, c, life)
-			go life.Call("Plugin.Echo", lifeData(8<<20), new([]byte))
+			go life.Call("Plugin.Echo", noise(8<<20, 1), new([]byte))
 		}, false},
 		{"main runs on", "life endless", func(testing.TB, *Client, *lifeClient) {}, false},
 		{"ignoring everything", "life stubborn", func(testing.TB, *Client, *lifeClient) {}, false},
@@ -854,7 +818,7 @@ func TestLifeKillBound(t *testing.T) {
 			c, p := start(t, cfg)
 			test.before(t, c, dispense[*lifeClient](t, p, "life"))
 			within(t, "Kill", killTimeout+time.Second, c.Kill)
-			awaitClosed(t, "Done", c.Done())
+			receive(t, "Done", c.Done())
 			if err := c.Err(); err != nil {
 				t.Error(err)
 			}
@@ -910,7 +874,7 @@ func TestLifeGrandchildCrash(t *testing.T) {
 	if !errors.As(err, &exit) || !strings.HasPrefix(exit.Panic, "panic: boom") {
 		t.Errorf("the call failed with %v", err)
 	}
-	awaitClosed(t, "Done", c.Done())
+	receive(t, "Done", c.Done())
 }
 
 // Ping says within five seconds that a plugin does not answer; it may later.
@@ -933,10 +897,10 @@ func TestLifePingStopped(t *testing.T) {
 // Many plugins are killed in the time that one takes.
 func TestLifeCleanup(t *testing.T) {
 	l := newLab(t)
-	const killTimeout = time.Second
+	const killTimeout = 500 * time.Millisecond
 	var clients []*Client
 	var starting sync.WaitGroup
-	for range 50 {
+	for range 40 {
 		cfg := l.config("life")
 		cfg.Managed, cfg.KillTimeout = true, killTimeout
 		c := NewClient(cfg)
@@ -966,7 +930,7 @@ func TestLifeCleanup(t *testing.T) {
 // lifePause is how long processes are stopped: longer than the shortest of
 // yamux's time-outs, which is ten seconds.
 func lifePause() time.Duration {
-	if *lifeLong {
+	if *long {
 		return 2 * time.Minute
 	}
 	return 11 * time.Second
@@ -1009,13 +973,13 @@ func TestLifePause(t *testing.T) {
 // lifePausePlugin stops a plugin and returns what to do in the end.
 func lifePausePlugin(t *testing.T) (goOn func()) {
 	cfg := newLab(t).config("life")
-	var stdout lifeBuffer
+	var stdout syncBuffer
 	cfg.SyncStdout, cfg.SyncStderr = &stdout, io.Discard
 	c, p := start(t, cfg)
 	life := dispense[*lifeClient](t, p, "life")
 	pid, _ := strconv.Atoi(c.ID())
 
-	data := lifeData(8 << 20)
+	data := noise(8<<20, 1)
 	want := sha256.Sum256(data)
 	stream := &halfReader{bytes.NewReader(data[:1<<20]), bytes.NewReader(data[1<<20:]), make(chan struct{}), make(chan struct{})}
 	results := make(chan error, 10)
@@ -1040,7 +1004,7 @@ func lifePausePlugin(t *testing.T) (goOn func()) {
 		}
 		return nil
 	})
-	awaitClosed(t, "half of a stream", stream.half)
+	receive(t, "half of a stream", stream.half)
 	lifeSignal(t, pid, syscall.SIGSTOP)
 	close(stream.goOn)
 	echo := func() error {
@@ -1085,7 +1049,7 @@ func lifePausePlugin(t *testing.T) (goOn func()) {
 		if err := p.Ping(); err != nil {
 			t.Error(err)
 		}
-		lifeAwait(t, "what was printed", func() bool { return stdout.String() == "good morning\n" })
+		await(t, "what was printed", func() bool { return stdout.String() == "good morning\n" })
 	}
 }
 
@@ -1100,7 +1064,7 @@ func lifePauseHost(t *testing.T, both bool) (goOn func()) {
 		who = append(who, plugin)
 	}
 	progress := func() int { return l.readPid(fmt.Sprintf("progress-%d", host.Process.Pid)) }
-	lifeAwait(t, "any progress", func() bool { return progress() > 10 })
+	await(t, "any progress", func() bool { return progress() > 10 })
 	for _, pid := range who {
 		lifeSignal(t, pid, syscall.SIGSTOP)
 	}
@@ -1109,7 +1073,7 @@ func lifePauseHost(t *testing.T, both bool) (goOn func()) {
 		for _, pid := range who {
 			lifeSignal(t, pid, syscall.SIGCONT)
 		}
-		lifeAwait(t, "progress afterwards", func() bool { return progress() > before+20 })
+		await(t, "progress afterwards", func() bool { return progress() > before+20 })
 		if !lifeRuns(plugin) {
 			t.Error("it is not the same plugin any more")
 		}
@@ -1144,7 +1108,7 @@ func TestLifeSignals(t *testing.T) {
 		}
 	}
 	lifeSignal(t, pid, syscall.SIGTERM)
-	awaitClosed(t, "Done", c.Done())
+	receive(t, "Done", c.Done())
 	var exit *ExitError
 	if !errors.As(c.Err(), &exit) || exit.State == nil || !exit.State.Success() {
 		t.Errorf("Err returned %v", c.Err())
@@ -1196,7 +1160,7 @@ func init() {
 					note("level 3 answers", "")
 					return &lifeServer{}, nil
 				}
-				cfg := lifeConfig(os.Getenv(modeEnv))
+				cfg := config(os.Getenv(modeEnv))
 				cfg.Cmd.Env = append(cfg.Cmd.Env, fmt.Sprintf("%s=%d", levelEnv, level))
 				p, err := NewClient(cfg).Client()
 				if err != nil {
@@ -1239,8 +1203,8 @@ func TestLifeSecure(t *testing.T) {
 		return sum[:]
 	}
 	script := filepath.Join(t.TempDir(), "greeter")
-	lifeWriteProgram(t, script, fmt.Appendf(nil, "#!/bin/sh\nexec '%s' \"$@\"\n", os.Args[0]), 0o700)
-	for name, path := range map[string]string{"binary": lifeNamed(t, "greeter"), "script": script} {
+	writeProgram(t, script, fmt.Appendf(nil, "#!/bin/sh\nexec '%s' \"$@\"\n", os.Args[0]), 0o700)
+	for name, path := range map[string]string{"binary": binaryNamed(t, "greeter"), "script": script} {
 		t.Run(name, func(t *testing.T) {
 			self := func(secure *SecureConfig) LifeSelf {
 				cfg := newLab(t).config("life")
@@ -1257,7 +1221,7 @@ func TestLifeSecure(t *testing.T) {
 				t.Errorf("it is %q, %q, %q and was %q, %q, %q", checked.Executable, checked.Comm, checked.Args, plain.Executable, plain.Comm, plain.Args)
 			}
 			bad := filepath.Join(t.TempDir(), "bad")
-			lifeWriteProgram(t, bad, []byte("#!/bin/sh\ntouch \"$"+lifeNotesEnv+"\"/swapped\n"), 0o700)
+			writeProgram(t, bad, []byte("#!/bin/sh\ntouch \"$"+notesEnv+"\"/swapped\n"), 0o700)
 			swapped := false
 			swap := func() {
 				if err := os.Rename(bad, path); err != nil {
@@ -1300,8 +1264,7 @@ func TestLifeTorture(t *testing.T) {
 	select {
 	case <-done:
 	case <-time.After(time.Until(end) + 3*hangs):
-		buf := make([]byte, 1<<20)
-		t.Fatalf("something hangs:\n%s", buf[:runtime.Stack(buf, true)])
+		t.Fatalf("something hangs:\n%s", stacks())
 	}
 	l.deserted(orphanBound + slack)
 	if l.noted("a wrong answer") {
@@ -1415,6 +1378,9 @@ func tortureHost(t *testing.T, l *lab) {
 
 // ==== Faults of the system and of the host's own code ====
 
+// Descriptors, disks and processes run out, and loggers and writers of the
+// host's fail: errors say so, and nothing hangs or is left.
+
 const (
 	faultConfigEnv = "TEST_FAULT_CONFIG" // a name in faultConfigs
 	faultLimitEnv  = "TEST_FAULT_LIMIT"  // how many descriptors a plugin may have beside those it began with
@@ -1447,19 +1413,19 @@ func init() {
 		if err := os.WriteFile(dir, nil, 0o600); err != nil {
 			panic(err)
 		}
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
+		servePlugins(callsPlugins())
 	}
 	modes["fault endless"] = func() {
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
-		time.Sleep(baseForever)
+		servePlugins(callsPlugins())
+		time.Sleep(forever)
 	}
 	modes["fault noisy"] = func() {
 		fmt.Println("welcome to the jungle")
 		fmt.Fprintln(os.Stderr, "so far, so good")
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
+		servePlugins(callsPlugins())
 	}
 	modes["fault greedy"] = func() {
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: faultGreedyPlugins()})
+		servePlugins(faultGreedyPlugins())
 	}
 	modes["fault plugin"] = func() {
 		spare, err := strconv.Atoi(os.Getenv(faultLimitEnv))
@@ -1467,7 +1433,7 @@ func init() {
 			panic(err)
 		}
 		faultLimit(spare)
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: callsPlugins()})
+		servePlugins(callsPlugins())
 	}
 }
 
@@ -1533,26 +1499,6 @@ type FaultReport struct {
 	Left  string // what was left behind
 }
 
-// faultConfig is the configuration of the hosts in processes of their own.
-func faultConfig() *ClientConfig {
-	cfg := baseConfig("calls")
-	cfg.Plugins = callsPlugins()
-	return cfg
-}
-
-// faultBounded runs f and returns its error, or that it hangs.
-func faultBounded(f func() error) error {
-	done := make(chan error, 1)
-	go func() { done <- f() }()
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(hangs):
-		buf := make([]byte, 1<<20)
-		return fmt.Errorf("it hangs:\n%s", buf[:runtime.Stack(buf, true)])
-	}
-}
-
 // faultLife starts a plugin, uses it, and ends it; before each step it calls
 // before. It returns the step that failed.
 func faultLife(cfg *ClientConfig, before func(step string)) (step string, err error) {
@@ -1568,33 +1514,19 @@ func faultLife(cfg *ClientConfig, before func(step string)) (step string, err er
 		{"everything", func() error { return everything(p.(*RPCClient)) }},
 	} {
 		before(s.name)
-		if err = faultBounded(s.run); err != nil {
+		if err = bounded(hangs, s.run); err != nil {
 			step = s.name
 			break
 		}
 	}
 	before("Kill")
-	if hung := faultBounded(func() error { c.Kill(); return nil }); hung != nil {
+	if hung := bounded(hangs, func() error { c.Kill(); return nil }); hung != nil {
 		return "Kill", hung
 	}
 	if err == nil && c.Err() != nil {
 		return "Kill", c.Err()
 	}
 	return step, err
-}
-
-// faultLeft says what this process has left of what it had not before.
-func faultLeft(before []string, goroutines int) (left string) {
-	poll(5*time.Second, func() bool {
-		held := slices.DeleteFunc(baseHeld(os.TempDir()), func(s string) bool { return slices.Contains(before, s) })
-		left = strings.Join(held, "\n")
-		if n := runtime.NumGoroutine(); n > goroutines {
-			buf := make([]byte, 1<<20)
-			left += fmt.Sprintf("\n%d goroutines:\n%s", n-goroutines, buf[:runtime.Stack(buf, true)])
-		}
-		return left == ""
-	})
-	return left
 }
 
 // faultTell sends a report to the test.
@@ -1607,17 +1539,17 @@ func faultTell(r FaultReport) {
 // faultHost lives through the life of a plugin again and again, each time with
 // one descriptor more, until it does so without an error.
 func faultHost() {
-	cfg := faultConfig()
+	cfg := config("calls")
 	if err := faultConfigs[os.Getenv(faultConfigEnv)](cfg); err != nil {
 		panic(err)
 	}
-	held, goroutines := baseHeld(os.TempDir()), runtime.NumGoroutine()
+	left := takeStock(os.TempDir())
 	for r := (FaultReport{Err: "none yet"}); r.Err != "" && r.Spare < 100; r.Spare++ {
 		restore := faultLimit(r.Spare)
 		var err error
 		r.Step, err = faultLife(cfg, func(string) {})
 		restore()
-		r.Err, r.Left = faultText(err), faultLeft(held, goroutines)
+		r.Err, r.Left = faultText(err), left()
 		faultTell(r)
 	}
 }
@@ -1632,10 +1564,10 @@ func faultText(err error) string {
 // faultHostRunsOut has all descriptors until a step, and none more from there
 // on, for each step in turn.
 func faultHostRunsOut() {
-	held, goroutines := baseHeld(os.TempDir()), runtime.NumGoroutine()
+	left := takeStock(os.TempDir())
 	for _, at := range []string{"Start", "Client", "Ping", "everything", "Kill"} {
 		restore := func() {}
-		step, err := faultLife(faultConfig(), func(step string) {
+		step, err := faultLife(config("calls"), func(step string) {
 			if step == at {
 				restore = faultFill()
 			}
@@ -1644,34 +1576,33 @@ func faultHostRunsOut() {
 		if step == "" {
 			step = "none after " + at
 		}
-		faultTell(FaultReport{Step: step, Err: faultText(err), Left: faultLeft(held, goroutines)})
+		faultTell(FaultReport{Step: step, Err: faultText(err), Left: left()})
 	}
 }
 
 // faultHostReattaches reattaches with one descriptor more each time.
 func faultHostReattaches() {
-	c := NewClient(faultConfig())
+	c := NewClient(config("calls"))
 	defer c.Kill()
 	if _, err := c.Client(); err != nil {
 		panic(err)
 	}
-	held, goroutines := baseHeld(os.TempDir()), runtime.NumGoroutine()
+	left := takeStock(os.TempDir())
 	for r := (FaultReport{Err: "none yet"}); r.Err != "" && r.Spare < 100; r.Spare++ {
-		cfg := faultConfig()
-		cfg.Cmd, cfg.Reattach = nil, c.ReattachConfig()
+		cfg := attachTo(c.ReattachConfig())
 		cfg.Reattach.Test = true // so that Kill leaves the plugin to the next one
 		again := NewClient(cfg)
 		restore := faultLimit(r.Spare)
-		err := faultBounded(func() error { _, err := again.Client(); return err })
+		err := bounded(hangs, func() error { _, err := again.Client(); return err })
 		restore()
 		r.Err = faultText(err)
 		if errors.Is(err, ErrProcessNotFound) {
 			r.Err = "the plugin is taken for dead: " + r.Err
 		}
-		if err := faultBounded(func() error { again.Kill(); return nil }); err != nil {
+		if err := bounded(hangs, func() error { again.Kill(); return nil }); err != nil {
 			r.Err = "Kill: " + err.Error()
 		}
-		r.Left = faultLeft(held, goroutines)
+		r.Left = left()
 		faultTell(r)
 	}
 }
@@ -1684,7 +1615,7 @@ func faultReports(t *testing.T, mode string, env []string, through ...string) (r
 	defer cancel()
 	argv := append(through, os.Args[0])
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	cmd.Env = append(os.Environ(), append(env, modeEnv+"="+mode, "TMPDIR="+baseShortDir(t))...)
+	cmd.Env = append(os.Environ(), append(env, modeEnv+"="+mode, "TMPDIR="+shortDir(t))...)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	cmd.WaitDelay = hangs
@@ -1726,7 +1657,7 @@ func TestFaultDescriptors(t *testing.T) {
 					}
 					continue
 				}
-				baseCheckError(t, errors.New(r.Err), pluginName(os.Args[0]), "too many open files", "ulimit -n")
+				errorSays(t, errors.New(r.Err), pluginName(os.Args[0]), "too many open files", "ulimit -n")
 			}
 		})
 	}
@@ -1745,7 +1676,7 @@ func TestFaultNoDescriptorsLeft(t *testing.T) {
 			t.Errorf("%s: left is\n%s", r.Step, r.Left)
 		}
 		if r.Step == "Start" || r.Step == "Client" {
-			baseCheckError(t, errors.New(r.Err), pluginName(os.Args[0]), "too many open files", "ulimit -n")
+			errorSays(t, errors.New(r.Err), pluginName(os.Args[0]), "too many open files", "ulimit -n")
 		}
 	}
 	want := []string{"Start", "Client", "none after Ping", "none after everything", "none after Kill"}
@@ -1769,7 +1700,7 @@ func TestFaultReattach(t *testing.T) {
 		if last := i == len(reports)-1; last != (r.Err == "") {
 			t.Errorf("with %d descriptors: %q", r.Spare, r.Err)
 		} else if !last {
-			baseCheckError(t, errors.New(r.Err), "reattaching", "too many open files", "ulimit -n")
+			errorSays(t, errors.New(r.Err), "reattaching", "too many open files", "ulimit -n")
 		}
 		if strings.Contains(r.Err, "taken for dead") {
 			t.Error(r.Err)
@@ -1787,7 +1718,6 @@ func TestFaultDescriptorsOfPlugin(t *testing.T) {
 			for spare := 0; ; spare++ {
 				l := newLab(t)
 				cfg := l.config("fault plugin")
-				cfg.Plugins = callsPlugins()
 				cfg.Cmd.Env = append(cfg.Cmd.Env, fmt.Sprintf("%s=%d", faultLimitEnv, spare))
 				if err := change(cfg); err != nil {
 					t.Fatal(err)
@@ -1801,7 +1731,7 @@ func TestFaultDescriptorsOfPlugin(t *testing.T) {
 					break
 				}
 				t.Logf("%d: %s: %v", spare, step, err)
-				baseCheckError(t, err, pluginName(os.Args[0]), "too many open files", "ulimit -n")
+				errorSays(t, err, pluginName(os.Args[0]), "too many open files", "ulimit -n")
 				if step != "Start" || spare > 100 {
 					t.Fatalf("with %d descriptors, %s fails: %v", spare, step, err)
 				}
@@ -1866,21 +1796,21 @@ func TestFaultLogger(t *testing.T) {
 			{"a method that a plugin called panicked", "calls", func(t *testing.T, _ *Client, p ClientProtocol) {
 				c := dispense[*callsClient](t, p, "calls")
 				back := CallsBack{c.broker.ServeRPC(newCallsService(nil)), "Plugin.Panic", "ouch"}
-				if err := Call(callsContext(t), c.Client, "Plugin.CallBack", back, new(string)); err == nil || !strings.Contains(err.Error(), "ouch") {
+				if err := Call(boundedContext(t), c.Client, "Plugin.CallBack", back, new(string)); err == nil || !strings.Contains(err.Error(), "ouch") {
 					t.Errorf("a callback that panics returns %v", err)
 				}
 			}},
 			{"a served reader", "calls", func(t *testing.T, _ *Client, p ClientProtocol) {
 				c := dispense[*callsClient](t, p, "calls")
 				pipe := CallsPipe{c.broker.ServeReader(iotest.ErrReader(io.ErrClosedPipe)), c.broker.ServeWriter(io.Discard)}
-				if err := Call(callsContext(t), c.Client, "Plugin.Pipe", pipe, new(string)); err == nil {
+				if err := Call(boundedContext(t), c.Client, "Plugin.Pipe", pipe, new(string)); err == nil {
 					t.Error("a broken reader is read")
 				}
 			}},
 			{"a service cannot be called", "calls", func(t *testing.T, _ *Client, p ClientProtocol) {
 				c := dispense[*callsClient](t, p, "calls")
 				back := CallsBack{c.broker.ServeRPC(struct{}{}), "Plugin.Echo", ""}
-				if err := Call(callsContext(t), c.Client, "Plugin.CallBack", back, new(string)); err == nil {
+				if err := Call(boundedContext(t), c.Client, "Plugin.CallBack", back, new(string)); err == nil {
 					t.Error("what has no methods is called")
 				}
 			}},
@@ -1891,13 +1821,13 @@ func TestFaultLogger(t *testing.T) {
 				t.Parallel()
 				cfg := newLab(t).config(test.mode)
 				logger := newFaultLogger(test.from, faultOf(t, how))
-				cfg.Plugins, cfg.Logger = callsPlugins(), logger
-				cfg.Stderr = callsWriter(func([]byte) (int, error) { return 0, io.ErrShortWrite })
+				cfg.Logger = logger
+				cfg.Stderr = writerFunc(func([]byte) (int, error) { return 0, io.ErrShortWrite })
 				cfg.StartTimeout, cfg.KillTimeout = 5*time.Second, 500*time.Millisecond
 				c := NewClient(cfg)
 				defer c.Kill()
 				var p ClientProtocol
-				err := faultBounded(func() (err error) { p, err = c.Client(); return err })
+				err := bounded(hangs, func() (err error) { p, err = c.Client(); return err })
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -1905,11 +1835,11 @@ func TestFaultLogger(t *testing.T) {
 					test.use(t, c, p)
 				}
 				var out string
-				if err := Call(callsContext(t), dispense[*callsClient](t, p, "calls").Client, "Plugin.Echo", "x", &out); err != nil || out != "x" {
+				if err := Call(boundedContext(t), dispense[*callsClient](t, p, "calls").Client, "Plugin.Echo", "x", &out); err != nil || out != "x" {
 					t.Errorf("Echo returns %q, %v", out, err)
 				}
 				within(t, "Kill", cfg.KillTimeout+time.Second, c.Kill)
-				awaitClosed(t, "Done", c.Done())
+				receive(t, "Done", c.Done())
 				if err := c.Err(); err != nil {
 					t.Error(err)
 				}
@@ -1945,23 +1875,23 @@ func TestFaultWriters(t *testing.T) {
 		text   string // of what is logged
 	}{
 		{"error", func(*testing.T) io.Writer {
-			return callsWriter(func([]byte) (int, error) { return 0, errors.New("no paper") })
+			return writerFunc(func([]byte) (int, error) { return 0, errors.New("no paper") })
 		}, "no paper"},
 		{"short write", func(*testing.T) io.Writer {
-			return callsWriter(func(p []byte) (int, error) { return len(p) / 2, nil })
+			return writerFunc(func(p []byte) (int, error) { return len(p) / 2, nil })
 		}, "short write"},
 		{"impossible count", func(*testing.T) io.Writer {
-			return callsWriter(func(p []byte) (int, error) { return -1, nil })
+			return writerFunc(func(p []byte) (int, error) { return -1, nil })
 		}, "short write"},
 		{"panic", func(t *testing.T) io.Writer {
 			fault := faultOf(t, "panics")
-			return callsWriter(func(p []byte) (int, error) { fault(); return len(p), nil })
+			return writerFunc(func(p []byte) (int, error) { fault(); return len(p), nil })
 		}, "the host's own code is broken"},
 		{"nil in a writer", func(*testing.T) io.Writer { return (*bytes.Buffer)(nil) }, "nil pointer"},
 		{"full disk", faultFullDisk, "/dev/"},
 		{"blocked", func(t *testing.T) io.Writer {
 			fault := faultOf(t, "blocks")
-			return callsWriter(func(p []byte) (int, error) { fault(); return len(p), nil })
+			return writerFunc(func(p []byte) (int, error) { fault(); return len(p), nil })
 		}, ""},
 	} {
 		for which := range 3 {
@@ -1970,11 +1900,10 @@ func TestFaultWriters(t *testing.T) {
 				t.Parallel()
 				l := newLab(t)
 				cfg := l.config("base")
-				cfg.Plugins = basePlugins(&baseServer{})
 				cfg.KillTimeout = 500 * time.Millisecond
-				logger, records := baseLogger()
+				logger, records := recordingLogger()
 				cfg.Logger = logger
-				var good [3]baseBuffer
+				var good [3]syncBuffer
 				to := [3]io.Writer{&good[0], &good[1], &good[2]}
 				to[which] = test.writer(t)
 				cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = to[0], to[1], to[2]
@@ -1984,17 +1913,17 @@ func TestFaultWriters(t *testing.T) {
 				if test.text == "" {
 					said[which] = junk[:1000] // it would fill what is between
 				}
-				if err := Call(callsContext(t), client, "Plugin.Print", BaseOutput{said[0], said[1], said[2]}, new(struct{})); err != nil {
+				if err := Call(boundedContext(t), client, "Plugin.Print", BaseOutput{said[0], said[1], said[2]}, new(struct{})); err != nil {
 					t.Error(err)
 				}
-				baseEcho(t, client, "and still here")
+				echo(t, client, "and still here")
 				for i := range good {
 					if i != which {
-						baseUntil(t, "the rest of the output", func() bool { return strings.HasPrefix(good[i].String(), string(junk)) })
+						await(t, "the rest of the output", func() bool { return strings.HasPrefix(good[i].String(), string(junk)) })
 					}
 				}
 				within(t, "Kill", cfg.KillTimeout+time.Second, c.Kill)
-				awaitClosed(t, "Done", c.Done())
+				receive(t, "Done", c.Done())
 				if err := c.Err(); err != nil {
 					t.Error(err)
 				}
@@ -2027,14 +1956,14 @@ func TestFaultSocket(t *testing.T) {
 	for _, dir := range []string{file, missing, loop, "/dev/null", "/dev/fd", strings.Repeat("x", 300)} {
 		for _, variable := range []string{"TMPDIR", "TempDir"} {
 			t.Run(variable+"="+dir[:min(len(dir), 50)], func(t *testing.T) {
-				cfg := baseConfig("calls")
+				cfg := config("calls")
 				if variable == "TMPDIR" {
 					t.Setenv(variable, dir)
 				} else {
 					cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: dir}
 				}
 				err := startError(t, NewClient(cfg))
-				baseCheckError(t, err, pluginName(os.Args[0]), dir, "TMPDIR", "TempDir")
+				errorSays(t, err, pluginName(os.Args[0]), dir, "TMPDIR", "TempDir")
 				if strings.Contains(err.Error(), "interpreter") {
 					t.Error(err)
 				}
@@ -2047,7 +1976,7 @@ func TestFaultSocket(t *testing.T) {
 	// The plugin's side of it.
 	cfg := newLab(t).config("fault without a directory")
 	err := startError(t, NewClient(cfg))
-	baseCheckError(t, err, pluginName(os.Args[0]), "cannot serve", "listen unix", cfg.UnixSocketConfig.TempDir)
+	errorSays(t, err, pluginName(os.Args[0]), "cannot serve", "listen unix", cfg.UnixSocketConfig.TempDir)
 }
 
 // faultHostOnSmallDisk tells how starts fail on a disk that takes no more
@@ -2065,15 +1994,15 @@ func faultHostOnSmallDisk() {
 		if err != nil {
 			panic(fmt.Sprintf("%v: %s", err, out))
 		}
-		held, goroutines := baseHeld(os.TempDir()), runtime.NumGoroutine()
-		cfg := faultConfig()
+		left := takeStock(os.TempDir())
+		cfg := config("calls")
 		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: dir}
 		step, err := faultLife(cfg, func(string) {})
-		left := faultLeft(held, goroutines)
+		rest := left()
 		if entries, _ := os.ReadDir(dir); len(entries) > 0 {
-			left += fmt.Sprint(entries)
+			rest += fmt.Sprint(entries)
 		}
-		faultTell(FaultReport{Spare: files, Step: step, Err: faultText(err), Left: left})
+		faultTell(FaultReport{Spare: files, Step: step, Err: faultText(err), Left: rest})
 		out, err = exec.Command("umount", dir).CombinedOutput()
 		if err != nil {
 			panic(fmt.Sprintf("%v: %s", err, out))
@@ -2088,7 +2017,7 @@ func faultHostOnSmallDisk() {
 func TestFaultDiskFull(t *testing.T) {
 	t.Parallel()
 	apart := []string{"unshare", "--user", "--map-root-user", "--mount"}
-	dir := baseShortDir(t)
+	dir := shortDir(t)
 	if out, err := exec.Command(apart[0], append(apart[1:], "mount", "-t", "tmpfs", "tmpfs", dir)...).CombinedOutput(); err != nil {
 		t.Logf("there are no disks here: %v: %s", err, out)
 		return
@@ -2104,7 +2033,7 @@ func TestFaultDiskFull(t *testing.T) {
 		}
 		switch i {
 		case 0, 1:
-			baseCheckError(t, errors.New(r.Err), pluginName(os.Args[0]), "no space left on device", "/disk")
+			errorSays(t, errors.New(r.Err), pluginName(os.Args[0]), "no space left on device", "/disk")
 		case 2:
 			if r.Err != "" {
 				t.Error("it does not start where there is room:", r.Err)
@@ -2115,6 +2044,7 @@ func TestFaultDiskFull(t *testing.T) {
 
 // Where the system cannot execute the binary, a start says why and what to do.
 func TestFaultExec(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name  string
 		edit  func(*testing.T, *ClientConfig)
@@ -2123,7 +2053,8 @@ func TestFaultExec(t *testing.T) {
 	}{
 		// This is no fault on macOS.
 		{"open for writing", func(t *testing.T, cfg *ClientConfig) {
-			faultCopy(t, cfg)
+			cfg.Cmd.Path = filepath.Join(t.TempDir(), "greeter")
+			copyBinary(t, cfg.Cmd.Path)
 			f, err := os.OpenFile(cfg.Cmd.Path, os.O_WRONLY, 0)
 			if err != nil {
 				t.Fatal(err)
@@ -2145,6 +2076,7 @@ func TestFaultExec(t *testing.T) {
 		}
 		for _, secure := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, SecureConfig: %v", test.name, secure), func(t *testing.T) {
+				t.Parallel()
 				cfg := newLab(t).config("calls")
 				test.edit(t, cfg)
 				if secure {
@@ -2154,7 +2086,7 @@ func TestFaultExec(t *testing.T) {
 				}
 				err := startError(t, NewClient(cfg))
 				t.Log(err)
-				baseCheckError(t, err, append(test.texts, pluginName(cfg.Cmd.Path))...)
+				errorSays(t, err, append(test.texts, pluginName(cfg.Cmd.Path))...)
 				if test.is != nil && !errors.Is(err, test.is) {
 					t.Errorf("it is no %v: %v", test.is, err.Err)
 				}
@@ -2166,28 +2098,17 @@ func TestFaultExec(t *testing.T) {
 	}
 }
 
-// faultCopy makes a configuration start a copy of the test binary.
-func faultCopy(t *testing.T, cfg *ClientConfig) {
-	t.Helper()
-	binary, err := os.ReadFile(os.Args[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.Cmd.Path = filepath.Join(t.TempDir(), "greeter")
-	lifeWriteProgram(t, cfg.Cmd.Path, binary, 0o700)
-}
-
 // faultHostWithoutProcesses starts two plugins as a user who may have one.
 func faultHostWithoutProcesses() {
-	held, goroutines := baseHeld(os.TempDir()), runtime.NumGoroutine()
+	left := takeStock(os.TempDir())
 	dir := os.Getenv(faultConfigEnv)
 	start := func() (*Client, error) {
-		cfg := faultConfig()
+		cfg := config("calls")
 		cfg.Cmd.Path, cfg.Cmd.Dir = filepath.Join(dir, "greeter"), dir
 		cfg.Cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 54321, Gid: 54321, NoSetGroups: true}}
 		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: dir}
 		c := NewClient(cfg)
-		return c, faultBounded(func() error { _, err := c.Client(); return err })
+		return c, bounded(hangs, func() error { _, err := c.Client(); return err })
 	}
 	first, err := start()
 	if err != nil {
@@ -2199,11 +2120,11 @@ func faultHostWithoutProcesses() {
 	}
 	second, err := start()
 	second.Kill()
-	if alive := faultBounded(func() error { _, err := first.Client(); return err }); alive != nil {
+	if alive := bounded(hangs, func() error { _, err := first.Client(); return err }); alive != nil {
 		panic(alive)
 	}
 	first.Kill()
-	faultTell(FaultReport{Err: faultText(err), Left: faultLeft(held, goroutines)})
+	faultTell(FaultReport{Err: faultText(err), Left: left()})
 }
 
 // A fork that fails for want of processes is said to have. The limit does not
@@ -2214,13 +2135,13 @@ func TestFaultProcesses(t *testing.T) {
 		t.Log("this is for root on Linux")
 		return
 	}
-	dir, _ := baseShared(t)
+	dir, _ := publicDir(t)
 	reports := faultReports(t, "fault host without processes", []string{faultConfigEnv + "=" + dir})
 	if len(reports) != 1 {
 		t.Fatalf("there are %d reports", len(reports))
 	}
 	t.Log(reports[0].Err)
-	baseCheckError(t, errors.New(reports[0].Err), "greeter", "resource temporarily unavailable", "ulimit -u")
+	errorSays(t, errors.New(reports[0].Err), "greeter", "resource temporarily unavailable", "ulimit -u")
 	if reports[0].Left != "" {
 		t.Errorf("left behind:\n%s", reports[0].Left)
 	}
@@ -2251,13 +2172,13 @@ func faultGreedyPlugins() PluginSet {
 func TestFaultNoDescriptorsLeftInPlugin(t *testing.T) {
 	t.Parallel()
 	cfg := newLab(t).config("fault greedy")
-	logger, records := baseLogger()
+	logger, records := recordingLogger()
 	cfg.Plugins, cfg.Logger = faultGreedyPlugins(), logger
 	c, p := start(t, cfg)
 	greedy := dispense[*rpc.Client](t, p, "greedy")
 	ask := func(method string) {
 		t.Helper()
-		if err := Call(callsContext(t), greedy, "Plugin."+method, struct{}{}, new(struct{})); err != nil {
+		if err := Call(boundedContext(t), greedy, "Plugin."+method, struct{}{}, new(struct{})); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -2265,30 +2186,30 @@ func TestFaultNoDescriptorsLeftInPlugin(t *testing.T) {
 	calls := dispense[*callsClient](t, p, "calls")
 	var out string
 	back := CallsBack{calls.broker.ServeRPC(newCallsService(nil)), "Plugin.Echo", "y"}
-	if err := Call(callsContext(t), calls.Client, "Plugin.CallBack", back, &out); err != nil || out != "y" {
+	if err := Call(boundedContext(t), calls.Client, "Plugin.CallBack", back, &out); err != nil || out != "y" {
 		t.Errorf("%q, %v", out, err)
 	}
-	var written baseBuffer
+	var written syncBuffer
 	pipe := CallsPipe{calls.broker.ServeReader(strings.NewReader("all of it")), calls.broker.ServeWriter(&written)}
-	if err := Call(callsContext(t), calls.Client, "Plugin.Pipe", pipe, &out); err != nil {
+	if err := Call(boundedContext(t), calls.Client, "Plugin.Pipe", pipe, &out); err != nil {
 		t.Error(err)
 	}
-	baseUntil(t, "what was written", func() bool { return written.String() == "all of it" })
+	await(t, "what was written", func() bool { return written.String() == "all of it" })
 
 	again := *cfg
 	again.Cmd, again.Reattach = nil, c.ReattachConfig()
 	again.Reattach.Test = true // Kill only disconnects it
 	_, other := start(t, &again)
-	answered := callsGo(func() error {
+	answered := async(func() error {
 		_, err := Dispense[*callsClient](other, "calls")
 		return err
 	})
-	baseUntil(t, "what is wrong is logged", func() bool { return len(records.find("could not be accepted")) > 0 })
+	await(t, "what is wrong is logged", func() bool { return len(records.find("could not be accepted")) > 0 })
 	if len(answered) > 0 {
 		t.Error("the other host has a connection:", <-answered)
 	}
 	ask("Give")
-	if err := callsGet(t, "the other host's connection", answered); err != nil {
+	if err := receive(t, "the other host's connection", answered); err != nil {
 		t.Error(err)
 	}
 	ask("Take")

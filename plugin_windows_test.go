@@ -28,7 +28,7 @@ const (
 
 func init() {
 	modes["windows host"] = func() {
-		cfg := lifeConfig(os.Getenv(winPluginEnv))
+		cfg := config(os.Getenv(winPluginEnv))
 		cfg.Detach = os.Getenv(winDetachEnv) == "Detach"
 		c := NewClient(cfg)
 		if os.Getenv(winAtEnv) == "before Serve" {
@@ -59,7 +59,7 @@ func init() {
 		case "panic":
 			panic("the host has a bug")
 		}
-		time.Sleep(baseForever)
+		time.Sleep(forever)
 	}
 }
 
@@ -139,12 +139,9 @@ func TestWindowsDetach(t *testing.T) {
 	cfg := l.config("")
 	cfg.Cmd, cfg.Reattach = nil, &ReattachConfig{ProtocolVersion: 3, Addr: addr, Pid: pid}
 	c, p := start(t, cfg)
-	var reply []byte
-	if err := dispense[*lifeClient](t, p, "life").Call("Plugin.Echo", []byte("?"), &reply); err != nil || string(reply) != "?" {
-		t.Errorf("Echo returned %q, %v", reply, err)
-	}
+	echo(t, dispense[*lifeClient](t, p, "life").Client, "?")
 	c.Kill()
-	awaitClosed(t, "Done", c.Done())
+	receive(t, "Done", c.Done())
 	if err := c.Err(); err != nil {
 		t.Error(err)
 	}
@@ -155,18 +152,18 @@ func TestWindowsDetach(t *testing.T) {
 // left alone: a port does not tell whose it is.
 func TestWindowsStubbornStranger(t *testing.T) {
 	t.Parallel()
-	cfg := baseConfig("base-stubborn")
+	cfg := config("base-stubborn")
 	cfg.KillTimeout = 300 * time.Millisecond
 	first, _ := start(t, cfg)
 	again := *cfg
 	again.Cmd, again.Reattach = nil, first.ReattachConfig()
 	second, _ := start(t, &again)
-	baseReturns(t, "Kill", second.Kill)
+	returns(t, "Kill", second.Kill)
 	if first.Exited() {
 		t.Error("the process was killed")
 	}
-	awaitClosed(t, "Done", second.Done())
-	baseReturns(t, "Kill", first.Kill)
+	receive(t, "Done", second.Done())
+	returns(t, "Kill", first.Kill)
 	if !first.Exited() {
 		t.Error("its own host has not killed it")
 	}
@@ -181,7 +178,7 @@ func TestWindowsPorts(t *testing.T) {
 	}
 	defer taken.Close()
 	port := uint(taken.Addr().(*net.TCPAddr).Port)
-	cfg := baseConfig("base")
+	cfg := config("base")
 	cfg.MinPort, cfg.MaxPort = port, min(port+50, 1<<16-1)
 	c, _ := start(t, cfg)
 	addr, err := c.Start()
@@ -196,7 +193,7 @@ func TestWindowsPorts(t *testing.T) {
 	none := NewClient(cfg)
 	defer none.Kill()
 	_, err = none.Start()
-	baseCheckError(t, err, "no port from "+strconv.Itoa(int(port)), "exit status 1")
+	errorSays(t, err, "no port from "+strconv.Itoa(int(port)), "exit status 1")
 }
 
 // The ending of a file says whether it can be executed.
@@ -232,7 +229,7 @@ func TestWindowsBadFile(t *testing.T) {
 	} {
 		cfg := newLab(t).config("")
 		cfg.Cmd.Path = filepath.Join(t.TempDir(), "greeter.exe")
-		lifeWriteProgram(t, cfg.Cmd.Path, []byte(text), 0o700)
+		writeProgram(t, cfg.Cmd.Path, []byte(text), 0o700)
 		if err := startError(t, NewClient(cfg)); !strings.Contains(err.Error(), hint) {
 			t.Errorf("there is no hint %q: %v", hint, err)
 		}
@@ -260,8 +257,8 @@ func TestWindowsGrandchild(t *testing.T) {
 			}
 			defer grandchild.Wait()
 			defer grandchild.Kill()
-			baseReturns(t, name, func() { end(c, life) })
-			awaitClosed(t, "Done", c.Done())
+			returns(t, name, func() { end(c, life) })
+			receive(t, "Done", c.Done())
 		})
 	}
 }
