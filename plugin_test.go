@@ -2433,6 +2433,9 @@ func TestReattachWithWrongPid(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		returns(t, "Kill", c.Kill)
+		if !isClosed(c.Done()) {
+			t.Errorf("%s: Kill returned before Done was closed", name)
+		}
 		check()
 	}
 	if !waitFor(hangs, real.done) {
@@ -2664,6 +2667,72 @@ func TestAutoMTLS(t *testing.T) {
 }
 
 // ---- Kill ----
+
+// TestKillWhileConnecting checks that the error says who did not get a
+// connection, and why.
+func TestKillWhileConnecting(t *testing.T) {
+	t.Parallel()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	for _, test := range []struct {
+		name  string
+		kill  bool
+		texts []string
+	}{
+		{"Kill", true, []string{"Kill was called"}},
+		{"StartTimeout", false, []string{"deadline exceeded"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			cfg := attachTo(&ReattachConfig{ProtocolVersion: int(testHandshake.ProtocolVersion), Addr: silent.Addr(), Test: true})
+			cfg.TLSConfig = &tls.Config{InsecureSkipVerify: true} // nobody answers
+			cfg.StartTimeout = hangs
+			if !test.kill {
+				cfg.StartTimeout = 50 * time.Millisecond
+			}
+			c := NewClient(cfg)
+			defer c.Kill()
+			if _, err := c.Start(); err != nil {
+				t.Fatal(err)
+			}
+			connecting := async(func() error { _, err := c.Client(); return err })
+			if test.kill {
+				await(t, "it was connecting", func() bool {
+					c.connecting.mu.Lock()
+					defer c.connecting.mu.Unlock()
+					return c.connecting.done != nil
+				})
+				c.Kill()
+			}
+			errorSays(t, receive(t, "Client", connecting), append(test.texts, "plugin at "+silent.Addr().String())...)
+		})
+	}
+}
+
+// TestStartPanics checks that a panic of the host's own code in Start is the
+// host's, and that Kill returns.
+func TestStartPanics(t *testing.T) {
+	cfg := config("base")
+	cfg.SecureConfig = &SecureConfig{Checksum: []byte("x"), Hash: basePanickingHash{sha256.New()}}
+	c := NewClient(cfg)
+	func() {
+		defer func() {
+			if p := recover(); p != "hashing" {
+				t.Error("Start panicked with", p)
+			}
+		}()
+		_, _ = c.Start()
+	}()
+	_, err := c.Start()
+	errorSays(t, err, "panicked")
+	returns(t, "Kill", c.Kill)
+}
+
+type basePanickingHash struct{ hash.Hash }
+
+func (basePanickingHash) Write([]byte) (int, error) { panic("hashing") }
 
 // TestKill checks that the plugin may finish, and that Kill may be called
 // whenever, and as often as, one likes.
@@ -2969,6 +3038,18 @@ func TestEnvironment(t *testing.T) {
 			}
 		}
 		c.Kill()
+	}
+}
+
+// TestPorts checks that without MinPort a port below MaxPort is taken.
+func TestPorts(t *testing.T) {
+	l, err := listenTCP("0", "9000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if port := l.Addr().(*net.TCPAddr).Port; port > 9000 {
+		t.Error("port", port)
 	}
 }
 
@@ -5663,6 +5744,17 @@ func testRemoteError(t *testing.T, err error, text string) {
 	}
 }
 
+// An error may register errors when it is asked what it is.
+func TestRegisterErrorInside(t *testing.T) {
+	returns(t, "an error's Is that registers another", func() { sendable(callsRegistering{}) })
+}
+
+// callsRegistering registers an error when it is asked what it is.
+type callsRegistering struct{}
+
+func (callsRegistering) Error() string { return "calls: registering" }
+func (callsRegistering) Is(error) bool { RegisterError(errCallsKnown); return false }
+
 func TestRegisterError(t *testing.T) {
 	first, second := errors.New("calls: the same text"), errors.New("calls: the same text")
 	RegisterError(first, second)
@@ -5670,6 +5762,7 @@ func TestRegisterError(t *testing.T) {
 	t.Cleanup(func() { // or it would be the first when the test is run again
 		namedMu.Lock()
 		defer namedMu.Unlock()
+		named = maps.Clone(named)
 		delete(named, "registered: "+first.Error())
 	})
 	if got := knownErrors(errorNames(fmt.Errorf("wrapped: %w", first))); len(got) != 1 || got[0] != first {
@@ -7502,6 +7595,252 @@ func everything(client *RPCClient) error {
 	}
 	return client.Close()
 }
+
+// ---- A peer that takes nothing, or leaves everything open ----
+
+// stick makes the connection of s one that takes nothing more: its peer at the
+// other end of conn has promised to read much and does not. The peer must be
+// silent, and s must have no streams that the peer knows.
+func stick(t testing.TB, s *session, conn net.Conn) {
+	t.Helper()
+	st, err := s.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	st.announce()
+	if _, err := conn.Write(callsFrame(frameWindow, flagACK, st.StreamID(), 1<<30)); err != nil {
+		t.Fatal(err)
+	}
+	go func() { // ends with the session
+		for {
+			if _, err := st.Write(make([]byte, 1<<20)); err != nil {
+				return
+			}
+		}
+	}()
+	await(t, "the connection was full", func() bool {
+		for range 50 {
+			if s.frames.writing.TryLock() {
+				s.frames.writing.Unlock()
+				return false
+			}
+			time.Sleep(time.Millisecond)
+		}
+		return true
+	})
+}
+
+// While a connection takes nothing, streams are still closed and given up.
+func TestStuckConnection(t *testing.T) {
+	t.Parallel()
+	here, there := TestConn(t)
+	b := callsBroker(t, here, true)
+	st, err := b.session.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const parked, late = 77, 78
+	if _, err := there.Write(callsFrame(frameData, flagSYN, 2, 4, callsID(parked)...)); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the stream was parked", func() bool {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return b.parked[parked] != nil
+	})
+	stick(t, b.session, there)
+	accept := func(id uint32) <-chan error {
+		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+		t.Cleanup(cancel)
+		return async(func() error { _, err := b.AcceptContext(ctx, id); return err })
+	}
+	accepting := []<-chan error{accept(parked), accept(late)}
+	if _, err := there.Write(callsFrame(frameData, flagSYN, 4, 4, callsID(late)...)); err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range accepting {
+		if err := receive(t, "AcceptContext", a); !errors.Is(err, context.DeadlineExceeded) {
+			t.Error("accepting ended with", err)
+		}
+	}
+	returns(t, "Close of a stream", func() { _ = st.Close() })
+	writing := async(func() error { _, err := st.Write([]byte("x")); return err })
+	if err := receive(t, "a Write to a closed stream", writing); !errors.Is(err, yamux.ErrStreamClosed) {
+		t.Error("a closed stream is written to:", err)
+	}
+	returns(t, "the end of the session", b.session.close)
+}
+
+// Pings that are answered do not count; too many that are not end the session.
+func TestPingFlood(t *testing.T) {
+	t.Parallel()
+	for _, reads := range []bool{true, false} {
+		t.Run(fmt.Sprintf("reads the answers: %v", reads), func(t *testing.T) {
+			here, there := TestConn(t)
+			s := callsBroker(t, here, true).session
+			if !reads {
+				stick(t, s, there)
+			}
+			_ = there.SetDeadline(time.Now().Add(hangs))
+			const some = 256
+			pings := bytes.Repeat(callsFrame(framePing, flagSYN, 0, 7), some)
+			for n := 0; n < 2*maxPings; n += some {
+				_, err := there.Write(pings)
+				if err == nil && reads {
+					_, err = io.CopyN(io.Discard, there, int64(len(pings)))
+				}
+				if err != nil {
+					if reads {
+						t.Fatalf("after %d pings: %v", n, err)
+					}
+					break // the session has ended
+				}
+			}
+			if !reads {
+				receive(t, "the end of the session", s.ended())
+			}
+		})
+	}
+}
+
+// Streams that the other side opens and does not close end the session when
+// there are too many.
+func TestStreamFlood(t *testing.T) {
+	t.Parallel()
+	here, there := TestConn(t)
+	s, err := newSession(context.Background(), here, true, hclog.NewNullLogger(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	const some = 128 // fewer than yamux lets wait
+	for n := 0; n <= maxStreams; n += some {
+		var syns []byte
+		for i := range some {
+			syns = append(syns, callsFrame(frameWindow, flagSYN, uint32(2*(n+i+1)), 0)...)
+		}
+		if _, err := there.Write(syns); err != nil {
+			t.Fatal(err)
+		}
+		for i := range some {
+			_, err := s.accept()
+			if (err != nil) != (n+i >= maxStreams) {
+				t.Fatalf("stream %d: %v", n+i+1, err)
+			}
+			if err != nil {
+				errorSays(t, err, "more than 65536 streams")
+				receive(t, "the end of the session", s.ended())
+				return
+			}
+		}
+	}
+}
+
+// A host that takes no output, as one that is stopped, keeps the plugin neither
+// from ending nor from another host.
+func TestOutputToStoppedHost(t *testing.T) {
+	t.Parallel()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	go func() { // ends with the pipe
+		for {
+			if _, err := w.Write(make([]byte, 64<<10)); err != nil {
+				return
+			}
+		}
+	}()
+	server := &RPCServer{Plugins: PluginSet{}, Stdout: r, release: sync.OnceFunc(func() { w.Close() })}
+	defer server.release()
+	here, there := TestConn(t)
+	ended := async(func() bool { server.ServeConn(there); return true })
+	frames := callsFrame(frameWindow, flagSYN, 1, 0) // control
+	frames = append(frames, callsFrame(frameWindow, flagSYN, 3, 1<<30)...)
+	frames = append(frames, callsFrame(frameWindow, flagSYN, 5, 0)...)
+	if _, err := here.Write(frames); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the connection was full", func() bool {
+		server.mu.Lock()
+		defer server.mu.Unlock()
+		for s := range server.sessions {
+			for range 50 {
+				if s.frames.writing.TryLock() {
+					s.frames.writing.Unlock()
+					return false
+				}
+				time.Sleep(time.Millisecond)
+			}
+			return true
+		}
+		return false
+	})
+	other, serving := TestConn(t)
+	otherEnded := async(func() bool { server.ServeConn(serving); return true })
+	host, err := NewRPCClient(other, PluginSet{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(host.SyncStreams(io.Discard, io.Discard), host.Ping()); err != nil {
+		t.Error("another host:", err)
+	}
+	returns(t, "sending the last output", server.flush)
+	returns(t, "ending the sessions", server.close)
+	receive(t, "the first session", ended)
+	receive(t, "the second session", otherEnded)
+	_ = host.Close()
+}
+
+// A GobEncode or GobDecode that does not return costs Kill a moment, not more.
+func TestKillStuckGob(t *testing.T) {
+	for _, way := range []string{"encode", "decode"} {
+		t.Run(way, func(t *testing.T) {
+			leavesNothing(t)
+			goOn, inside := make(chan struct{}), make(chan struct{})
+			stuck := CallsStuck{func() { close(inside); <-goOn }}
+			cfg := config("calls")
+			c, p := start(t, cfg)
+			client := dispense[*callsClient](t, p, "calls")
+			done := async(func() error {
+				if way == "encode" {
+					return client.Call("Plugin.Echo", stuck, new(string))
+				}
+				return Call(context.Background(), client.Client, "Plugin.Stuck", "", &stuck)
+			})
+			receive(t, way, inside)
+			if way == "encode" {
+				// Have the codec's own goroutine wait for that, too.
+				v, _ := codecs.Load(client.Client)
+				kick := v.(*clientCodec).kick
+				kick <- struct{}{}
+				await(t, "the kick was taken", func() bool { return len(kick) == 0 })
+			}
+			within(t, "Kill", hangs, c.Kill)
+			if !c.Exited() {
+				t.Error("the plugin lives on")
+			}
+			close(goOn)
+			receive(t, "the call", done)
+		})
+	}
+}
+
+// CallsStuck calls a function when it is encoded or decoded.
+type CallsStuck struct{ f func() }
+
+func (s CallsStuck) GobEncode() ([]byte, error) {
+	if s.f != nil {
+		s.f()
+	}
+	return []byte("x"), nil
+}
+
+func (s *CallsStuck) GobDecode([]byte) error { _, err := s.GobEncode(); return err }
+
+// Stuck returns one that does nothing.
+func (*CallsService) Stuck(string, *CallsStuck) error { return nil }
 
 // ---- Schema evolution ----
 

@@ -565,6 +565,9 @@ func (c *frameConn) reserve(f *flow, size int) (int, error) {
 
 // sendData sends as much of p as the window lets it: maybe nothing.
 func (c *frameConn) sendData(id uint32, f *flow, p []byte) (int, error) {
+	if _, err := c.reserve(f, 0); err != nil {
+		return 0, err // without waiting for others
+	}
 	c.writing.Lock()
 	defer c.writing.Unlock()
 	n, err := c.reserve(f, len(p))
