@@ -7538,7 +7538,7 @@ func testFault(t *testing.T, n int64, hosts, stall bool) bool {
 	hung := func(done func() bool) bool {
 		t.Helper()
 		await(t, "it ended or stalled", func() bool { return done() || stall && fault.left.Load() < 0 })
-		for end := time.Now().Add(20 * time.Millisecond); !done(); time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(10 * time.Millisecond); !done(); time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
 				return true
 			}
