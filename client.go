@@ -124,6 +124,23 @@ type ClientConfig struct {
 	Detach bool
 }
 
+// ReattachConfig describes a plugin that runs, for a host that has not started
+// it. Get one from [Client.ReattachConfig] or [ServeTestConfig].
+type ReattachConfig struct {
+	// Protocol is ProtocolNetRPC, also if empty.
+	Protocol Protocol
+	// ProtocolVersion is the version that was negotiated. Zero means the only
+	// one that the ClientConfig has.
+	ProtocolVersion int
+	// Addr is where the plugin listens.
+	Addr net.Addr
+	// Pid is its process. If that process is not the plugin at Addr, it is
+	// never signalled; nor is it on Windows, where that cannot be known.
+	Pid int
+	// Test says that the plugin runs in test mode: Kill only disconnects.
+	Test bool
+}
+
 // validate says what is wrong with a configuration.
 func (c *ClientConfig) validate() error {
 	switch {
@@ -530,7 +547,7 @@ func (c *Client) finish(err error) {
 
 // watch waits for the end of the process and of its output.
 func (c *Client) watch(p *process) {
-	p.wait()
+	p.wait(c.life.Done())
 	if rc := c.connecting.result(); rc != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/2)
 		rc.waitOutput(ctx)

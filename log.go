@@ -23,7 +23,7 @@ const (
 	// crashSize is how much of a panic and its trace is kept, in bytes.
 	crashSize = 64 << 10
 	// noteTimeout is how long the host's logger may take for a note.
-	noteTimeout = 100 * time.Millisecond
+	noteTimeout = 500 * time.Millisecond
 )
 
 // notes is a logger of the host's for what this library itself has to say,

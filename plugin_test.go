@@ -3977,11 +3977,24 @@ func TestLifeReattachedDeath(t *testing.T) {
 // The last lines of stderr are kept, and not more than 8 KiB of them.
 func TestLifeLastWords(t *testing.T) {
 	t.Parallel()
-	modes := map[string]string{"life babbles and exits": "", "life babbles and panics": "panic: boom"}
-	for mode, crash := range modes {
-		t.Run(mode, func(t *testing.T) {
+	for _, test := range []struct {
+		mode, crash string
+		slow        bool // the host's logger is
+	}{
+		{"life babbles and exits", "", false},
+		{"life babbles and panics", "panic: boom", false},
+		{"life babbles and panics", "panic: boom", true},
+	} {
+		crash := test.crash
+		t.Run(fmt.Sprintf("%s, slow: %v", test.mode, test.slow), func(t *testing.T) {
 			t.Parallel()
-			c, p := start(t, newLab(t).config(mode))
+			cfg := newLab(t).config(test.mode)
+			if test.slow {
+				logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{Output: io.Discard})
+				logger.RegisterSink(lifeSlowSink{})
+				cfg.Logger = logger
+			}
+			c, p := start(t, cfg)
 			life := dispense[*lifeClient](t, p, "life")
 			_ = life.Call("Plugin.Babble", crash != "", new(bool))
 			receive(t, "Done", c.Done())
@@ -3993,6 +4006,16 @@ func TestLifeLastWords(t *testing.T) {
 				t.Errorf("%d bytes of stderr: %q\nPanic: %q", len(exit.Stderr), exit.Stderr, exit.Panic)
 			}
 		})
+	}
+}
+
+// lifeSlowSink takes as long for the last words as no plugin is waited for that
+// prints nothing.
+type lifeSlowSink struct{}
+
+func (lifeSlowSink) Accept(_ string, _ hclog.Level, msg string, _ ...any) {
+	if strings.HasPrefix(msg, "line ") {
+		time.Sleep(drainTimeout / 200)
 	}
 }
 

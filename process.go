@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -25,9 +26,11 @@ import (
 )
 
 const (
-	// drainTimeout is how long the output of a process that has ended is
-	// waited for: a process that it has started may hold it open.
+	// drainTimeout is how long the output of a process that has ended is waited
+	// for, and waited for again, up to drainRounds times, while some comes: a
+	// process that it has started may hold it open.
 	drainTimeout = 500 * time.Millisecond
+	drainRounds  = 3
 	// pollInterval is how often a process that is nobody's child is looked at.
 	pollInterval = 50 * time.Millisecond
 	// headSize is how much of what is printed instead of a handshake is kept.
@@ -62,6 +65,7 @@ type process struct {
 
 	output     [2]*os.File      // where stdout and stderr are read
 	copied     [2]chan struct{} // closed when that has ended
+	lines      atomic.Int64     // how many lines have come
 	shaken     chan string      // gets the handshake line
 	handshaken bool             // it has come; for stdout's reader alone, as is blank
 	blank      bool             // the line before was empty
@@ -338,7 +342,7 @@ func (p *process) detach() {
 // waits for it without a bound.
 func (p *process) copyOutput(config *ClientConfig) {
 	size := config.PluginLogBufferSize
-	lines := []*lineWriter{{max: max(size, maxHandshake), emit: p.stdoutLine}, {max: size, emit: p.log.line}}
+	lines := []*lineWriter{{max: max(size, maxHandshake), emit: p.counted(p.stdoutLine)}, {max: size, emit: p.counted(p.log.line)}}
 	raw := io.Discard
 	if config.Stderr != nil {
 		raw = &heedless{w: config.Stderr, logger: p.logger}
@@ -351,6 +355,14 @@ func (p *process) copyOutput(config *ClientConfig) {
 			_, _ = io.Copy(writers[i], p.output[i])
 			_ = lines[i].Close()
 		}()
+	}
+}
+
+// counted counts the lines that are emitted.
+func (p *process) counted(emit func([]byte, int)) func([]byte, int) {
+	return func(line []byte, left int) {
+		p.lines.Add(1)
+		emit(line, left)
 	}
 }
 
@@ -411,23 +423,6 @@ func (p *process) awaitHandshake(ctx context.Context, timeout time.Duration) (h 
 		return h, fmt.Errorf("its handshake is longer than %d bytes", maxHandshake)
 	}
 	return parseHandshake(line)
-}
-
-// ReattachConfig describes a plugin that runs, for a host that has not started
-// it. Get one from [Client.ReattachConfig] or [ServeTestConfig].
-type ReattachConfig struct {
-	// Protocol is ProtocolNetRPC, also if empty.
-	Protocol Protocol
-	// ProtocolVersion is the version that was negotiated. Zero means the only
-	// one that the ClientConfig has.
-	ProtocolVersion int
-	// Addr is where the plugin listens.
-	Addr net.Addr
-	// Pid is its process. If that process is not the plugin at Addr, it is
-	// never signalled; nor is it on Windows, where that cannot be known.
-	Pid int
-	// Test says that the plugin runs in test mode: Kill only disconnects.
-	Test bool
 }
 
 // findProcess finds a process to reattach to.
@@ -504,7 +499,8 @@ func (p *process) kill() {
 }
 
 // wait waits for the end of the process and its output, and frees all it had.
-func (p *process) wait() {
+// When hurry is closed, output that is late is not waited for any longer.
+func (p *process) wait(hurry <-chan struct{}) {
 	defer close(p.gone)
 	if p.cmd == nil {
 		p.waitStranger()
@@ -513,7 +509,12 @@ func (p *process) wait() {
 	}
 	// The error is about the exit, which state tells, and about copying stdin.
 	_ = p.cmd.Wait()
-	waitFor(drainTimeout, p.copied[:]...)
+	for range drainRounds {
+		before := p.lines.Load()
+		if waitFor(drainTimeout, p.copied[:]...) || p.lines.Load() == before || isClosed(hurry) {
+			break
+		}
+	}
 	p.free()
 	waitFor(drainTimeout/5, p.copied[:]...)
 	p.state = p.cmd.ProcessState
