@@ -7621,6 +7621,48 @@ func everything(client *RPCClient) error {
 
 // ---- A peer that takes nothing, or leaves everything open ----
 
+// A stream that was closed has come to its end on the other side, also if the
+// session ends right behind it.
+func TestClosedBeforeTheEnd(t *testing.T) {
+	t.Parallel()
+	for _, late := range []bool{false, true} {
+		t.Run(fmt.Sprintf("read late: %v", late), func(t *testing.T) {
+			for range 50 {
+				host, plugin := callsBrokers(t)
+				accepting := async(func() net.Conn { conn, _ := plugin.AcceptContext(boundedContext(t), 1); return conn })
+				conn, err := host.DialContext(boundedContext(t), 1)
+				if err != nil {
+					t.Fatal(err)
+				}
+				other := receive(t, "the other end", accepting)
+				read := func() error {
+					text, err := io.ReadAll(other)
+					if string(text) != "all" && err == nil {
+						err = fmt.Errorf("%q has come", text)
+					}
+					return err
+				}
+				reading := make(<-chan error)
+				if !late {
+					reading = async(read)
+				}
+				if _, err := conn.Write([]byte("all")); err != nil {
+					t.Fatal(err)
+				}
+				_ = conn.Close()
+				host.session.close()
+				if late {
+					receive(t, "the end of the session", plugin.session.ended())
+					reading = async(read)
+				}
+				if err := receive(t, "reading", reading); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 // stick makes the connection of s one that takes nothing more: its peer at the
 // other end of conn has promised to read much and does not. The peer must be
 // silent, and s must have no streams that the peer knows.

@@ -265,6 +265,9 @@ type stream struct {
 
 func (st *stream) Read(p []byte) (int, error) {
 	n, err := st.Stream.Read(p)
+	if err == io.EOF && st.session.frames.hasEnded(st.flow) {
+		return n, err // whatever has become of the connection since
+	}
 	return n, st.session.explain(err)
 }
 
@@ -520,6 +523,13 @@ func (c *frameConn) unanswered() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.pings
+}
+
+// hasEnded reports whether the other side has said that it sends no more.
+func (c *frameConn) hasEnded(f *flow) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return f.received
 }
 
 // finish says that no more will be sent.
