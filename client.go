@@ -25,7 +25,7 @@ const (
 
 	// lostTimeout is how long a process may live on when its connection is
 	// lost before that is what the error says.
-	lostTimeout = 2 * time.Second
+	lostTimeout = 3 * time.Second
 	// reapTimeout is how long Kill waits for the end of what it has killed.
 	reapTimeout = 900 * time.Millisecond
 )

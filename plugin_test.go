@@ -3991,7 +3991,7 @@ func TestLifeLastWords(t *testing.T) {
 			cfg := newLab(t).config(test.mode)
 			if test.slow {
 				logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{Output: io.Discard})
-				logger.RegisterSink(lifeSlowSink{})
+				logger.RegisterSink(new(lifeSlowSink))
 				cfg.Logger = logger
 			}
 			c, p := start(t, cfg)
@@ -4011,12 +4011,17 @@ func TestLifeLastWords(t *testing.T) {
 
 // lifeSlowSink takes as long for the last words as no plugin is waited for that
 // prints nothing.
-type lifeSlowSink struct{}
+type lifeSlowSink struct{ next time.Time }
 
-func (lifeSlowSink) Accept(_ string, _ hclog.Level, msg string, _ ...any) {
-	if strings.HasPrefix(msg, "line ") {
-		time.Sleep(drainTimeout / 200)
+func (s *lifeSlowSink) Accept(_ string, _ hclog.Level, msg string, _ ...any) {
+	if !strings.HasPrefix(msg, "line ") {
+		return
 	}
+	if s.next.IsZero() {
+		s.next = time.Now()
+	}
+	s.next = s.next.Add(drainTimeout / 200)
+	time.Sleep(time.Until(s.next))
 }
 
 // lifeBabbler prints to the process's own stderr, as the runtime does.

@@ -30,7 +30,7 @@ const (
 	// for, and waited for again, up to drainRounds times, while some comes: a
 	// process that it has started may hold it open.
 	drainTimeout = 500 * time.Millisecond
-	drainRounds  = 3
+	drainRounds  = 4
 	// pollInterval is how often a process that is nobody's child is looked at.
 	pollInterval = 50 * time.Millisecond
 	// headSize is how much of what is printed instead of a handshake is kept.
