@@ -5559,6 +5559,37 @@ func TestMisfitReply(t *testing.T) {
 	}
 }
 
+// What a stock encoder has cut in pieces, at types in interfaces that are new,
+// is passed over to the last piece where the first cannot be decoded.
+func TestPiecesOfAFailedValue(t *testing.T) {
+	targets := map[string]func() any{
+		"int":          func() any { return new(int) },
+		"other struct": func() any { return new(CallsInner) },
+		"other field":  func() any { return new(struct{ V string }) },
+		"nothing":      func() any { return nil },
+	}
+	for _, v := range []CallsBox{{CallsInner{1}}, {[]any{CallsInner{1}, CallsDeep{[]string{"x"}}}}, {CallsBox{CallsDeep{}}}} {
+		for name, target := range targets {
+			var sent bytes.Buffer
+			enc := gob.NewEncoder(&sent)
+			for _, part := range []any{rpc.Response{Seq: 1}, v, rpc.Response{Seq: 2}, "after"} {
+				if err := enc.Encode(part); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r := newGobReader(&sent)
+			var first, second header
+			var text string
+			err := errors.Join(r.readHeader(&first), r.next())
+			_ = r.decode(target()) // fails
+			err = errors.Join(err, r.readHeader(&second), r.next(), r.decode(&text))
+			if err != nil || first.Seq != 1 || second.Seq != 2 || text != "after" {
+				t.Errorf("%v into %s: %v, %v, %q, %v", v, name, first, second, text, err)
+			}
+		}
+	}
+}
+
 // ---- Methods that do not fit ----
 
 func TestUnfitAndMissingMethods(t *testing.T) {
