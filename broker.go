@@ -119,6 +119,10 @@ type result struct {
 }
 
 func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
+	notDialled := func() error { return fmt.Errorf("the other side has not dialled it: %w", waited(ctx)) }
+	if ctx.Err() != nil {
+		return nil, notDialled() // and leave what is there for another
+	}
 	b.mu.Lock()
 	st := b.parked[id]
 	delete(b.parked, id)
@@ -140,7 +144,7 @@ func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 	case r := <-dialled:
 		return r.st, r.err
 	case <-ctx.Done():
-		err = fmt.Errorf("the other side has not dialled it: %w", waited(ctx))
+		err = notDialled()
 	case <-b.session.ended():
 		err = b.session.explain(net.ErrClosed)
 	}

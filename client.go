@@ -350,6 +350,7 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 		c.mu.Lock()
 		c.asked = true
 		c.mu.Unlock()
+		c.end(errKilled)
 		p.kill()
 	}
 	waitFor(reapTimeout, c.done)
@@ -571,10 +572,13 @@ func (c *Client) Kill() {
 	})
 	c.mu.Lock()
 	p := c.proc
-	c.asked = c.asked || p != nil && !isClosed(p.gone) // and not dead already
+	c.asked = c.asked || p != nil && !p.exited.Load() // and not dead already
 	c.mu.Unlock()
-	if p != nil && startErr == nil {
+	switch {
+	case p != nil && startErr == nil:
 		c.quit(p)
+	case p != nil:
+		waitFor(reapTimeout, p.gone)
 	}
 	rc, err := c.connecting.do(context.Background(), func() (*RPCClient, error) { return nil, errKilled })
 	if err == nil {
@@ -589,7 +593,7 @@ func (c *Client) Kill() {
 func (c *Client) quit(p *process) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.config.KillTimeout)
 	defer cancel()
-	if !isClosed(p.gone) {
+	if !p.exited.Load() {
 		rc, err := c.connect(ctx)
 		if err == nil {
 			err = rc.quit(ctx)
@@ -600,7 +604,7 @@ func (c *Client) quit(p *process) {
 			case <-ctx.Done():
 			}
 		}
-		if !isClosed(p.gone) {
+		if !p.exited.Load() {
 			c.logger.Warn("the plugin does not end by itself and is killed", "pid", p.pid, "error", err)
 			p.kill()
 		}

@@ -368,7 +368,7 @@ func removePrivate(dir string) {
 	}
 }
 
-// isPrivate reports whether a directory is one that makeDir has made.
+// isPrivate reports whether a directory is named as those that makeDir makes.
 func isPrivate(dir string) bool { return strings.HasPrefix(filepath.Base(dir), socketPrefix) }
 
 // environment is the plugin's: the host's, then the command's, then the

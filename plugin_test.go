@@ -7699,6 +7699,29 @@ func TestClosedBeforeTheEnd(t *testing.T) {
 	}
 }
 
+// A context that has ended leaves a stream that was dialled to another Accept.
+func TestAcceptTooLate(t *testing.T) {
+	t.Parallel()
+	host, plugin := callsBrokers(t)
+	dialling := async(func() error { _, err := plugin.DialContext(boundedContext(t), 1); return err })
+	await(t, "the stream was parked", func() bool {
+		host.mu.Lock()
+		defer host.mu.Unlock()
+		return host.parked[1] != nil
+	})
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := host.AcceptContext(ended, 1); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if _, err := host.Accept(1); err != nil {
+		t.Error(err)
+	}
+	if err := receive(t, "DialContext", dialling); err != nil {
+		t.Error(err)
+	}
+}
+
 // stick makes the connection of s one that takes nothing more: its peer at the
 // other end of conn has promised to read much and does not. The peer must be
 // silent, and s must have no streams that the peer knows.
@@ -7831,6 +7854,7 @@ func TestStreamFlood(t *testing.T) {
 			if err != nil {
 				errorSays(t, err, "more than 65536 streams")
 				receive(t, "the end of the session", s.ended())
+				errorSays(t, s.explain(io.EOF), "more than 65536 streams")
 				return
 			}
 		}

@@ -863,6 +863,37 @@ func init() {
 	}
 }
 
+// A process that a plugin has started and that prints on keeps Kill neither
+// from telling how the plugin ended nor from leaving nothing.
+func TestLifeNoisyGrandchild(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ name, version, texts string }{
+		{"it exits", "3", "exit status 7"},
+		{"it does not start", "99", "version 99"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l := newLab(t)
+			cfg := l.config("life")
+			cfg.Cmd.Path = "/bin/sh"
+			cfg.Cmd.Args = []string{"sh", "-c", "(while echo noise; do sleep 0.05; done) >&2 & echo '1|" + test.version + "|unix|/none|netrpc|'; sleep 0.1; exit 7"}
+			c := NewClient(cfg)
+			defer c.Kill()
+			_, err := c.Start()
+			p := c.proc
+			if err == nil {
+				await(t, "the plugin exited", p.exited.Load)
+				c.Kill()
+				err = c.Err()
+			}
+			errorSays(t, err, test.texts)
+			c.Kill()
+			if _, err := os.Stat(p.dir); !isClosed(p.gone) || err == nil {
+				t.Error("Kill has returned, and there is something left")
+			}
+		})
+	}
+}
+
 // A grandchild that holds the output open does not keep the end of a plugin
 // that crashed a secret.
 func TestLifeGrandchildCrash(t *testing.T) {

@@ -27,7 +27,7 @@ import (
 
 const (
 	// drainTimeout is how long the output of a process that has ended is waited
-	// for, and waited for again, up to drainRounds times, while some comes: a
+	// for, and waited for again, up to drainRounds times, while lines come: a
 	// process that it has started may hold it open.
 	drainTimeout = 500 * time.Millisecond
 	drainRounds  = 4
@@ -72,8 +72,9 @@ type process struct {
 	head       bytes.Buffer     // what came before it; to be read when copied[0] is closed
 	log        stderrLog        // to be read when copied[1] is closed
 
-	gone  chan struct{}    // closed when the process has ended and its output is here
-	state *os.ProcessState // to be read when gone is closed
+	exited atomic.Bool      // the process has ended
+	gone   chan struct{}    // closed when the process has ended and its output is here
+	state  *os.ProcessState // to be read when gone is closed
 }
 
 // givenMu guards Process and ProcessState of the callers' commands, which
@@ -499,16 +500,18 @@ func (p *process) kill() {
 }
 
 // wait waits for the end of the process and its output, and frees all it had.
-// When hurry is closed, output that is late is not waited for any longer.
+// When hurry is closed, output that is late is waited for once and not again.
 func (p *process) wait(hurry <-chan struct{}) {
 	defer close(p.gone)
 	if p.cmd == nil {
 		p.waitStranger()
+		p.exited.Store(true)
 		p.removeSocket()
 		return
 	}
 	// The error is about the exit, which state tells, and about copying stdin.
 	_ = p.cmd.Wait()
+	p.exited.Store(true)
 	for range drainRounds {
 		before := p.lines.Load()
 		if waitFor(drainTimeout, p.copied[:]...) || p.lines.Load() == before || isClosed(hurry) {

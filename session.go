@@ -48,8 +48,9 @@ type session struct {
 
 	ending atomic.Bool // this side has asked the other to end, or will now
 
-	mu      sync.Mutex // guards closing, and adding to the rest
+	mu      sync.Mutex // guards closing and fault, and adding to the rest
 	closing bool       // this side has ended the session
+	fault   error      // what the other side has done to have it ended here
 	running sync.WaitGroup
 	ends    sync.WaitGroup // streams whose end is being written
 }
@@ -61,6 +62,12 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 	s := &session{host: host, logger: newNotes(logger), frames: &frameConn{conn: conn, flows: make(map[uint32]*flow)}}
 	s.calls, s.cancel = context.WithCancel(ctx)
 	s.whyLost = sync.OnceValue(func() error {
+		s.mu.Lock()
+		fault := s.fault
+		s.mu.Unlock()
+		if fault != nil {
+			return fault
+		}
 		if why == nil {
 			return &lostError{errors.New("plugin: the connection was lost")}
 		}
@@ -210,7 +217,8 @@ func (s *session) close() {
 	s.closing = true
 	s.mu.Unlock()
 	s.cancel()
-	waitFor(lastTimeout, allDone(&s.ends))
+	ends := allDone(&s.ends)
+	waitFor(lastTimeout, ends)
 	// Readers of yamux's streams spin between the beginning of a Close and the
 	// end of receiving. So receiving is ended first, if the connection lets it.
 	_ = s.frames.Close()
@@ -219,7 +227,7 @@ func (s *session) close() {
 	case <-time.After(lastTimeout):
 	}
 	_ = s.mux.Close()
-	waitFor(reapTimeout, allDone(&s.running))
+	waitFor(reapTimeout, ends, allDone(&s.running))
 }
 
 // allDone returns a channel that is closed when all of a group is done.
@@ -369,6 +377,9 @@ func (s *session) accept() (*stream, error) {
 		err = fmt.Errorf("plugin: there are more than %d streams", maxStreams)
 	}
 	if err != nil {
+		s.mu.Lock()
+		s.fault = &lostError{err}
+		s.mu.Unlock()
 		_ = s.mux.Close()
 		return nil, err
 	}
@@ -397,7 +408,7 @@ type frameConn struct {
 	broken  bool       // nothing can be written any more
 	frame   []byte     // what is written next, to be used again
 
-	mu    sync.Mutex // guards flows and the rest of each flow
+	mu    sync.Mutex // guards flows, the rest of each flow, and pings
 	flows map[uint32]*flow
 	pings int // of the other side, which have not been answered
 
