@@ -3,6 +3,7 @@ package plugin
 import (
 	"bytes"
 	"cmp"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -58,6 +59,29 @@ func (n *notes) note(log func(string, ...any), msg string, args []any) {
 	if !waitFor(noteTimeout, done) {
 		n.late.Store(&done)
 	}
+}
+
+// tracedFrame is a frame for the log.
+type tracedFrame struct {
+	received bool
+	header   [frameHeader]byte
+}
+
+func (f *tracedFrame) log(logger hclog.Logger) {
+	from, h := "host", f.header
+	if f.received {
+		from = "plugin"
+	}
+	name := func(names []string, i byte) string {
+		if int(i) < len(names) {
+			return names[i]
+		}
+		return fmt.Sprint(i)
+	}
+	logger.Trace("frame", "from", from,
+		"type", name([]string{"data", "window", "ping", "goaway"}, h[1]),
+		"flags", name([]string{"", "SYN", "ACK", "", "FIN", "", "", "", "RST"}, h[3]),
+		"stream", binary.BigEndian.Uint32(h[4:]), "length", binary.BigEndian.Uint32(h[8:]))
 }
 
 // lineWriter cuts what is written to it into lines.

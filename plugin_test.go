@@ -7085,6 +7085,18 @@ func TestFramesInTheLog(t *testing.T) {
 
 // ---- Flow: what a stream may send, by the account that the connection keeps ----
 
+// takesNothing reports whether writing to the connection of s waits.
+func takesNothing(s *session) bool {
+	for range 50 {
+		if s.frames.writing.TryLock() {
+			s.frames.writing.Unlock()
+			return false
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return true
+}
+
 // rawStream returns a stream that is open here and the other end of it, which
 // a yamux session of nobody's holds.
 func rawStream(t testing.TB) (*MuxBroker, *stream, *yamux.Stream) {
@@ -7478,16 +7490,7 @@ func TestFlowStuckSocket(t *testing.T) {
 						}
 					}))
 				}
-				await(t, "the socket was full", func() bool {
-					for range 50 {
-						if s.frames.writing.TryLock() {
-							s.frames.writing.Unlock()
-							return false
-						}
-						time.Sleep(time.Millisecond)
-					}
-					return true
-				})
+				await(t, "the connection was full", func() bool { return takesNothing(s) })
 				for i, st := range streams[100:] {
 					closing = append(closing, async(func() error {
 						if i%3 == 0 {
@@ -7742,16 +7745,7 @@ func stick(t testing.TB, s *session, conn net.Conn) {
 			}
 		}
 	}()
-	await(t, "the connection was full", func() bool {
-		for range 50 {
-			if s.frames.writing.TryLock() {
-				s.frames.writing.Unlock()
-				return false
-			}
-			time.Sleep(time.Millisecond)
-		}
-		return true
-	})
+	await(t, "the connection was full", func() bool { return takesNothing(s) })
 }
 
 // While a connection takes nothing, streams are still closed and given up.
@@ -7891,14 +7885,7 @@ func TestOutputToStoppedHost(t *testing.T) {
 		server.mu.Lock()
 		defer server.mu.Unlock()
 		for s := range server.sessions {
-			for range 50 {
-				if s.frames.writing.TryLock() {
-					s.frames.writing.Unlock()
-					return false
-				}
-				time.Sleep(time.Millisecond)
-			}
-			return true
+			return takesNothing(s)
 		}
 		return false
 	})

@@ -117,12 +117,6 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 	return s, nil
 }
 
-// tracedFrame is a frame for the log.
-type tracedFrame struct {
-	received bool
-	header   [frameHeader]byte
-}
-
 // logFrames logs the frames of the session until it ends. Nothing waits for
 // it, because the logger is the caller's.
 func (s *session) logFrames() {
@@ -136,23 +130,6 @@ func (s *session) logFrames() {
 			return
 		}
 	}
-}
-
-func (f *tracedFrame) log(logger hclog.Logger) {
-	from, h := "host", f.header
-	if f.received {
-		from = "plugin"
-	}
-	name := func(names []string, i byte) string {
-		if int(i) < len(names) {
-			return names[i]
-		}
-		return fmt.Sprint(i)
-	}
-	logger.Trace("frame", "from", from,
-		"type", name([]string{"data", "window", "ping", "goaway"}, h[1]),
-		"flags", name([]string{"", "SYN", "ACK", "", "FIN", "", "", "", "RST"}, h[3]),
-		"stream", binary.BigEndian.Uint32(h[4:]), "length", binary.BigEndian.Uint32(h[8:]))
 }
 
 // traceFrame is called with each frame. It leaves out what the logger is too
