@@ -124,23 +124,6 @@ type ClientConfig struct {
 	Detach bool
 }
 
-// ReattachConfig describes a plugin that runs, for a host that has not started
-// it. Get one from [Client.ReattachConfig] or [ServeTestConfig].
-type ReattachConfig struct {
-	// Protocol is ProtocolNetRPC, also if empty.
-	Protocol Protocol
-	// ProtocolVersion is the version that was negotiated. Zero means the only
-	// one that the ClientConfig has.
-	ProtocolVersion int
-	// Addr is where the plugin listens.
-	Addr net.Addr
-	// Pid is its process. If that process is not the plugin at Addr, it is
-	// never signalled; nor is it on Windows, where that cannot be known.
-	Pid int
-	// Test says that the plugin runs in test mode: Kill only disconnects.
-	Test bool
-}
-
 // validate says what is wrong with a configuration.
 func (c *ClientConfig) validate() error {
 	switch {

@@ -371,6 +371,38 @@ func removePrivate(dir string) {
 // isPrivate reports whether a directory is named as those that makeDir makes.
 func isPrivate(dir string) bool { return strings.HasPrefix(filepath.Base(dir), socketPrefix) }
 
+// handshakeEnv makes what the plugin finds in its environment: a certificate,
+// and a directory for its socket.
+func (p *process) handshakeEnv(config *ClientConfig, versions string) (env []string, err error) {
+	env = []string{
+		config.MagicCookieKey + "=" + config.MagicCookieValue,
+		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
+		fmt.Sprintf("%s=%d", envMaxPort, config.MaxPort),
+		envVersions + "=" + versions,
+	}
+	if config.AutoMTLS {
+		if p.cert, err = newCertificate(); err != nil {
+			return nil, err
+		}
+		env = append(env, envClientCert+"="+certPEM(p.cert.Certificate[0]))
+	}
+	if runtime.GOOS == "windows" {
+		return env, nil
+	}
+	sockets := config.UnixSocketConfig
+	if sockets == nil {
+		sockets = &UnixSocketConfig{}
+	}
+	if p.dir, err = sockets.makeDir(p.cmd); err != nil {
+		return nil, err
+	}
+	env = append(env, EnvUnixSocketDir+"="+p.dir)
+	if sockets.Group != "" {
+		env = append(env, EnvUnixSocketGroup+"="+sockets.Group)
+	}
+	return env, nil
+}
+
 // environment is the plugin's: the host's, then the command's, then the
 // handshake's. A handshake that the host was itself started with stays here.
 func environment(config *ClientConfig, handshake []string) []string {

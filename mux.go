@@ -410,14 +410,15 @@ func (s *RPCServer) close() {
 // is printed before the first one connects waits for it; what is printed when
 // none is connected any more is dropped, so that it cannot stop the plugin.
 type output struct {
-	src  io.Reader
-	done chan struct{} // closed when all of src has been sent
+	src      io.Reader
+	done     chan struct{} // closed when all of src has been sent
+	settle   sync.Once     // closes attached
+	attached chan struct{} // closed when the first host is there, or none will come
 
 	mu       sync.Mutex // guards the fields below
 	host     *stream
 	finished bool
-	waiting  time.Time     // since when src has had nothing; zero while it has
-	attached chan struct{} // closed when the first host is there, or none will come
+	waiting  time.Time // since when src has had nothing; zero while it has
 }
 
 func newOutput(src io.Reader) *output {
@@ -479,9 +480,7 @@ func (o *output) attach(st *stream) {
 	o.mu.Lock()
 	before, finished := o.host, o.finished
 	o.host = st
-	if !isClosed(o.attached) {
-		close(o.attached)
-	}
+	o.settle.Do(func() { close(o.attached) })
 	o.mu.Unlock()
 	if before != nil {
 		_ = before.Close()
@@ -504,9 +503,7 @@ func (o *output) finish(deadline time.Time) {
 	o.mu.Lock()
 	host := o.host
 	o.finished = true
-	if !isClosed(o.attached) {
-		close(o.attached)
-	}
+	o.settle.Do(func() { close(o.attached) })
 	o.mu.Unlock()
 	if host != nil {
 		_ = host.Close()

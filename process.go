@@ -175,38 +175,6 @@ func executed(cmd *exec.Cmd) string {
 	return filepath.Join(cmd.Dir, cmd.Path)
 }
 
-// handshakeEnv makes what the plugin finds in its environment: a certificate,
-// and a directory for its socket.
-func (p *process) handshakeEnv(config *ClientConfig, versions string) (env []string, err error) {
-	env = []string{
-		config.MagicCookieKey + "=" + config.MagicCookieValue,
-		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
-		fmt.Sprintf("%s=%d", envMaxPort, config.MaxPort),
-		envVersions + "=" + versions,
-	}
-	if config.AutoMTLS {
-		if p.cert, err = newCertificate(); err != nil {
-			return nil, err
-		}
-		env = append(env, envClientCert+"="+certPEM(p.cert.Certificate[0]))
-	}
-	if runtime.GOOS == "windows" {
-		return env, nil
-	}
-	sockets := config.UnixSocketConfig
-	if sockets == nil {
-		sockets = &UnixSocketConfig{}
-	}
-	if p.dir, err = sockets.makeDir(p.cmd); err != nil {
-		return nil, err
-	}
-	env = append(env, EnvUnixSocketDir+"="+p.dir)
-	if sockets.Group != "" {
-		env = append(env, EnvUnixSocketGroup+"="+sockets.Group)
-	}
-	return env, nil
-}
-
 // SecureConfig describes a binary by its checksum. On Linux with /proc the file
 // that is summed is the file that is executed, even if another is put in its
 // place meanwhile; a script then finds another path than its own in $0.
@@ -424,6 +392,23 @@ func (p *process) awaitHandshake(ctx context.Context, timeout time.Duration) (h 
 		return h, fmt.Errorf("its handshake is longer than %d bytes", maxHandshake)
 	}
 	return parseHandshake(line)
+}
+
+// ReattachConfig describes a plugin that runs, for a host that has not started
+// it. Get one from [Client.ReattachConfig] or [ServeTestConfig].
+type ReattachConfig struct {
+	// Protocol is ProtocolNetRPC, also if empty.
+	Protocol Protocol
+	// ProtocolVersion is the version that was negotiated. Zero means the only
+	// one that the ClientConfig has.
+	ProtocolVersion int
+	// Addr is where the plugin listens.
+	Addr net.Addr
+	// Pid is its process. If that process is not the plugin at Addr, it is
+	// never signalled; nor is it on Windows, where that cannot be known.
+	Pid int
+	// Test says that the plugin runs in test mode: Kill only disconnects.
+	Test bool
 }
 
 // findProcess finds a process to reattach to.
