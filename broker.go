@@ -202,40 +202,40 @@ func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error
 	return st, nil
 }
 
-// dial opens the stream in a goroutine of the session's, because writing may
-// block for as long as the other process is stopped, and yamux's OpenStream for
-// as long as 256 others are unanswered.
 func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
-	done := make(chan result, 1)
+	notAccepted := func() error { return fmt.Errorf("the other side has not accepted it: %w", waited(ctx)) }
+	// In a goroutine of the session's, because writing may block for as long as
+	// the other process is stopped, and yamux's OpenStream for as long as 256
+	// others are unanswered.
+	opened := make(chan result, 1)
 	open := func() {
-		st, err := b.open(ctx, id)
-		done <- result{st, err}
+		st, err := b.session.open()
+		if err == nil {
+			_, err = st.Write(binary.LittleEndian.AppendUint32(nil, id))
+		}
+		opened <- result{st, err}
 	}
 	if !b.session.spawn(open) {
 		return nil, net.ErrClosed
 	}
+	var st *stream
 	select {
-	case r := <-done:
-		return r.st, r.err
+	case r := <-opened:
+		if r.err != nil {
+			return nil, r.err
+		}
+		st = r.st
 	case <-ctx.Done():
-		b.session.discard(done)
-		return nil, fmt.Errorf("the other side has not accepted it: %w", waited(ctx))
+		b.session.discard(opened)
+		return nil, notAccepted()
 	}
-}
 
-func (b *MuxBroker) open(ctx context.Context, id uint32) (*stream, error) {
-	st, err := b.session.open()
-	if err != nil {
-		return nil, err
-	}
 	stop := context.AfterFunc(ctx, func() { abort(st) })
 	var ack [4]byte
-	if _, err = st.Write(binary.LittleEndian.AppendUint32(nil, id)); err == nil {
-		_, err = io.ReadFull(st, ack[:])
-	}
+	_, err := io.ReadFull(st, ack[:])
 	switch got := binary.LittleEndian.Uint32(ack[:]); {
 	case !stop():
-		err = waited(ctx)
+		err = notAccepted()
 	case err == io.EOF:
 		err = errors.New("the other side closed it and did not accept it")
 	case err == nil && got != id:
@@ -325,29 +325,32 @@ func (b *MuxBroker) Close() error {
 // the name "Plugin" until the other side hangs up. The package documentation
 // says which methods can be called. An error while accepting is logged.
 func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
+	services := b.services(v)
 	st, err := b.Accept(id)
 	if err != nil {
 		b.session.logger.Error("a service was not dialled", "error", err)
 		return
 	}
-	b.serve(st.(*stream), v)
+	b.session.serve(st.(*stream), services)
 }
 
-// serve serves the methods of v, or tells every caller why it cannot.
-func (b *MuxBroker) serve(st *stream, v any) {
+// services returns v as the service that is called "Plugin". If none of its
+// methods can be called it tells every caller why.
+func (b *MuxBroker) services(v any) map[string]*service {
 	svc, err := newService(v)
 	if err != nil {
 		b.session.logger.Error("a service cannot be called", "error", err)
 		svc = &service{err: err}
 	}
-	b.session.serve(st, map[string]*service{"Plugin": svc})
+	return map[string]*service{"Plugin": svc}
 }
 
 // ServeRPC serves the methods of v to the other side, which gets a client for
 // them from DialRPC with the number that is returned, within five seconds. If v
 // has no method that can be called, that is logged and every caller is told.
 func (b *MuxBroker) ServeRPC(v any) uint32 {
-	return b.whenDialled("service", func(st *stream) { b.serve(st, v) })
+	services := b.services(v)
+	return b.whenDialled("service", func(st *stream) { b.session.serve(st, services) })
 }
 
 // DialRPC returns a client for what the other side serves as id, be it with
@@ -359,7 +362,7 @@ func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newRPCClient(conn, b.session.spawn), nil
+	return newRPCClient(conn, b.session.spawn, &b.session.responses), nil
 }
 
 // whenDialled returns a number, and runs f with the stream once it is dialled.

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding"
 	"encoding/gob"
@@ -26,6 +27,9 @@ const (
 	maxQueued = 1 << 20
 	// keepBuffer is the largest buffer that is kept for the next message.
 	keepBuffer = 2 << 20
+	// maxTypes is how many bytes of definitions a reader may have seen to be
+	// used for another stream.
+	maxTypes = 64 << 10
 	// maxDepth is how deep an argument or reply with interfaces may nest.
 	maxDepth = 10000
 )
@@ -64,13 +68,9 @@ func (e *writeError) Unwrap() error { return e.error }
 
 func isLost(err error) bool { return errors.As(err, new(*writeError)) }
 
-// newGobWriter returns a writer of messages with headers like header. The
-// definition of their type goes first, so that dropping a message later never
-// drops it.
-func newGobWriter(conn io.Writer, header any) *gobWriter {
+func newGobWriter(conn io.Writer) *gobWriter {
 	w := &gobWriter{conn: conn, known: make(map[reflect.Type]bool), mayHold: make(map[reflect.Type]bool), failed: make(chan struct{})}
 	w.enc = gob.NewEncoder(&w.buf)
-	w.define(reflect.TypeOf(header))
 	return w
 }
 
@@ -90,17 +90,17 @@ func (w *gobWriter) encode(header, body any) (flush bool, err error) {
 	if err := w.append(header); err != nil {
 		return false, err
 	}
-	middle := len(w.buf)
 	size := bytesIn(body)
 	if size <= maxMessage {
+		behind := len(w.buf)
 		err = w.append(body)
-		size = len(w.buf) - middle
+		size = len(w.buf) - behind
 	}
 	if err == nil && size > maxMessage {
 		err = fmt.Errorf("it takes %d bytes, and a message holds %d at most: pass what is large as a stream (see MuxBroker.ServeReader)", size, maxMessage)
 	}
 	if err != nil {
-		w.rewind(start, middle)
+		w.rewind(start)
 	}
 	flush = len(w.buf) > 0 && !w.writing
 	w.writing = w.writing || flush
@@ -129,13 +129,12 @@ func (w *gobWriter) define(t reflect.Type) {
 	start := len(w.buf)
 	// If gob cannot encode such a value, whoever has one will be told.
 	_ = w.append(reflect.Zero(t).Interface())
-	w.rewind(start, start)
+	w.rewind(start)
 }
 
-// rewind drops what is in buf from start on, but for the definitions of types
-// from middle on.
-func (w *gobWriter) rewind(start, middle int) {
-	w.buf = append(w.buf[:start], definitions(w.buf[middle:])...)
+// rewind drops what is in buf from start on, but for the definitions of types.
+func (w *gobWriter) rewind(start int) {
+	w.buf = append(w.buf[:start], definitions(w.buf[start:])...)
 	if cap(w.buf) > keepBuffer {
 		w.buf = slices.Clone(w.buf)
 	}
@@ -304,16 +303,26 @@ func (w *gobWriter) wait(ctx context.Context, ready func() bool) error {
 // A stock encoder cuts a value in pieces where it holds a type in an interface
 // that is new: a message ends with the definition, and the value goes on in
 // the next one. Only a decoder can tell, so it may ask for more.
+//
+// Most of what a short stream costs is its decoder, which compiles code for
+// every type anew. So the reader of a stream that has ended is used for another
+// of the same peer, whose types have the same numbers as long as it lives.
 type gobReader struct {
+	pool   *sync.Pool // where to go in the end
 	src    *bufio.Reader
-	buf    []byte // a message, with the definitions of types ahead of it
-	value  int    // where in buf the message begins, with its length
-	read   int    // how much of buf the decoder has read
+	buf    []byte // the message that was read last, with its length
+	rest   []byte // what of it the decoder has yet to read
+	defs   []byte // definitions of types that it has yet to read before that
 	dec    *gob.Decoder
 	header uint64 // with which type headers begin; 0 until one has been read
+	simple uint64 // with which type parseHeader is known to read headers as gob does
 	failed bool   // a value could not be decoded: pieces of it may follow
-	simple bool   // parseHeader is known to read headers as gob does
 	method string // of the last header
+
+	used  bool              // there was another stream before
+	odd   bool              // there must not be another one
+	types map[uint64]string // the definitions that the decoder has been given
+	own   []byte            // those that came on this stream, if used
 }
 
 // header is an rpc.Request or an rpc.Response. Is is this library's own: the
@@ -325,36 +334,93 @@ type header struct {
 	Is            []string
 }
 
-func newGobReader(conn io.Reader) *gobReader {
-	r := &gobReader{src: bufio.NewReader(conn)}
+// newGobReader returns a reader for conn, maybe one from pool, to which it
+// returns when it is released.
+func newGobReader(conn io.Reader, pool *sync.Pool) *gobReader {
+	if r, ok := pool.Get().(*gobReader); ok {
+		r.src.Reset(conn)
+		r.used = true
+		return r
+	}
+	r := &gobReader{pool: pool, src: bufio.NewReader(conn), types: make(map[uint64]string)}
 	r.dec = gob.NewDecoder((*gobSource)(r))
 	return r
+}
+
+// release is called when nothing more will be read.
+func (r *gobReader) release() {
+	size := 0
+	for _, def := range r.types {
+		size += len(def)
+	}
+	if r.odd || len(r.defs) > 0 || size > maxTypes {
+		return
+	}
+	r.buf, r.rest, r.own, r.header = nil, nil, nil, 0
+	r.pool.Put(r)
+}
+
+// define takes account of a definition of a type, of which head bytes are its
+// length, and hands it on to the decoder, if that has not got it already.
+func (r *gobReader) define(def []byte, head int) {
+	id, body := gobUint(def[head:])
+	known, ok := r.types[id]
+	// Where there are interfaces, more definitions may come inside a value,
+	// where they are not seen here.
+	open := definesInterface(body)
+	r.odd = r.odd || open
+	if r.used {
+		r.own = append(r.own, def...)
+		if known == string(def) {
+			return
+		}
+		if ok || open {
+			// Not what the streams before had. So this begins anew.
+			r.dec, r.defs = gob.NewDecoder((*gobSource)(r)), r.own
+			r.used, r.odd, r.simple = false, true, 0
+			return
+		}
+	}
+	r.types[id] = string(def)
+	r.defs = append(r.defs, def...)
+}
+
+// definesInterface reports whether a definition may mention the type of
+// interfaces: its number is 8, which is sent as 16, and either the next field
+// follows, the one after this one, or a zero.
+func definesInterface(def []byte) bool {
+	return bytes.Contains(def, []byte{16, 0}) || bytes.Contains(def, []byte{16, 1})
 }
 
 // gobSource is the reader that a gobReader's decoder reads from.
 type gobSource gobReader
 
 func (r *gobSource) Read(p []byte) (int, error) {
-	err := r.fill()
-	n := copy(p, r.buf[r.read:])
-	r.read += n
+	part, err := r.fill()
+	n := copy(p, *part)
+	*part = (*part)[n:]
 	return n, err
 }
 
 func (r *gobSource) ReadByte() (byte, error) {
-	if err := r.fill(); err != nil {
+	part, err := r.fill()
+	if err != nil {
 		return 0, err
 	}
-	r.read++
-	return r.buf[r.read-1], nil
+	b := (*part)[0]
+	*part = (*part)[1:]
+	return b, nil
 }
 
-// fill sees that there is something to read.
-func (r *gobSource) fill() error {
-	if r.read < len(r.buf) {
-		return nil
+// fill returns where there is something to read.
+func (r *gobSource) fill() (part *[]byte, err error) {
+	if len(r.defs)+len(r.rest) == 0 {
+		err = cutShort((*gobReader)(r).next(), true)
 	}
-	return cutShort((*gobReader)(r).next(), true)
+	if len(r.defs) > 0 {
+		return &r.defs, nil
+	}
+	return &r.rest, err
 }
 
 // nextHeader is next for a header. It passes over what is left of a value that
@@ -362,11 +428,7 @@ func (r *gobSource) fill() error {
 func (r *gobReader) nextHeader() error {
 	err := r.next()
 	for err == nil && r.failed && r.header != 0 && r.typeID() != r.header {
-		defs := r.buf[:r.value]
-		r.buf = nil
-		if err = r.next(); err == nil {
-			r.buf, r.value = append(defs, r.buf...), r.value+len(defs)
-		}
+		err = r.next()
 	}
 	if r.failed = false; err == nil && r.header == 0 {
 		r.header = r.typeID()
@@ -380,7 +442,7 @@ func (r *gobReader) readHeader(h *header) error {
 		return err
 	}
 	quick, ok := r.parseHeader()
-	if ok && r.simple {
+	if ok && r.simple == r.header {
 		*h = quick
 		return nil
 	}
@@ -388,7 +450,9 @@ func (r *gobReader) readHeader(h *header) error {
 	if err := r.decode(h); err != nil {
 		return fmt.Errorf("plugin: what was received is not net/rpc: %w", err)
 	}
-	r.simple = r.simple || ok && h.Seq != 0 && h.ServiceMethod == quick.ServiceMethod && h.Seq == quick.Seq
+	if ok && h.Seq != 0 && h.ServiceMethod == quick.ServiceMethod && h.Seq == quick.Seq {
+		r.simple = r.header
+	}
 	return nil
 }
 
@@ -396,7 +460,7 @@ func (r *gobReader) readHeader(h *header) error {
 // number, as most have, without gob, which allocates. The fields have numbers,
 // in the order of net/rpc's types.
 func (r *gobReader) parseHeader() (h header, ok bool) {
-	if r.value > 0 || r.typeID() != r.header {
+	if len(r.defs) > 0 || r.typeID() != r.header {
 		return h, false // there are definitions to take in
 	}
 	_, rest := gobUint(r.buf)
@@ -425,57 +489,68 @@ func (r *gobReader) parseHeader() (h header, ok bool) {
 
 // typeID returns what the message in buf begins with.
 func (r *gobReader) typeID() uint64 {
-	_, message := gobUint(r.buf[r.value:])
+	_, message := gobUint(r.buf)
 	id, _ := gobUint(message)
 	return id
 }
 
 // next reads the next value. It returns io.EOF where the stream ends between
-// values, and allocates little more than twice what was in fact sent.
+// values.
 func (r *gobReader) next() error {
+	for inside := false; ; inside = true {
+		head, err := r.readMessage()
+		if err != nil {
+			return cutShort(err, inside)
+		}
+		if !isDefinition(r.buf[head:]) {
+			r.rest = r.buf
+			return nil
+		}
+		r.define(r.buf, head)
+	}
+}
+
+// readMessage reads a message and returns how many bytes its length takes. It
+// allocates little more than twice what was in fact sent.
+func (r *gobReader) readMessage() (head int, err error) {
 	buf := r.buf[:0]
-	r.buf, r.read = nil, 0
+	r.buf, r.rest = nil, nil
 	if cap(buf) > keepBuffer {
 		buf = nil
 	}
-	for {
-		start := len(buf)
-		first, err := r.src.Peek(1)
+	first, err := r.src.Peek(1)
+	if err != nil {
+		return 0, err
+	}
+	// A gob count is one byte below 128, or a negated length and as many
+	// bytes, the most significant one first.
+	head = 1
+	if first[0] > 127 {
+		head += -int(int8(first[0]))
+	}
+	if head > 9 {
+		return 0, errors.New("plugin: what was received is not gob")
+	}
+	count, err := r.src.Peek(head)
+	if err != nil {
+		return 0, cutShort(err, true)
+	}
+	size, _ := gobUint(count)
+	if size == 0 || size > maxMessage || uint64(len(r.defs))+size > 2*maxMessage {
+		return 0, fmt.Errorf("plugin: a message of %d bytes was received; 1 to %d are allowed", size, maxMessage)
+	}
+	for left := head + int(size); left > 0; {
+		// As much again as has come: large messages are not copied often.
+		n := min(left, max(len(buf), 1<<20))
+		buf = slices.Grow(buf, n)
+		got, err := io.ReadFull(r.src, buf[len(buf):len(buf)+n])
+		buf, left = buf[:len(buf)+got], left-got
 		if err != nil {
-			return cutShort(err, start > 0)
-		}
-		// A gob count is one byte below 128, or a negated length and as many
-		// bytes, the most significant one first.
-		head := 1
-		if first[0] > 127 {
-			head += -int(int8(first[0]))
-		}
-		if head > 9 {
-			return errors.New("plugin: what was received is not gob")
-		}
-		count, err := r.src.Peek(head)
-		if err != nil {
-			return cutShort(err, true)
-		}
-		size, _ := gobUint(count)
-		if size == 0 || size > maxMessage || uint64(start)+size > 2*maxMessage {
-			return fmt.Errorf("plugin: a message of %d bytes was received; 1 to %d are allowed", size, maxMessage)
-		}
-		for left := head + int(size); left > 0; {
-			// As much again as has come: large messages are not copied often.
-			n := min(left, max(len(buf), 1<<20))
-			buf = slices.Grow(buf, n)
-			got, err := io.ReadFull(r.src, buf[len(buf):len(buf)+n])
-			buf, left = buf[:len(buf)+got], left-got
-			if err != nil {
-				return cutShort(err, true)
-			}
-		}
-		if !isDefinition(buf[start+head:]) {
-			r.buf, r.value = buf, start
-			return nil
+			return 0, cutShort(err, true)
 		}
 	}
+	r.buf = buf
+	return head, nil
 }
 
 // cutShort turns the end of a stream into an error, unless it is where a
@@ -489,7 +564,11 @@ func cutShort(err error, inside bool) error {
 
 // decode decodes the value that next has read into v, or drops it if v is nil.
 func (r *gobReader) decode(v any) (err error) {
-	defer func() { r.failed = r.failed || err != nil }()
+	defer func() {
+		if err != nil {
+			r.failed, r.odd = true, true
+		}
+	}()
 	defer recoverTo(&err)
 	return r.dec.Decode(v)
 }

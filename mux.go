@@ -68,7 +68,7 @@ func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hc
 		}
 		streams[i].announce()
 	}
-	c.control = newRPCClient(streams[0], s.spawn)
+	c.control = newRPCClient(streams[0], s.spawn, &s.responses)
 	// Without the reason for an error: finding it out waits for the output.
 	c.output = [2]*yamux.Stream{streams[1].Stream, streams[2].Stream}
 	// Ends with the session, and with it end the methods that it serves.
@@ -129,7 +129,7 @@ func (c *RPCClient) dispense(name string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	client := newRPCClient(conn, c.session.spawn)
+	client := newRPCClient(conn, c.session.spawn, &c.session.responses)
 	v, err := build(func() (any, error) { return p.Client(c.broker, client) })
 	if err != nil {
 		_ = client.Close()
@@ -319,7 +319,7 @@ func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 	broker := newMuxBroker(sess)
 	// Ends with the session.
 	sess.spawn(func() { defer sess.cancel(); broker.Run() })
-	server := newRPCServer(control, nil, s.log(), false)
+	server := newRPCServer(control, nil, s.log(), false, &sess.requests)
 	server.services = make(map[string]*service)
 	for name, rcvr := range map[string]any{
 		"Control":   &controlService{s, server},

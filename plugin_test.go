@@ -3611,6 +3611,22 @@ func BenchmarkBrokerStream(b *testing.B) {
 	}
 }
 
+// BenchmarkCallback measures a call over a stream of its own, which is dialled
+// for it and closed behind it.
+func BenchmarkCallback(b *testing.B) {
+	host, plugin := callsBrokers(b)
+	s := newCallsService(nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		c, err := plugin.DialRPC(host.ServeRPC(s))
+		if err != nil {
+			b.Fatal(err)
+		}
+		callsEcho(b, c)
+		c.Close()
+	}
+}
+
 // BenchmarkStartToFirstReply measures the start of a plugin until the reply of
 // its first call is here. Its end is not in it.
 func BenchmarkStartToFirstReply(b *testing.B) {
@@ -4814,7 +4830,7 @@ func callsSpawn(f func()) bool {
 
 // callsOurs and callsStock are a client of this package and one of net/rpc's,
 // callsServe and callsServeStock likewise servers of v.
-func callsOurs(conn net.Conn) *rpc.Client  { return newRPCClient(conn, callsSpawn) }
+func callsOurs(conn net.Conn) *rpc.Client  { return newRPCClient(conn, callsSpawn, new(sync.Pool)) }
 func callsStock(conn net.Conn) *rpc.Client { return rpc.NewClient(conn) }
 
 func callsServe(conn net.Conn, v any) {
@@ -4822,7 +4838,7 @@ func callsServe(conn net.Conn, v any) {
 	if err != nil {
 		panic(err)
 	}
-	go newRPCServer(conn, map[string]*service{"Plugin": svc}, hclog.NewNullLogger(), false).serve(context.Background())
+	go newRPCServer(conn, map[string]*service{"Plugin": svc}, hclog.NewNullLogger(), false, new(sync.Pool)).serve(context.Background())
 }
 
 func callsServeStock(conn net.Conn, v any) {
@@ -5094,7 +5110,7 @@ func TestCallSendsNothingMore(t *testing.T) {
 		a, b := TestConn(t)
 		callsServe(b, newCallsService(nil))
 		r := &callsRecorder{Conn: a}
-		c := newRPCClient(r, callsSpawn)
+		c := newRPCClient(r, callsSpawn, new(sync.Pool))
 		for range 10 {
 			var out string
 			if err := call(c, &out); err != nil || out != "x" {
@@ -5577,7 +5593,7 @@ func TestPiecesOfAFailedValue(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			r := newGobReader(&sent)
+			r := newGobReader(&sent, new(sync.Pool))
 			var first, second header
 			var text string
 			err := errors.Join(r.readHeader(&first), r.next())
@@ -5588,6 +5604,189 @@ func TestPiecesOfAFailedValue(t *testing.T) {
 			}
 		}
 	}
+}
+
+// ---- Readers of one stream after another ----
+
+// callsSent returns what an encoder sends for values that follow each other.
+func callsSent(t testing.TB, values ...any) []byte {
+	t.Helper()
+	var sent bytes.Buffer
+	enc := gob.NewEncoder(&sent)
+	for _, v := range values {
+		if err := enc.Encode(v); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return sent.Bytes()
+}
+
+// callsUsed returns a reader for a stream, that another stream had before, with
+// what was seen there, headers and values in turns, and the pool that it goes to.
+func callsUsed(t testing.TB, stream []byte, seen ...any) (*gobReader, *sync.Pool) {
+	t.Helper()
+	for range 1000 { // a pool may lose what it is given
+		pool := new(sync.Pool)
+		r := newGobReader(bytes.NewReader(callsSent(t, seen...)), pool)
+		for range len(seen) / 2 {
+			if err := errors.Join(r.readHeader(new(header)), r.next(), r.decode(nil)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r.release()
+		if r := newGobReader(bytes.NewReader(stream), pool); r.used {
+			return r, pool
+		}
+	}
+	t.Fatal("a reader is never used again")
+	return nil, nil
+}
+
+// callsHead is no header of net/rpc's, but has the same kinds of fields.
+type callsHead struct {
+	ServiceMethod string
+	Num           uint64
+}
+
+// A reader that another stream had reads what a new one does, whatever the
+// types were there, and takes in only what is new.
+func TestReaderOfAnotherStream(t *testing.T) {
+	response := rpc.Response{ServiceMethod: "Plugin.X", Seq: 1}
+	renamed := func(b []byte) []byte { // as another process may have numbered them
+		return bytes.ReplaceAll(bytes.ReplaceAll(b, []byte("\x01N\x01"), []byte("\x01M\x01")), []byte("\x01S\x01"), []byte("\x01Q\x01"))
+	}
+	for name, test := range map[string]struct {
+		stream []byte // two headers, each with a value
+		a, b   any    // what these are
+		again  bool   // whether the next stream may have the reader
+		quick  bool   // whether the decoder is given no definition
+	}{
+		"the same types":          {callsSent(t, response, CallsInner{7}, response, CallsDeep{[]string{"x"}}), CallsInner{7}, CallsDeep{[]string{"x"}}, true, true},
+		"a new type":              {callsSent(t, response, CallsInner{7}, response, CallsFail{"a", "b"}), CallsInner{7}, CallsFail{"a", "b"}, true, false},
+		"other headers":           {callsSent(t, rpc.Request{Seq: 1}, CallsInner{7}, rpc.Request{Seq: 2}, "x"), CallsInner{7}, "x", true, false},
+		"headers of another kind": {callsSent(t, callsHead{"Plugin.X", 1}, CallsInner{7}, callsHead{"Plugin.Y", 2}, "x"), CallsInner{7}, "x", true, false},
+		"the same by that number": {bytes.ReplaceAll(callsSent(t, response, CallsInner{7}, response, "x"), []byte("\x03Seq"), []byte("\x03Num")),
+			CallsInner{7}, "x", false, false},
+		"an interface":             {callsSent(t, response, CallsBox{CallsInner{7}}, response, CallsInner{8}), CallsBox{CallsInner{7}}, CallsInner{8}, false, false},
+		"interfaces in interfaces": {callsSent(t, response, CallsBox{CallsBox{CallsDeep{[]string{"x"}}}}, response, CallsInner{8}), CallsBox{CallsBox{CallsDeep{[]string{"x"}}}}, CallsInner{8}, false, false},
+		"values in a list":         {callsSent(t, response, CallsInner{7}, response, []any{CallsInner{1}, CallsDeep{}}), CallsInner{7}, []any{CallsInner{1}, CallsDeep{}}, false, false},
+		"other types by the same numbers": {renamed(callsSent(t, response, CallsInner{7}, response, CallsDeep{[]string{"x"}})),
+			struct{ M int }{7}, struct{ Q []string }{[]string{"x"}}, false, false},
+		"one of them late": {slices.Concat(callsSent(t, response, CallsInner{7}, response), renamed(callsSent(t, response, CallsInner{7}, response, CallsDeep{[]string{"x"}})[len(callsSent(t, response, CallsInner{7}, response)):])),
+			CallsInner{7}, struct{ Q []string }{[]string{"x"}}, false, false},
+	} {
+		used, pool := callsUsed(t, test.stream, response, CallsInner{1}, response, CallsDeep{})
+		var heads [2]header // as a new reader reads them
+		for _, r := range []*gobReader{newGobReader(bytes.NewReader(test.stream), new(sync.Pool)), used} {
+			given := 0
+			for i, want := range []any{test.a, test.b} {
+				var h header
+				got := reflect.New(reflect.TypeOf(want))
+				err := errors.Join(r.readHeader(&h), r.next())
+				given += len(r.defs)
+				if err = errors.Join(err, r.decode(got.Interface())); err != nil || !reflect.DeepEqual(got.Elem().Interface(), want) {
+					t.Errorf("%s: value %d is %+v and not %+v: %v", name, i, got.Elem(), want, err)
+				}
+				if r != used {
+					heads[i] = h
+				} else if !reflect.DeepEqual(h, heads[i]) {
+					t.Errorf("%s: header %d is %+v and not %+v", name, i, h, heads[i])
+				}
+			}
+			if err := r.next(); err != io.EOF {
+				t.Errorf("%s: the stream ends with %v", name, err)
+			}
+			if r == used && test.quick && given > 0 {
+				t.Errorf("%s: the decoder was given %d bytes of definitions", name, given)
+			}
+			if r == used && r.odd == test.again {
+				t.Errorf("%s: for another stream: %v", name, !r.odd)
+			}
+		}
+		if used.release(); !test.again && pool.Get() != nil {
+			t.Errorf("%s: the reader is used again", name)
+		}
+	}
+}
+
+// A reader whose decoder has lost step is not used again, and one that was used
+// finds the next message where the value of another one failed.
+func TestReaderAfterAFailedValue(t *testing.T) {
+	for name, stream := range map[string][]byte{
+		"the same types": callsSent(t, rpc.Response{Seq: 1}, CallsInner{7}, rpc.Response{Seq: 2}, CallsInner{8}),
+		"other headers":  callsSent(t, rpc.Request{Seq: 1}, CallsInner{7}, rpc.Request{Seq: 2}, CallsInner{8}),
+		"an interface":   callsSent(t, rpc.Response{Seq: 1}, CallsBox{CallsBox{CallsDeep{}}}, rpc.Response{Seq: 2}, CallsInner{8}),
+	} {
+		r, pool := callsUsed(t, stream, rpc.Response{Seq: 1}, CallsInner{1})
+		var first, second header
+		var n int
+		var inner CallsInner
+		err := errors.Join(r.readHeader(&first), r.next())
+		if r.decode(&n) == nil {
+			t.Errorf("%s: a struct was read into an int", name)
+		}
+		err = errors.Join(err, r.readHeader(&second), r.next(), r.decode(&inner))
+		if err != nil || first.Seq != 1 || second.Seq != 2 || inner.N != 8 {
+			t.Errorf("%s: %v, %v, %v, %v", name, first, second, inner, err)
+		}
+		if r.release(); pool.Get() != nil {
+			t.Errorf("%s: the reader is used again", name)
+		}
+	}
+}
+
+// Where there were interfaces, a decoder may know more types than were seen.
+func TestReaderOfInterfaces(t *testing.T) {
+	pool := new(sync.Pool)
+	want := CallsBox{CallsBox{CallsDeep{[]string{"x"}}}}
+	for range 20 { // a pool may lose what it is given
+		r := newGobReader(bytes.NewReader(callsSent(t, rpc.Response{Seq: 1}, want)), pool)
+		var h header
+		var got CallsBox
+		if err := errors.Join(r.readHeader(&h), r.next(), r.decode(&got)); err != nil || !reflect.DeepEqual(got, want) {
+			t.Fatalf("%v, %v", got, err)
+		}
+		r.release()
+	}
+}
+
+// A stream that ends between a definition and its value is cut short, and its
+// decoder has not got the definition.
+func TestReaderOfHalfAMessage(t *testing.T) {
+	sent := callsSent(t, CallsInner{1})
+	r := newGobReader(bytes.NewReader(sent[:1+sent[0]]), new(sync.Pool))
+	if err := r.next(); err != io.ErrUnexpectedEOF {
+		t.Error(err)
+	}
+	if r.release(); r.pool.Get() != nil {
+		t.Error("it is kept")
+	}
+}
+
+// A reader that has seen very many types is dropped.
+func TestReaderOfManyTypes(t *testing.T) {
+	r := newGobReader(strings.NewReader(""), new(sync.Pool))
+	r.types[100] = strings.Repeat("x", maxTypes+1)
+	if r.release(); r.pool.Get() != nil {
+		t.Error("it is kept")
+	}
+}
+
+// Both ends of a stream that is closed leave their readers to the next one.
+func TestCallbacksShareReaders(t *testing.T) {
+	callsBothWays(t, func(t *testing.T, here, there *MuxBroker) {
+		for name, pool := range map[string]*sync.Pool{"the client's": &here.session.responses, "the server's": &there.session.requests} {
+			await(t, name, func() bool { // a pool may lose what it is given
+				c, err := here.DialRPC(there.ServeRPC(newCallsService(nil)))
+				if err != nil {
+					t.Fatal(err)
+				}
+				callsEcho(t, c)
+				c.Close()
+				return poll(100*time.Millisecond, func() bool { return pool.Get() != nil })
+			})
+		}
+	})
 }
 
 // ---- Methods that do not fit ----
@@ -5871,7 +6070,7 @@ func TestTooLargeToSend(t *testing.T) {
 	a, b := TestConn(t)
 	callsServe(b, newCallsService(nil))
 	r := &callsRecorder{Conn: a}
-	c := newRPCClient(r, callsSpawn)
+	c := newRPCClient(r, callsSpawn, new(sync.Pool))
 	defer c.Close()
 	callsEcho(t, c)
 	before, _ := r.all()
@@ -5934,7 +6133,7 @@ func TestForgedMessages(t *testing.T) {
 		})
 	}
 	// The text says what is allowed.
-	r := newGobReader(bytes.NewReader(callsForged["one byte above"]))
+	r := newGobReader(bytes.NewReader(callsForged["one byte above"]), new(sync.Pool))
 	if err := r.next(); err == nil || !strings.Contains(err.Error(), fmt.Sprint(maxMessage+1)) || !strings.Contains(err.Error(), fmt.Sprint(maxMessage)) {
 		t.Error(err)
 	}
@@ -8078,7 +8277,7 @@ func callsWritten(tb testing.TB, answer []byte, f func(c *rpc.Client)) []byte {
 	tb.Helper()
 	a, b := net.Pipe()
 	r := &callsRecorder{Conn: a}
-	c := newRPCClient(r, callsSpawn)
+	c := newRPCClient(r, callsSpawn, new(sync.Pool))
 	go func() { _, _ = b.Write(answer); _, _ = io.Copy(io.Discard, b) }()
 	f(c)
 	codec, _ := codecs.Load(c)
@@ -8173,7 +8372,10 @@ func FuzzRPCServer(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		newRPCServer(newCallsFeed(script), map[string]*service{"Plugin": svc}, hclog.NewNullLogger(), true).serve(context.Background())
+		readers := new(sync.Pool)
+		for range 2 { // the second stream may get the first one's reader
+			newRPCServer(newCallsFeed(script), map[string]*service{"Plugin": svc}, hclog.NewNullLogger(), true, readers).serve(context.Background())
+		}
 	})
 }
 
@@ -8185,7 +8387,7 @@ func FuzzRPCClient(f *testing.F) {
 	a, b := TestConn(f)
 	r := &callsRecorder{Conn: b}
 	callsServe(r, newCallsService(nil))
-	c := newRPCClient(a, callsSpawn)
+	c := newRPCClient(a, callsSpawn, new(sync.Pool))
 	for _, box := range callsGoodBoxes {
 		_ = c.Call("Plugin.Box", box, new(CallsBox))
 	}
@@ -8196,7 +8398,7 @@ func FuzzRPCClient(f *testing.F) {
 	f.Fuzz(func(t *testing.T, script []byte) {
 		feed, gate := newCallsFeed(script), make(chan struct{})
 		feed.gate = gate
-		client := newRPCClient(feed, callsSpawn)
+		client := newRPCClient(feed, callsSpawn, new(sync.Pool))
 		defer client.Close()
 		var boxes [4]CallsBox
 		calls := make(chan *rpc.Call, len(boxes))

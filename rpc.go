@@ -178,11 +178,12 @@ type clientCodec struct {
 }
 
 // newRPCClient returns a client for the service on the other end of conn. Its
-// writing goroutine is started with spawn and ends with the stream.
-func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client {
+// writing goroutine is started with spawn and ends with the stream; its reader
+// comes from readers and goes back there.
+func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool, readers *sync.Pool) *rpc.Client {
 	codec := &clientCodec{
 		conn: conn,
-		w:    newGobWriter(conn, rpc.Request{}), r: newGobReader(conn),
+		w:    newGobWriter(conn), r: newGobReader(conn, readers),
 		kick: make(chan struct{}, 1), over: make(chan struct{}),
 		calls: make(map[uint64]*call),
 	}
@@ -319,6 +320,7 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 // end is called once, when nothing more can be read, with the reason.
 func (c *clientCodec) end(err error) error {
 	c.w.fail(err)
+	c.r.release()
 	c.mu.Lock()
 	c.ended = true
 	closed, client := c.closed, c.client
@@ -456,10 +458,10 @@ type rpcServer struct {
 	idle atomic.Int32 // how many of those wait
 }
 
-func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool) *rpcServer {
+func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool, readers *sync.Pool) *rpcServer {
 	return &rpcServer{
 		conn: conn, services: services, logger: logger, catch: catch,
-		w: newGobWriter(conn, header{}), r: newGobReader(conn),
+		w: newGobWriter(conn), r: newGobReader(conn, readers),
 		cancels: make(map[uint64]context.CancelCauseFunc),
 		work:    make(chan *inCall),
 	}
@@ -480,6 +482,7 @@ func (s *rpcServer) serve(ctx context.Context) error {
 	s.w.fail(err)
 	cancel(errCallerGone)
 	_ = s.conn.Close()
+	s.r.release()
 	return err
 }
 

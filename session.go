@@ -46,6 +46,8 @@ type session struct {
 	calls  context.Context // ends when methods that are served here should stop
 	cancel context.CancelFunc
 
+	requests, responses sync.Pool // of *gobReader, from streams that have ended
+
 	ending atomic.Bool // this side has asked the other to end, or will now
 
 	mu      sync.Mutex // guards closing and fault, and adding to the rest
@@ -233,7 +235,7 @@ func (s *session) explain(err error) error {
 
 // serve serves calls on a stream until the caller hangs up.
 func (s *session) serve(st *stream, services map[string]*service) {
-	if err := newRPCServer(st, services, s.logger, s.host).serve(s.calls); err != io.EOF {
+	if err := newRPCServer(st, services, s.logger, s.host, &s.requests).serve(s.calls); err != io.EOF {
 		s.logger.Debug("an RPC stream ended", "error", err)
 	}
 }
