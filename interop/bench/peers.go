@@ -54,6 +54,8 @@ type instance struct {
 	sink, source func(int64) error
 	// session opens a stream, sends a message and gets it back, and closes it.
 	session func() error
+	// callback opens a stream, makes a small call over it, and closes it.
+	callback func() error
 
 	pid  int
 	kill func()
@@ -62,14 +64,7 @@ type instance struct {
 // newInstance fills in what is done with calls over net/rpc.
 func newInstance(c *rpc.Client, pid int, kill func()) *instance {
 	return &instance{
-		small: func() error {
-			var out job.Reply
-			err := c.Call("Plugin.Small", job.Args{Name: "a name", Value: 7}, &out)
-			if err == nil && out.Sum != 13 {
-				err = fmt.Errorf("the reply is %d", out.Sum)
-			}
-			return err
-		},
+		small: func() error { return small(c) },
 		echo: func(b []byte) error {
 			var out []byte
 			err := c.Call("Plugin.Echo", b, &out)
@@ -82,6 +77,15 @@ func newInstance(c *rpc.Client, pid int, kill func()) *instance {
 		pid:  pid,
 		kill: kill,
 	}
+}
+
+func small(c *rpc.Client) error {
+	var out job.Reply
+	err := c.Call("Plugin.Small", job.Args{Name: "a name", Value: 7}, &out)
+	if err == nil && out.Sum != 13 {
+		err = fmt.Errorf("the reply is %d", out.Sum)
+	}
+	return err
 }
 
 func sameSize(got, sent []byte) error {
@@ -128,7 +132,25 @@ func (i *instance) withStreams(open func(use string) (net.Conn, error)) *instanc
 		}
 		return errors.Join(err, conn.Close())
 	}
+	i.callback = callback(func(use string) (*rpc.Client, error) {
+		conn, err := open(use)
+		if err != nil {
+			return nil, err
+		}
+		return rpc.NewClient(conn), nil
+	})
 	return i
+}
+
+// callback makes a call with a client that lives no longer.
+func callback(open func(use string) (*rpc.Client, error)) func() error {
+	return func() error {
+		c, err := open(job.Calls)
+		if err != nil {
+			return err
+		}
+		return errors.Join(small(c), c.Close())
+	}
 }
 
 // remote is a broker and a client, of either library.
@@ -169,7 +191,9 @@ func startOurs(binary string) (*instance, error) {
 		return nil, err
 	}
 	r := v.(remote[*plugin.MuxBroker])
-	return newInstance(r.client, cmd.Process.Pid, c.Kill).withStreams(brokered(r.broker, r.client)), nil
+	i := newInstance(r.client, cmd.Process.Pid, c.Kill).withStreams(brokered(r.broker.Dial, r.broker, r.client))
+	i.callback = callback(brokered(r.broker.DialRPC, r.broker, r.client))
+	return i, nil
 }
 
 // theirClient starts a go-plugin plugin, in either mode.
@@ -198,21 +222,18 @@ func startNetRPC(binary string) (*instance, error) {
 		return nil, err
 	}
 	r := v.(remote[*goplugin.MuxBroker])
-	return newInstance(r.client, pid, c.Kill).withStreams(brokered(r.broker, r.client)), nil
+	return newInstance(r.client, pid, c.Kill).withStreams(brokered(r.broker.Dial, r.broker, r.client)), nil
 }
 
 // brokered opens streams as either library's users do: a call tells the plugin
 // the number, and the host dials it.
-func brokered(broker interface {
-	NextId() uint32
-	Dial(uint32) (net.Conn, error)
-}, c *rpc.Client) func(string) (net.Conn, error) {
-	return func(use string) (net.Conn, error) {
+func brokered[T any](dial func(uint32) (T, error), broker interface{ NextId() uint32 }, c *rpc.Client) func(string) (T, error) {
+	return func(use string) (conn T, err error) {
 		id := broker.NextId()
 		if err := c.Call("Plugin.Open", job.Open{ID: id, Use: use}, &struct{}{}); err != nil {
-			return nil, err
+			return conn, err
 		}
-		return broker.Dial(id)
+		return dial(id)
 	}
 }
 
@@ -240,7 +261,7 @@ func startGRPC(path string) (*instance, error) {
 		source: func(size int64) error { return grpcSource(c.Conn, size) },
 		pid:    pid,
 		kill:   client.Kill,
-		session: func() error {
+		callback: func() error {
 			id := c.Broker.NextId()
 			if _, err := grpcjob.Call(c.Conn, "Open", binary.LittleEndian.AppendUint32(nil, id)); err != nil {
 				return err

@@ -53,6 +53,7 @@ var works = []work{
 	{name: "stream to the plugin, 64 KiB writes", unit: bytesPerSecond, measure: stream(func(i *instance) func(int64) error { return i.sink })},
 	{name: "stream from the plugin, 64 KiB writes", unit: bytesPerSecond, measure: stream(func(i *instance) func(int64) error { return i.source })},
 	{name: "open, use, close a stream", unit: seconds, measure: repeat(1, func(i *instance) func() error { return i.session })},
+	{name: "open, call over, close a stream", unit: seconds, measure: repeat(1, func(i *instance) func() error { return i.callback })},
 	{name: "start to first reply", unit: seconds, measure: startAndKill(false)},
 	{name: "kill", unit: seconds, measure: startAndKill(true)},
 	{name: "plugins started together (50, or 5 with -quick)", unit: seconds, long: true, measure: together},

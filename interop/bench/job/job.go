@@ -28,6 +28,8 @@ type Open struct {
 type Service struct {
 	// Accept accepts a stream; nil where there are none.
 	Accept func(id uint32) (net.Conn, error)
+	// Serve accepts a stream and serves calls on it; nil where there are none.
+	Serve func(id uint32, v any)
 }
 
 // Small is the small call.
@@ -52,7 +54,9 @@ func Mallocs() uint64 {
 // Open makes the plugin accept a stream and use it, after it has returned.
 func (s *Service) Open(in Open, _ *struct{}) error {
 	go func() {
-		if conn, err := s.Accept(in.ID); err == nil {
+		if in.Use == Calls {
+			s.Serve(in.ID, &Service{})
+		} else if conn, err := s.Accept(in.ID); err == nil {
 			Use(conn, in.Use)
 		}
 	}()
@@ -68,11 +72,12 @@ const (
 	Sink   = "sink" // read that much and answer with a byte
 	Source = "fill" // write that much
 	Pong   = "pong" // send the first message back
+	Calls  = "rpc"  // serve calls
 )
 
 // ByFirst returns the use with that first letter.
 func ByFirst(letter byte) string {
-	for _, use := range []string{Sink, Source, Pong} {
+	for _, use := range []string{Sink, Source, Pong, Calls} {
 		if use[0] == letter {
 			return use
 		}

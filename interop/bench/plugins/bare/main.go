@@ -57,5 +57,13 @@ func use(conn net.Conn) {
 		_ = conn.Close()
 		return
 	}
-	job.Use(conn, job.ByFirst(first[0]))
+	if kind := job.ByFirst(first[0]); kind != job.Calls {
+		job.Use(conn, kind)
+		return
+	}
+	server := rpc.NewServer()
+	if err := server.RegisterName("Plugin", &job.Service{}); err != nil {
+		panic(err)
+	}
+	server.ServeConn(conn)
 }

@@ -20,7 +20,9 @@ func main() {
 
 type jobPlugin struct{}
 
-func (jobPlugin) Server(b *plugin.MuxBroker) (any, error) { return &job.Service{Accept: b.Accept}, nil }
+func (jobPlugin) Server(b *plugin.MuxBroker) (any, error) {
+	return &job.Service{Accept: b.Accept, Serve: b.AcceptAndServe}, nil
+}
 
 func (jobPlugin) Client(*plugin.MuxBroker, *rpc.Client) (any, error) {
 	return nil, errors.New("this is the plugin")
