@@ -58,6 +58,10 @@ func run() error {
 		return err
 	}
 	defer os.RemoveAll(dir)
+	// Some leave their sockets behind.
+	if err := os.Setenv("TMPDIR", dir); err != nil {
+		return err
+	}
 	builder, err := build.New(dir)
 	if err != nil {
 		return err
