@@ -61,10 +61,35 @@ func (n *notes) note(log func(string, ...any), msg string, args []any) {
 	}
 }
 
-// tracedFrame is a frame for the log.
+// frameTrace takes the frames of a session to its log.
+type frameTrace chan tracedFrame
+
 type tracedFrame struct {
 	received bool
 	header   [frameHeader]byte
+}
+
+// add adds a frame, unless the logger is too slow for it.
+func (t frameTrace) add(header []byte, received bool) {
+	select {
+	case t <- tracedFrame{received, [frameHeader]byte(header)}:
+	default:
+	}
+}
+
+// log logs the frames until the session has ended. Nothing waits for it,
+// because the logger is the caller's.
+func (t frameTrace) log(logger hclog.Logger, ended <-chan struct{}) {
+	defer func() { _ = recover() }()
+	logger = logger.Named("wire")
+	for {
+		select {
+		case f := <-t:
+			f.log(logger)
+		case <-ended:
+			return
+		}
+	}
 }
 
 func (f *tracedFrame) log(logger hclog.Logger) {

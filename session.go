@@ -45,10 +45,9 @@ type session struct {
 
 	calls  context.Context // ends when methods that are served here should stop
 	cancel context.CancelFunc
+	ending atomic.Bool // this side has asked the other to end, or will now
 
 	requests, responses sync.Pool // of *gobReader, from streams that have ended
-
-	ending atomic.Bool // this side has asked the other to end, or will now
 
 	mu      sync.Mutex // guards closing and fault, and adding to the rest
 	closing bool       // this side has ended the session
@@ -89,7 +88,7 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		}{s.frames, a}
 	}
 	if host && logger.IsTrace() {
-		s.frames.trace = make(chan tracedFrame, 1000)
+		s.frames.trace = make(frameTrace, 1000)
 	}
 	config := &yamux.Config{
 		AcceptBacklog: 256, // what go-plugin has: more would be refused there
@@ -114,36 +113,9 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		return nil, err
 	}
 	if s.frames.trace != nil {
-		go s.logFrames() // ends with the session
+		go s.frames.trace.log(s.logger, s.ended()) // ends with the session
 	}
 	return s, nil
-}
-
-// logFrames logs the frames of the session until it ends. Nothing waits for
-// it, because the logger is the caller's.
-func (s *session) logFrames() {
-	defer func() { _ = recover() }()
-	logger := s.logger.Named("wire")
-	for {
-		select {
-		case f := <-s.frames.trace:
-			f.log(logger)
-		case <-s.ended():
-			return
-		}
-	}
-}
-
-// traceFrame is called with each frame. It leaves out what the logger is too
-// slow for.
-func (c *frameConn) traceFrame(header []byte, received bool) {
-	if c.trace == nil {
-		return
-	}
-	select {
-	case c.trace <- tracedFrame{received, [frameHeader]byte(header)}:
-	default:
-	}
 }
 
 // addresses are what yamux passes on of a connection.
@@ -381,7 +353,7 @@ func (s *session) stream(st *yamux.Stream) *stream {
 // a bound from then on.
 type frameConn struct {
 	conn  io.ReadWriteCloser
-	trace chan tracedFrame // nil if nobody looks
+	trace frameTrace // nil if nobody looks
 
 	writing sync.Mutex // serialises writers; guards the fields below and flow.held
 	broken  bool       // nothing can be written any more
@@ -438,7 +410,7 @@ func (c *frameConn) Read(p []byte) (int, error) {
 		b = b[more:]
 		if c.have == frameHeader {
 			c.have = 0
-			c.traceFrame(c.header[:], true)
+			c.trace.add(c.header[:], true)
 			c.pass(c.header[:], true)
 			if c.header[1] == framePing && c.unanswered() > maxPings {
 				return 0, errors.New("plugin: the other side sends pings and takes no answers")
@@ -456,7 +428,7 @@ func (c *frameConn) Read(p []byte) (int, error) {
 func (c *frameConn) Write(p []byte) (int, error) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
-	c.traceFrame(p, false)
+	c.trace.add(p, false)
 	f := c.pass(p, false)
 	switch flags := binary.BigEndian.Uint16(p[2:]); {
 	case f == nil:
@@ -577,7 +549,7 @@ func (c *frameConn) sendData(id uint32, f *flow, p []byte) (int, error) {
 	c.frame = append(append(c.frame[:0], f.held...), 0, frameData, 0, 0)
 	c.frame = binary.BigEndian.AppendUint32(c.frame, id)
 	c.frame = binary.BigEndian.AppendUint32(c.frame, uint32(n))
-	c.traceFrame(c.frame[len(f.held):], false)
+	c.trace.add(c.frame[len(f.held):], false)
 	f.held = nil
 	if n <= maxJoined {
 		c.frame = append(c.frame, p[:n]...)
