@@ -202,20 +202,13 @@ func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error
 	return st, nil
 }
 
+// dial opens the stream in a goroutine of the session's, because writing may
+// block for as long as the other process is stopped, and yamux's OpenStream for
+// as long as 256 others are unanswered.
 func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
 	notAccepted := func() error { return fmt.Errorf("the other side has not accepted it: %w", waited(ctx)) }
-	// In a goroutine of the session's, because writing may block for as long as
-	// the other process is stopped, and yamux's OpenStream for as long as 256
-	// others are unanswered.
 	opened := make(chan result, 1)
-	open := func() {
-		st, err := b.session.open()
-		if err == nil {
-			_, err = st.Write(binary.LittleEndian.AppendUint32(nil, id))
-		}
-		opened <- result{st, err}
-	}
-	if !b.session.spawn(open) {
+	if !b.session.spawn(func() { opened <- b.open(id) }) {
 		return nil, net.ErrClosed
 	}
 	var st *stream
@@ -246,6 +239,19 @@ func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
 		return nil, err
 	}
 	return st, nil
+}
+
+// open opens a stream and says what it is dialled as.
+func (b *MuxBroker) open(id uint32) result {
+	st, err := b.session.open()
+	if err != nil {
+		return result{err: err}
+	}
+	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
+		abort(st)
+		return result{err: err}
+	}
+	return result{st: st}
 }
 
 // Run takes in the streams that the other side dials, until the connection
@@ -334,8 +340,8 @@ func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
 	b.session.serve(st.(*stream), services)
 }
 
-// services returns v as the service that is called "Plugin". If none of its
-// methods can be called it tells every caller why.
+// services returns v as the service "Plugin". If none of its methods can be
+// called, every caller will be told why.
 func (b *MuxBroker) services(v any) map[string]*service {
 	svc, err := newService(v)
 	if err != nil {

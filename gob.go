@@ -305,8 +305,9 @@ func (w *gobWriter) wait(ctx context.Context, ready func() bool) error {
 // the next one. Only a decoder can tell, so it may ask for more.
 //
 // Most of what a short stream costs is its decoder, which compiles code for
-// every type anew. So the reader of a stream that has ended is used for another
-// of the same peer, whose types have the same numbers as long as it lives.
+// every type anew. So a reader goes from a stream that has ended to another of
+// the same peer, whose types have the same numbers as long as it lives. It may
+// go on only if its decoder can know no type that types does not have.
 type gobReader struct {
 	pool   *sync.Pool // where to go in the end
 	src    *bufio.Reader
@@ -317,12 +318,15 @@ type gobReader struct {
 	header uint64 // with which type headers begin; 0 until one has been read
 	simple uint64 // with which type parseHeader is known to read headers as gob does
 	failed bool   // a value could not be decoded: pieces of it may follow
+	unread bool   // the value was not decoded: nobody wants it
+	ahead  bool   // buf is a header already
 	method string // of the last header
 
+	types map[uint32]string // the definitions that the decoder has been given
+	size  int               // how many bytes they are
 	used  bool              // there was another stream before
-	odd   bool              // there must not be another one
-	types map[uint64]string // the definitions that the decoder has been given
-	own   []byte            // those that came on this stream, if used
+	own   []byte            // the definitions on this stream, if used
+	last  bool              // there must not be another stream
 }
 
 // header is an rpc.Request or an rpc.Response. Is is this library's own: the
@@ -342,47 +346,53 @@ func newGobReader(conn io.Reader, pool *sync.Pool) *gobReader {
 		r.used = true
 		return r
 	}
-	r := &gobReader{pool: pool, src: bufio.NewReader(conn), types: make(map[uint64]string)}
+	r := &gobReader{pool: pool, src: bufio.NewReader(conn), types: make(map[uint32]string)}
 	r.dec = gob.NewDecoder((*gobSource)(r))
 	return r
 }
 
 // release is called when nothing more will be read.
 func (r *gobReader) release() {
-	size := 0
-	for _, def := range r.types {
-		size += len(def)
-	}
-	if r.odd || len(r.defs) > 0 || size > maxTypes {
+	if r.last || len(r.defs) > 0 {
 		return
 	}
-	r.buf, r.rest, r.own, r.header = nil, nil, nil, 0
+	r.src.Reset(nil)
+	r.buf, r.rest, r.own, r.header, r.unread = nil, nil, nil, 0, false
 	r.pool.Put(r)
 }
 
 // define takes account of a definition of a type, of which head bytes are its
 // length, and hands it on to the decoder, if that has not got it already.
 func (r *gobReader) define(def []byte, head int) {
-	id, body := gobUint(def[head:])
+	number, body := gobUint(def[head:])
+	id := uint32(number >> 1) // gob looks at no more of it
 	known, ok := r.types[id]
-	// Where there are interfaces, more definitions may come inside a value,
-	// where they are not seen here.
-	open := definesInterface(body)
-	r.odd = r.odd || open
+	if r.used && known == string(def) && len(r.own) <= maxTypes {
+		r.own = append(r.own, def...)
+		return
+	}
+	// With an interface, more definitions may come inside a value, unseen here.
+	if ok || definesInterface(body) || r.size > maxTypes {
+		r.claim()
+	}
 	if r.used {
 		r.own = append(r.own, def...)
-		if known == string(def) {
-			return
-		}
-		if ok || open {
-			// Not what the streams before had. So this begins anew.
-			r.dec, r.defs = gob.NewDecoder((*gobSource)(r)), r.own
-			r.used, r.odd, r.simple = false, true, 0
-			return
-		}
 	}
-	r.types[id] = string(def)
+	if !r.last {
+		r.types[id] = string(def)
+		r.size += len(def)
+	}
 	r.defs = append(r.defs, def...)
+}
+
+// claim makes the decoder this stream's alone. One that others had before is
+// replaced, by one that has yet to read all definitions of this stream.
+func (r *gobReader) claim() {
+	r.last = true
+	if r.used {
+		r.dec, r.defs = gob.NewDecoder((*gobSource)(r)), r.own
+		r.used, r.own, r.types, r.simple = false, nil, nil, 0
+	}
 }
 
 // definesInterface reports whether a definition may mention the type of
@@ -397,9 +407,12 @@ type gobSource gobReader
 
 func (r *gobSource) Read(p []byte) (int, error) {
 	part, err := r.fill()
+	if err != nil {
+		return 0, err
+	}
 	n := copy(p, *part)
 	*part = (*part)[n:]
-	return n, err
+	return n, nil
 }
 
 func (r *gobSource) ReadByte() (byte, error) {
@@ -413,24 +426,37 @@ func (r *gobSource) ReadByte() (byte, error) {
 }
 
 // fill returns where there is something to read.
-func (r *gobSource) fill() (part *[]byte, err error) {
+func (s *gobSource) fill() (part *[]byte, err error) {
+	r := (*gobReader)(s)
 	if len(r.defs)+len(r.rest) == 0 {
-		err = cutShort((*gobReader)(r).next(), true)
+		if err := r.next(); err != nil {
+			return nil, cutShort(err, true)
+		}
+		// Where it drops a value, gob reads on behind an interface that is nil.
+		if r.ahead = r.unread && r.typeID() == r.header; r.ahead {
+			return nil, io.ErrUnexpectedEOF
+		}
 	}
 	if len(r.defs) > 0 {
 		return &r.defs, nil
 	}
-	return &r.rest, err
+	return &r.rest, nil
 }
 
-// nextHeader is next for a header. It passes over what is left of a value that
-// failed, but for definitions.
-func (r *gobReader) nextHeader() error {
-	err := r.next()
+// nextHeader is next for a header. It passes over a value that nobody wants,
+// and what is left of one that failed, but for definitions.
+func (r *gobReader) nextHeader() (err error) {
+	if r.unread {
+		_ = r.decode(nil)
+	}
+	if !r.ahead {
+		err = r.next()
+	}
 	for err == nil && r.failed && r.header != 0 && r.typeID() != r.header {
 		err = r.next()
 	}
-	if r.failed = false; err == nil && r.header == 0 {
+	r.unread, r.ahead, r.failed = false, false, false
+	if err == nil && r.header == 0 {
 		r.header = r.typeID()
 	}
 	return err
@@ -503,6 +529,10 @@ func (r *gobReader) next() error {
 			return cutShort(err, inside)
 		}
 		if !isDefinition(r.buf[head:]) {
+			// An interface by itself has no definition, but for its value's.
+			if id, value := gobUint(r.buf[head:]); id == 16 && len(value) > 2 {
+				r.claim()
+			}
 			r.rest = r.buf
 			return nil
 		}
@@ -539,6 +569,7 @@ func (r *gobReader) readMessage() (head int, err error) {
 	if size == 0 || size > maxMessage || uint64(len(r.defs))+size > 2*maxMessage {
 		return 0, fmt.Errorf("plugin: a message of %d bytes was received; 1 to %d are allowed", size, maxMessage)
 	}
+	r.last = r.last || size > keepBuffer // gob's decoder keeps the message
 	for left := head + int(size); left > 0; {
 		// As much again as has come: large messages are not copied often.
 		n := min(left, max(len(buf), 1<<20))
@@ -562,11 +593,16 @@ func cutShort(err error, inside bool) error {
 	return err
 }
 
-// decode decodes the value that next has read into v, or drops it if v is nil.
+// decode decodes the value that next has read into v. One that nobody wants, if
+// v is nil, it leaves to nextHeader: only reading on shows where it ends.
 func (r *gobReader) decode(v any) (err error) {
+	if v == nil && !r.unread {
+		r.unread = true
+		return nil
+	}
 	defer func() {
 		if err != nil {
-			r.failed, r.odd = true, true
+			r.failed, r.last = true, true
 		}
 	}()
 	defer recoverTo(&err)

@@ -5628,8 +5628,8 @@ func callsUsed(t testing.TB, stream []byte, seen ...any) (*gobReader, *sync.Pool
 	for range 1000 { // a pool may lose what it is given
 		pool := new(sync.Pool)
 		r := newGobReader(bytes.NewReader(callsSent(t, seen...)), pool)
-		for range len(seen) / 2 {
-			if err := errors.Join(r.readHeader(new(header)), r.next(), r.decode(nil)); err != nil {
+		for i := 1; i < len(seen); i += 2 {
+			if err := errors.Join(r.readHeader(new(header)), r.next(), r.decode(reflect.New(reflect.TypeOf(seen[i])).Interface())); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -5699,8 +5699,8 @@ func TestReaderOfAnotherStream(t *testing.T) {
 			if r == used && test.quick && given > 0 {
 				t.Errorf("%s: the decoder was given %d bytes of definitions", name, given)
 			}
-			if r == used && r.odd == test.again {
-				t.Errorf("%s: for another stream: %v", name, !r.odd)
+			if r == used && r.last == test.again {
+				t.Errorf("%s: for another stream: %v", name, !r.last)
 			}
 		}
 		if used.release(); !test.again && pool.Get() != nil {
@@ -5735,18 +5735,22 @@ func TestReaderAfterAFailedValue(t *testing.T) {
 	}
 }
 
-// Where there were interfaces, a decoder may know more types than were seen.
+// Where there are interfaces, a decoder may learn of more types than can be
+// seen outside the values, and one that others had may know them already.
 func TestReaderOfInterfaces(t *testing.T) {
-	pool := new(sync.Pool)
-	want := CallsBox{CallsBox{CallsDeep{[]string{"x"}}}}
+	var pool sync.Pool
+	var alone any = CallsInner{7}
+	boxed, plain := CallsBox{CallsBox{CallsInner{8}}}, CallsInner{9}
 	for range 20 { // a pool may lose what it is given
-		r := newGobReader(bytes.NewReader(callsSent(t, rpc.Response{Seq: 1}, want)), pool)
-		var h header
-		var got CallsBox
-		if err := errors.Join(r.readHeader(&h), r.next(), r.decode(&got)); err != nil || !reflect.DeepEqual(got, want) {
-			t.Fatalf("%v, %v", got, err)
+		for i, sent := range []any{&alone, plain, boxed, plain, &alone, &alone, boxed, boxed, plain} {
+			r := newGobReader(bytes.NewReader(callsSent(t, rpc.Response{Seq: 1}, sent)), &pool)
+			want := reflect.Indirect(reflect.ValueOf(sent))
+			got := reflect.New(want.Type())
+			if err := errors.Join(r.readHeader(new(header)), r.next(), r.decode(got.Interface())); err != nil || !reflect.DeepEqual(got.Elem().Interface(), want.Interface()) {
+				t.Fatalf("stream %d: %v, %v", i, got.Elem(), err)
+			}
+			r.release()
 		}
-		r.release()
 	}
 }
 
@@ -5763,12 +5767,49 @@ func TestReaderOfHalfAMessage(t *testing.T) {
 	}
 }
 
-// A reader that has seen very many types is dropped.
-func TestReaderOfManyTypes(t *testing.T) {
-	r := newGobReader(strings.NewReader(""), new(sync.Pool))
-	r.types[100] = strings.Repeat("x", maxTypes+1)
+// A stream may end behind a value that nobody wanted.
+func TestReaderThatDroppedTheLast(t *testing.T) {
+	var pool sync.Pool
+	for range 20 { // a pool may lose what it is given
+		r := newGobReader(bytes.NewReader(callsSent(t, rpc.Response{Seq: 1}, "dropped")), &pool)
+		if err := errors.Join(r.readHeader(new(header)), r.next(), r.decode(nil)); err != nil {
+			t.Fatal(err)
+		}
+		r.release()
+	}
+}
+
+// A reader that would hold much is not kept, and holds no more than was sent.
+func TestReaderThatHoldsMuch(t *testing.T) {
+	values := []any{rpc.Response{Seq: 1}, CallsInner{1}}
+	r := newGobReader(bytes.NewReader(callsSent(t, values...)), new(sync.Pool))
+	r.size = maxTypes + 1
+	if err := errors.Join(r.readHeader(new(header)), r.next()); err != nil || !r.last || len(r.types) > 0 {
+		t.Errorf("of many types: %v, %d, %v", r.last, len(r.types), err)
+	}
+	def := definitions(callsSent(t, CallsInner{1}))
+	r, _ = callsUsed(t, bytes.Repeat(def, 2+maxTypes/len(def)), values...)
+	if err := r.next(); err != io.ErrUnexpectedEOF || !r.last || len(r.own) > 0 {
+		t.Errorf("of one definition again and again: %v, %d bytes, %v", r.last, len(r.own), err)
+	}
+	r = newGobReader(bytes.NewReader(callsSent(t, make([]byte, keepBuffer))), new(sync.Pool))
+	if err := errors.Join(r.next(), r.decode(new([]byte))); err != nil || !r.last {
+		t.Errorf("of a large message: %v, %v", r.last, err)
+	}
 	if r.release(); r.pool.Get() != nil {
 		t.Error("it is kept")
+	}
+}
+
+// gob has 32 bits of a type's number, however many are sent.
+func TestReaderOfLongNumbers(t *testing.T) {
+	sent := definitions(callsSent(t, CallsInner{1}))
+	id, body := gobUint(sent[1:])
+	long := binary.BigEndian.AppendUint64([]byte{0xf8}, id+1<<33)
+	long = append(long, body...)
+	r, _ := callsUsed(t, append([]byte{byte(len(long))}, long...), rpc.Response{Seq: 1}, CallsInner{1})
+	if err := r.next(); err != io.ErrUnexpectedEOF || !r.last {
+		t.Errorf("another number for the same type is taken for a new one: %v", err)
 	}
 }
 
@@ -5787,6 +5828,40 @@ func TestCallbacksShareReaders(t *testing.T) {
 			})
 		}
 	})
+}
+
+// CallsNils returns interfaces that are nil.
+type CallsNils struct{}
+
+func (CallsNils) Echo(in string, out *string) error { *out = in; return nil }
+func (CallsNils) Alone(_ string, out *any) error    { return nil }
+func (CallsNils) Last(_ string, out *[]any) error   { *out = []any{1, nil}; return nil }
+
+// gob, where it drops a value, reads on behind an interface that is nil. A call
+// must not wait for that, nor must the next one lose its header to it.
+func TestDroppedNils(t *testing.T) {
+	for _, wire := range callsWires {
+		c := callsOver(t, wire.client, wire.serve, CallsNils{})
+		call := func(method string, args, reply any) error {
+			return receive(t, wire.name, async(func() error { return c.Call(method, args, reply) }))
+		}
+		if wire.served {
+			for _, args := range []any{new(any), []any{1, nil}, map[string]any{"x": nil}} {
+				if err := call("Plugin.Nowhere", args, new(string)); err == nil || !strings.Contains(err.Error(), "Plugin.Nowhere") {
+					t.Errorf("%s: %T to a missing method: %v", wire.name, args, err)
+				}
+				callsEcho(t, c)
+			}
+		}
+		if wire.ours {
+			for _, method := range []string{"Plugin.Alone", "Plugin.Last"} {
+				if err := call(method, "", nil); err != nil {
+					t.Errorf("%s: %s: %v", wire.name, method, err)
+				}
+				callsEcho(t, c)
+			}
+		}
+	}
 }
 
 // ---- Methods that do not fit ----

@@ -297,9 +297,6 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 	k, ours := body.(*call)
 	if !ours {
 		err := c.r.decode(body)
-		if body == nil {
-			return nil // nobody waits for it
-		}
 		if err != nil {
 			err = c.end(err) // net/rpc reads no more after that
 		}
