@@ -301,7 +301,7 @@ func (b *MuxBroker) deliver(id uint32, st *stream) {
 		dialled <- st.acknowledge(id) // has room
 	case free:
 		// yamux has an end of streams that nobody knows of here.
-		st.announce()
+		b.session.frames.announce(st)
 		time.AfterFunc(brokerTimeout, func() { b.expire(id, st) })
 	default:
 		abort(st)

@@ -66,8 +66,8 @@ func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hc
 			s.close()
 			return nil, fmt.Errorf("plugin: connecting: %w", err)
 		}
-		streams[i].announce()
 	}
+	s.frames.announce(streams[:]...)
 	c.control = newRPCClient(streams[0], s.spawn, &s.responses)
 	// Without the reason for an error: finding it out waits for the output.
 	c.output = [2]*yamux.Stream{streams[1].Stream, streams[2].Stream}
@@ -307,15 +307,16 @@ func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 	if err != nil {
 		return err
 	}
-	control.announce()
+	streams := []*stream{control}
 	for _, out := range s.outputs {
 		st, err := sess.accept()
 		if err != nil {
 			return err
 		}
-		st.announce()
+		streams = append(streams, st)
 		out.attach(st)
 	}
+	sess.frames.announce(streams...)
 	broker := newMuxBroker(sess)
 	// Ends with the session.
 	sess.spawn(func() { defer sess.cancel(); broker.Run() })

@@ -7768,7 +7768,7 @@ func TestFlowStuckSocket(t *testing.T) {
 				for i, st := range streams[100:] {
 					closing = append(closing, async(func() error {
 						if i%3 == 0 {
-							st.announce()
+							st.session.frames.announce(st)
 						}
 						if i%2 == 0 {
 							return abort(st)
@@ -8008,7 +8008,7 @@ func stick(t testing.TB, s *session, conn net.Conn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	st.announce()
+	st.session.frames.announce(st)
 	if _, err := conn.Write(callsFrame(frameWindow, flagACK, st.StreamID(), 1<<30)); err != nil {
 		t.Fatal(err)
 	}

@@ -301,9 +301,6 @@ func (st *stream) SetWriteDeadline(t time.Time) error {
 // over reports whether the session has ended.
 func (st *stream) over() bool { return st.session.mux.IsClosed() }
 
-// announce tells the other side of the stream; so does the first Write.
-func (st *stream) announce() { st.session.frames.announce(st.flow) }
-
 // open returns a new stream, which the other side has yet to be told of.
 func (s *session) open() (*stream, error) {
 	st, err := s.mux.OpenStream()
@@ -560,13 +557,17 @@ func (c *frameConn) sendData(id uint32, f *flow, p []byte) (int, error) {
 	return n, nil
 }
 
-// announce sends what is held of a stream, with nothing behind it.
-func (c *frameConn) announce(f *flow) {
+// announce tells the other side of streams; so does the first Write of one.
+func (c *frameConn) announce(streams ...*stream) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
-	if len(f.held) > 0 {
-		c.send(f.held, nil)
-		f.held = nil
+	c.frame = c.frame[:0]
+	for _, st := range streams {
+		c.frame = append(c.frame, st.flow.held...)
+		st.flow.held = nil
+	}
+	if len(c.frame) > 0 {
+		c.send(c.frame, nil)
 	}
 }
 
