@@ -5754,6 +5754,68 @@ func TestReaderOfInterfaces(t *testing.T) {
 	}
 }
 
+// CallsTree holds itself, and CallsMixed much else.
+type CallsTree struct{ Left, Right *CallsTree }
+type CallsMixed struct {
+	CallsInner
+	Parts map[string][]CallsDeep
+	Tree  *CallsTree
+	Mood  CallsMoody
+	Any   []any
+}
+
+// Whatever streams went through a reader before, each is read like the first.
+func TestAnyStreamAfterAnyOther(t *testing.T) {
+	var alone, list any = CallsInner{7}, []any{CallsDeep{[]string{"x"}}, nil}
+	values := []any{
+		"text", uint32(7), CallsInner{1}, CallsDeep{[]string{"x"}}, &CallsTree{Left: &CallsTree{}}, []CallsDeep{{}, {[]string{"y"}}},
+		map[string]*CallsInner{"a": {1}}, [8]byte{1}, &alone, &list, CallsMoody{Text: "fine"}, []any{CallsInner{1}, nil},
+		CallsMixed{CallsInner{1}, map[string][]CallsDeep{"a": {{}}}, &CallsTree{}, CallsMoody{}, nil},
+		CallsMixed{Any: []any{CallsBox{CallsInner{2}}, CallsBox{}}},
+	}
+	for _, box := range callsGoodBoxes {
+		values = append(values, box)
+	}
+	types, random := newGobWriter(io.Discard), rand.New(rand.NewPCG(1, 2))
+	for range 300 { // peers
+		var pool sync.Pool
+		kinds := 1 + random.IntN(len(values)) // few at times, that decoders are used longer
+		for range 10 {                        // streams of one
+			var sent, wanted []any
+			for range 1 + random.IntN(4) {
+				wanted = append(wanted, values[random.IntN(kinds)])
+				sent = append(sent, rpc.Response{Seq: uint64(len(wanted))}, wanted[len(wanted)-1])
+			}
+			stream := callsSent(t, sent...)
+			cut := len(stream)
+			if random.IntN(4) == 0 {
+				cut = random.IntN(cut)
+			}
+			r := newGobReader(bytes.NewReader(stream[:cut]), &pool)
+			for i, want := range wanted {
+				var h header
+				if err := errors.Join(r.readHeader(&h), r.next()); err != nil || h.Seq != uint64(i+1) {
+					if cut == len(stream) {
+						t.Fatalf("header %d of %v: %v, %v", i, sent, h, err)
+					}
+					break
+				}
+				// gob itself loses what is defined inside a value that it drops.
+				if random.IntN(4) == 0 && (i == len(wanted)-1 || !types.mayHoldInterfaces(reflect.TypeOf(want))) {
+					_ = r.decode(nil)
+					continue
+				}
+				whole := reflect.Indirect(reflect.ValueOf(want))
+				got := reflect.New(whole.Type())
+				if err := r.decode(got.Interface()); cut == len(stream) && (err != nil || !reflect.DeepEqual(got.Elem().Interface(), whole.Interface())) {
+					t.Fatalf("value %d of %v: %+v, %v", i, sent, got.Elem(), err)
+				}
+			}
+			r.release()
+		}
+	}
+}
+
 // A stream that ends between a definition and its value is cut short, and its
 // decoder has not got the definition.
 func TestReaderOfHalfAMessage(t *testing.T) {
