@@ -296,11 +296,10 @@ func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 func (c *clientCodec) ReadResponseBody(body any) error {
 	k, ours := body.(*call)
 	if !ours {
-		err := c.r.decode(body)
-		if err != nil {
-			err = c.end(err) // net/rpc reads no more after that
+		if err := c.r.decode(body); err != nil {
+			return c.end(err) // net/rpc reads no more after that
 		}
-		return err
+		return nil
 	}
 	reply := k.reply
 	if !k.answered {
@@ -547,7 +546,7 @@ type inCall struct {
 func (s *rpcServer) prepare(ctx context.Context, c *inCall) error {
 	svc, m, err := s.find(c.req.ServiceMethod)
 	if err != nil {
-		_ = s.r.decode(nil) // takes in the definitions of types
+		_ = s.r.decode(nil) // later, for the definitions of types
 		return err
 	}
 	if c.arg = m.args.Get(); c.arg == nil {
