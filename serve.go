@@ -15,7 +15,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -26,13 +25,6 @@ import (
 
 // orphanTimeout is how long a plugin whose host is gone may take to end.
 const orphanTimeout = 1500 * time.Millisecond
-
-// How the host tells a plugin by which it can notice that the host is gone.
-const (
-	lifePipe     = "fd:"  // a descriptor: the end of a pipe that the host holds
-	lifePid      = "pid:" // the host's process, on Windows
-	lifeDetached = "detached"
-)
 
 // ServeConfig describes what a plugin serves.
 type ServeConfig struct {
@@ -147,7 +139,8 @@ func serve(config *ServeConfig) error {
 	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
 		signal.Notify(terminate, syscall.SIGHUP)
 	}
-	orphaned := watchHost(env[envHost], env[EnvUnixSocketDir])
+	host := parseHostInfo(env[envHost])
+	orphaned := watchHost(host, env[EnvUnixSocketDir])
 	defer func() {
 		// The signal that ended the host may be under way to this process, too.
 		if !isClosed(orphaned) {
@@ -159,23 +152,12 @@ func serve(config *ServeConfig) error {
 	if err != nil {
 		return err
 	}
+	s.handshake.flushes = host.pid == os.Getppid()
 	defer s.close()
 	if err := s.capture(stdout, stderr, nil, nil); err != nil {
 		return err
 	}
-	if err := spare(); err != nil {
-		return err
-	}
-	line := s.handshake.String() + "\n"
-	if env[envHost] != "" {
-		line = "\n" + line // something may have been printed without an end
-	}
-	if _, err := io.WriteString(stdout, line); err != nil {
-		select {
-		case <-orphaned: // which is why, and no failure
-			return nil
-		case <-time.After(orphanTimeout / 2):
-		}
+	if _, err := io.WriteString(stdout, s.handshake.String()+"\n"); err != nil {
 		return fmt.Errorf("plugin: the handshake could not be written: %w", err)
 	}
 	s.serve()
@@ -199,11 +181,11 @@ func takeEnvironment(cookie string) map[string]string {
 }
 
 // watchHost returns a channel that is closed when the host is gone. A little
-// later the process is ended, whatever it does. The goroutine that watches
+// later the process exits, whatever it does. The goroutine that watches
 // lives as long as the process, because the host may go while main finishes.
-func watchHost(life, dir string) <-chan struct{} {
+func watchHost(host hostInfo, dir string) <-chan struct{} {
 	orphaned := make(chan struct{})
-	wait := hostWaiter(life)
+	wait := hostWaiter(host)
 	if wait == nil {
 		return orphaned
 	}
@@ -219,47 +201,36 @@ func watchHost(life, dir string) <-chan struct{} {
 	return orphaned
 }
 
-// foreign is what hostWaiter was told of and is no pipe. It is kept, because a
-// file that nobody has is closed.
-var foreign []*os.File
+// foreign is the file that hostWaiter found instead of a pipe. A file that
+// nothing refers to would be closed.
+var foreign *os.File
 
 // hostWaiter returns a function that waits for the end of the host and reports
-// true, or false if the host has let the plugin go. It returns nil if there is
-// no such thing: go-plugin's hosts are not watched.
-func hostWaiter(life string) func() bool {
-	if fd, ok := strings.CutPrefix(life, lifePipe); ok {
-		n, err := strconv.Atoi(fd)
-		if err != nil {
-			return nil
-		}
-		// Whoever stands between may have closed it, and the number may be
-		// another file's by now.
-		pipe := os.NewFile(uintptr(n), "lifeline")
-		info, err := pipe.Stat()
-		if err != nil || info.Mode()&os.ModeNamedPipe == 0 {
-			foreign = append(foreign, pipe)
+// true, or false if the host has detached the plugin. It returns nil if the
+// host is not to be watched: go-plugin's are not.
+func hostWaiter(host hostInfo) func() bool {
+	switch host.watch {
+	case watchPipe:
+		// A process in between may have closed it and used its number again.
+		pipe := os.NewFile(uintptr(host.fd), "lifeline")
+		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
+			foreign = pipe
 			return nil
 		}
 		return func() bool {
-			defer pipe.Close()
 			_, err := pipe.Read(make([]byte, 1))
 			return err == io.EOF
 		}
-	}
-	if pid, ok := strings.CutPrefix(life, lifePid); ok {
-		n, err := strconv.Atoi(pid)
-		if err != nil {
-			return nil
-		}
-		host, err := os.FindProcess(n)
+	case watchPid:
+		process, err := os.FindProcess(host.pid)
 		if errors.Is(err, fs.ErrPermission) {
-			return nil // it runs, as another user, and must not be looked at
-		}
-		if err != nil {
-			return func() bool { return true } // gone already
+			return nil // it runs as another user
 		}
 		return func() bool {
-			_, err := host.Wait()
+			if err != nil {
+				return true // gone already
+			}
+			_, err := process.Wait()
 			return err == nil
 		}
 	}
@@ -379,11 +350,11 @@ func (s *serving) listen(env map[string]string) (err error) {
 	}
 	dir := env[EnvUnixSocketDir]
 	if dir == "" {
-		if dir, err = new(UnixSocketConfig).makeDir(nil); err != nil {
+		if dir, err = new(UnixSocketConfig).makeDir(); err != nil {
 			return err
 		}
 		s.dir = dir
-	} else if env[envHost] != "" {
+	} else if parseHostInfo(env[envHost]).pid == os.Getppid() {
 		s.dir = dir // made for this plugin alone, and its host may be gone
 	}
 	path := filepath.Join(dir, fmt.Sprintf("%s%d-%x", socketPrefix, os.Getpid(), rand.Uint32()))
@@ -424,20 +395,7 @@ func (s *serving) capture(stdout, stderr *os.File, teeOut, teeErr io.Writer) (er
 	return nil
 }
 
-// spare reports an error if there is no descriptor for the host's connection,
-// for which the host would wait in vain.
-func spare() error {
-	f, err := os.Open(os.DevNull)
-	if err == nil {
-		_ = f.Close()
-	}
-	if shortage(err) == "" { // that it can be opened is not needed
-		return nil
-	}
-	return cannotServe(err)
-}
-
-func cannotServe(err error) error { return fmt.Errorf("plugin: cannot serve: %w", hinted(err)) }
+func cannotServe(err error) error { return fmt.Errorf("plugin: cannot serve: %w", err) }
 
 func tee(r io.Reader, w io.Writer) io.Reader {
 	if w == nil {
