@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -350,9 +351,15 @@ func (c *Client) accept(h handshake, p *child) (r ready, err error) {
 		if h.cert == nil {
 			return r, errors.New("it has not answered with a certificate, as AutoMTLS needs: was it served with a ServeConfig.TLSProvider?")
 		}
-		r.tls, err = mutualTLS(p.cert, h.cert)
+		cert, err := x509.ParseCertificate(h.cert)
+		if err != nil {
+			return r, fmt.Errorf("its certificate cannot be read: %w", err)
+		}
+		pool := x509.NewCertPool()
+		pool.AddCert(cert)
+		r.tls = mutualTLS(p.cert, pool)
 	}
-	return r, err
+	return r, nil
 }
 
 // reattach finds the plugin that runs already.

@@ -151,10 +151,7 @@ func parseHandshake(line string) (h handshake, err error) {
 		h.protocol = Protocol(fields[4])
 	}
 	if len(fields) > 5 && fields[5] != "" {
-		if h.cert, err = base64.RawStdEncoding.DecodeString(fields[5]); err == nil {
-			_, err = x509.ParseCertificate(h.cert)
-		}
-		if err != nil {
+		if h.cert, err = base64.RawStdEncoding.DecodeString(fields[5]); err != nil {
 			return h, fmt.Errorf("its handshake has a certificate that cannot be read: %w", err)
 		}
 	}
@@ -237,36 +234,16 @@ func newCertificate() (tls.Certificate, error) {
 }
 
 // mutualTLS is the configuration of either side: it shows own, and trusts
-// other, a certificate in DER, and nobody else.
-func mutualTLS(own tls.Certificate, other []byte) (*tls.Config, error) {
-	cert, err := x509.ParseCertificate(other)
-	if err != nil {
-		return nil, err
-	}
-	pool := x509.NewCertPool()
-	pool.AddCert(cert)
+// only the peer's.
+func mutualTLS(own tls.Certificate, peer *x509.CertPool) *tls.Config {
 	return &tls.Config{
 		Certificates: []tls.Certificate{own},
 		ClientAuth:   tls.RequireAndVerifyClientCert,
-		ClientCAs:    pool,
-		RootCAs:      pool,
+		ClientCAs:    peer,
+		RootCAs:      peer,
 		ServerName:   "localhost",
 		MinVersion:   tls.VersionTLS12,
-	}, nil
-}
-
-// certPEM is a certificate as the host sends it to the plugin.
-func certPEM(der []byte) string {
-	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
-}
-
-// parseCertPEM returns the first certificate in text, in DER.
-func parseCertPEM(text string) ([]byte, error) {
-	block, _ := pem.Decode([]byte(text))
-	if block == nil || block.Type != "CERTIFICATE" {
-		return nil, errors.New("there is no certificate in PEM in it")
 	}
-	return block.Bytes, nil
 }
 
 // UnixSocketConfig is about the plugin's Unix socket.
@@ -281,29 +258,24 @@ type UnixSocketConfig struct {
 	TempDir string
 }
 
-// makeDir makes a directory for the socket of the plugin that cmd runs.
+// makeDir makes a private directory for a plugin's socket.
 func (u *UnixSocketConfig) makeDir() (dir string, err error) {
-	bases := []string{u.TempDir}
-	if u.TempDir == "" {
-		bases = []string{os.TempDir(), "/tmp"}
+	base := u.TempDir
+	if base == "" {
+		base = os.TempDir()
+		if len(base) > maxSocketPath-len("/plugin-4294967295")-socketName {
+			base = "/tmp"
+		}
 	}
-	for _, base := range bases {
-		if base, err = filepath.Abs(base); err != nil {
-			return "", err
-		}
-		if dir, err = os.MkdirTemp(base, socketPrefix+"*"); err != nil {
-			return "", fmt.Errorf("no directory for its socket can be made in %s: %w: set UnixSocketConfig.TempDir or TMPDIR to another one", base, err)
-		}
-		if len(dir)+socketName <= maxSocketPath {
-			break
-		}
-		_ = os.Remove(dir)
-		err = fmt.Errorf("the path of its socket would be too long, in %s: set UnixSocketConfig.TempDir to a shorter one", base)
-	}
-	if err != nil {
+	if base, err = filepath.Abs(base); err != nil {
 		return "", err
 	}
-	if u.Group != "" {
+	if dir, err = os.MkdirTemp(base, socketPrefix+"*"); err != nil {
+		return "", fmt.Errorf("no directory for its socket can be made in %s: %w: set UnixSocketConfig.TempDir or TMPDIR to another one", base, err)
+	}
+	if len(dir)+socketName > maxSocketPath {
+		err = fmt.Errorf("the path of its socket would be too long, in %s: set UnixSocketConfig.TempDir to a shorter one", base)
+	} else if u.Group != "" {
 		// A member may connect, but not put another file in a file's place.
 		err = giveToGroup(dir, u.Group, 0o770|os.ModeSticky)
 	}
@@ -373,7 +345,8 @@ func (p *child) handshakeEnv(config *ClientConfig, versions string) (env []strin
 		if p.cert, err = newCertificate(); err != nil {
 			return nil, err
 		}
-		env = append(env, envClientCert+"="+certPEM(p.cert.Certificate[0]))
+		block := &pem.Block{Type: "CERTIFICATE", Bytes: p.cert.Certificate[0]}
+		env = append(env, envClientCert+"="+string(pem.EncodeToMemory(block)))
 	}
 	if runtime.GOOS == "windows" {
 		return env, nil

@@ -5,10 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"net/rpc"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -228,14 +226,14 @@ type RPCServer struct {
 	logger  hclog.Logger // nil for none
 	release func()       // ends Stdout and Stderr, if that can be done
 
-	mu       sync.Mutex // guards the fields below
-	outputs  [2]*output // nil until first used
-	calls    context.Context
-	cancel   context.CancelFunc
-	sessions map[*session]struct{}
-	closed   bool
+	begun    sync.Once // makes the fields below
+	outputs  [2]*output
+	calls    context.Context // ends when methods should stop
+	endCalls context.CancelFunc
+	conns    context.Context // ends when connections should
+	endConns context.CancelFunc
 
-	conns    sync.WaitGroup // ServeConn calls that Serve has started
+	serving  sync.WaitGroup // ServeConn calls that Serve has started
 	doneOnce sync.Once
 	flushed  sync.Once
 }
@@ -260,7 +258,7 @@ func (s *RPCServer) Serve(lis net.Listener) {
 			continue
 		}
 		// Ends with the connection; close ends that and waits.
-		s.conns.Go(func() { s.ServeConn(conn) })
+		s.serving.Go(func() { s.ServeConn(conn) })
 	}
 }
 
@@ -279,22 +277,24 @@ func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 }
 
 func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
-	sess, err := s.enter(conn)
+	s.begin()
+	sess, err := newSession(s.calls, conn, false, s.log(), func() error {
+		return errors.New("plugin: the host is gone")
+	})
 	if err != nil {
 		return err
 	}
-	defer s.leave(sess)
+	defer sess.close()
+	defer context.AfterFunc(s.conns, sess.close)()
 	control, err := sess.accept()
 	if err != nil {
 		return err
 	}
-	streams := []*stream{control}
 	for _, out := range s.outputs {
 		st, err := sess.accept()
 		if err != nil {
 			return err
 		}
-		streams = append(streams, st)
 		out.attach(st)
 	}
 	broker := newMuxBroker(sess)
@@ -316,33 +316,13 @@ func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 	return nil
 }
 
-// enter begins a session, with all that the first one needs.
-func (s *RPCServer) enter(conn io.ReadWriteCloser) (*session, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		_ = conn.Close()
-		return nil, net.ErrClosed
-	}
-	if s.sessions == nil {
-		s.sessions = make(map[*session]struct{})
-		s.calls, s.cancel = context.WithCancel(context.Background())
+// begin makes what all connections share.
+func (s *RPCServer) begin() {
+	s.begun.Do(func() {
+		s.calls, s.endCalls = context.WithCancel(context.Background())
+		s.conns, s.endConns = context.WithCancel(context.Background())
 		s.outputs = [2]*output{newOutput(s.Stdout), newOutput(s.Stderr)}
-	}
-	sess, err := newSession(s.calls, conn, false, s.log(), func() error {
-		return errors.New("plugin: the host is gone")
 	})
-	if err == nil {
-		s.sessions[sess] = struct{}{}
-	}
-	return sess, err
-}
-
-func (s *RPCServer) leave(sess *session) {
-	sess.close()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.sessions, sess)
 }
 
 // done tells whoever waits at DoneCh.
@@ -356,36 +336,25 @@ func (s *RPCServer) done() {
 
 // flush ends the contexts of all calls and sends what is left of the output.
 func (s *RPCServer) flush() {
+	s.begin()
 	s.flushed.Do(func() {
-		s.mu.Lock()
-		outputs, cancel := s.outputs, s.cancel
-		s.mu.Unlock()
-		if cancel != nil {
-			cancel()
-		}
+		s.endCalls()
 		if s.release != nil {
 			s.release()
 		}
-		ctx, cancelWait := context.WithTimeout(context.Background(), outputTimeout)
-		defer cancelWait()
-		for _, out := range outputs {
-			if out != nil {
-				out.finish(ctx)
-			}
+		ctx, cancel := context.WithTimeout(context.Background(), outputTimeout)
+		defer cancel()
+		for _, out := range s.outputs {
+			out.finish(ctx)
 		}
 	})
 }
 
 // close ends all sessions and waits for what Serve has started.
 func (s *RPCServer) close() {
-	s.mu.Lock()
-	s.closed = true
-	sessions := slices.Collect(maps.Keys(s.sessions))
-	s.mu.Unlock()
-	for _, sess := range sessions {
-		sess.close()
-	}
-	s.conns.Wait()
+	s.begin()
+	s.endConns()
+	s.serving.Wait()
 }
 
 // output sends what the plugin prints to the host that connected last. What

@@ -1,8 +1,10 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -124,10 +126,10 @@ func serve(config *ServeConfig) error {
 		return errors.New("this program is a plugin: it is started by its host, the program that uses it, and does nothing by itself")
 	}
 	env := takeEnvironment(config.MagicCookieKey)
-	stdout, stderr := os.Stdout, os.Stderr
+	stdout := os.Stdout
 	logger := config.Logger
 	if logger == nil {
-		logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: stderr, JSONFormat: true})
+		logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: os.Stderr, JSONFormat: true})
 	}
 
 	// Signals are caught, and not ignored, because children would inherit that.
@@ -140,7 +142,12 @@ func serve(config *ServeConfig) error {
 		signal.Notify(terminate, syscall.SIGHUP)
 	}
 	host := parseHostInfo(env[envHost])
-	orphaned := watchHost(host, env[EnvUnixSocketDir])
+	direct := host.pid == os.Getppid() // it is not a host further up
+	dir := ""                          // made for this plugin alone
+	if direct {
+		dir = env[EnvUnixSocketDir]
+	}
+	orphaned := watchHost(host, dir)
 	defer func() {
 		// The signal that ended the host may be under way to this process, too.
 		if !isClosed(orphaned) {
@@ -152,9 +159,10 @@ func serve(config *ServeConfig) error {
 	if err != nil {
 		return err
 	}
-	s.handshake.flushes = host.pid == os.Getppid()
+	s.handshake.flushes = direct
+	s.dir = cmp.Or(s.dir, dir)
 	defer s.close()
-	if err := s.capture(stdout, stderr, nil, nil); err != nil {
+	if err := s.capture(nil, nil); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(stdout, s.handshake.String()+"\n"); err != nil {
@@ -251,11 +259,12 @@ func serveTest(config *ServeConfig) {
 	if logger == nil {
 		logger = hclog.Default().Named("plugin")
 	}
-	s, err := newServing(config, nil, logger)
+	env := map[string]string{EnvUnixSocketDir: os.Getenv(EnvUnixSocketDir)}
+	s, err := newServing(config, env, logger)
 	if err == nil {
 		defer s.close()
 		if test.SyncStdio {
-			err = s.capture(os.Stdout, os.Stderr, os.Stdout, os.Stderr)
+			err = s.capture(os.Stdout, os.Stderr)
 		}
 	}
 	if err != nil {
@@ -285,8 +294,8 @@ type serving struct {
 	quit      chan struct{} // closed when a host has asked the plugin to quit
 	dir       string        // of the socket, if it is to be removed
 
-	restore func()         // gives the process its stdout and stderr back
-	pipes   [2][2]*os.File // reading and writing ends for stdout and stderr
+	restore func()      // gives the process its stdout and stderr back
+	output  [2]*os.File // where its output is read meanwhile
 }
 
 // newServing listens, with what the host has said in the environment.
@@ -327,18 +336,17 @@ func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger)
 	return s, nil
 }
 
-// answerMutualTLS makes the plugin's certificate for the host's.
+// answerMutualTLS makes the plugin's certificate for the host's, which is PEM.
 func answerMutualTLS(host string) (*tls.Config, []byte, error) {
-	theirs, err := parseCertPEM(host)
-	if err != nil {
-		return nil, nil, err
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM([]byte(host)) {
+		return nil, nil, errors.New("the host has sent no certificate that can be read")
 	}
 	own, err := newCertificate()
 	if err != nil {
 		return nil, nil, err
 	}
-	secure, err := mutualTLS(own, theirs)
-	return secure, own.Certificate[0], err
+	return mutualTLS(own, pool), own.Certificate[0], nil
 }
 
 // listen listens on a Unix socket, in the directory that the host has made or
@@ -354,8 +362,6 @@ func (s *serving) listen(env map[string]string) (err error) {
 			return err
 		}
 		s.dir = dir
-	} else if parseHostInfo(env[envHost]).pid == os.Getppid() {
-		s.dir = dir // made for this plugin alone, and its host may be gone
 	}
 	path := filepath.Join(dir, fmt.Sprintf("%s%d-%x", socketPrefix, os.Getpid(), rand.Uint32()))
 	if s.listener, err = net.Listen("unix", path); err != nil {
@@ -377,21 +383,22 @@ func (s *serving) unlisten() {
 
 // capture makes what the process prints go to the host, and to the writers
 // that are not nil.
-func (s *serving) capture(stdout, stderr *os.File, teeOut, teeErr io.Writer) (err error) {
-	for i := range s.pipes {
-		if s.pipes[i][0], s.pipes[i][1], err = os.Pipe(); err != nil {
+func (s *serving) capture(teeOut, teeErr io.Writer) (err error) {
+	stdout, stderr := os.Stdout, os.Stderr
+	var w [2]*os.File
+	for i := range w {
+		if s.output[i], w[i], err = os.Pipe(); err != nil {
 			return cannotServe(err)
 		}
 	}
-	s.server.Stdout, s.server.Stderr = tee(s.pipes[0][0], teeOut), tee(s.pipes[1][0], teeErr)
+	s.server.Stdout, s.server.Stderr = tee(s.output[0], teeOut), tee(s.output[1], teeErr)
 	s.restore = sync.OnceFunc(func() {
 		os.Stdout, os.Stderr = stdout, stderr
-		for _, pipe := range s.pipes {
-			_ = pipe[1].Close()
-		}
+		_ = w[0].Close()
+		_ = w[1].Close()
 	})
 	s.server.release = s.restore
-	os.Stdout, os.Stderr = s.pipes[0][1], s.pipes[1][1]
+	os.Stdout, os.Stderr = w[0], w[1]
 	return nil
 }
 
@@ -406,7 +413,7 @@ func tee(r io.Reader, w io.Writer) io.Reader {
 
 // serve accepts connections until close closes the listener and waits.
 func (s *serving) serve() {
-	s.server.conns.Go(func() { s.server.Serve(s.listener) })
+	s.server.serving.Go(func() { s.server.Serve(s.listener) })
 }
 
 // close ends the serving: what was printed is sent, the sessions end, and the
@@ -416,12 +423,8 @@ func (s *serving) close() {
 	s.server.flush()
 	s.server.close()
 	s.restore()
-	for _, pipe := range s.pipes {
-		for _, end := range pipe {
-			if end != nil {
-				_ = end.Close()
-			}
-		}
+	for _, r := range s.output {
+		_ = r.Close()
 	}
 }
 
