@@ -284,7 +284,11 @@ type NumberArgs struct{ From, To uint32 }
 
 // Number copies the lines of src to dst, with numbers.
 func (n *Numberer) Number(ctx context.Context, dst io.Writer, src io.Reader) (lines int, err error) {
-	args := NumberArgs{From: n.broker.ServeReader(src), To: n.broker.ServeWriter(dst)}
+	from, stopReading := n.broker.ServeReader(src)
+	defer stopReading()
+	to, stopWriting := n.broker.ServeWriter(dst)
+	defer stopWriting()
+	args := NumberArgs{From: from, To: to}
 	err = plugin.Call(ctx, n.client, "Plugin.Number", args, &lines)
 	return lines, err
 }
@@ -363,7 +367,9 @@ type BakeArgs struct {
 
 // Bake calls progress, in the host, as the plugin proceeds.
 func (b *Baker) Bake(ctx context.Context, loaves int, progress func(percent int)) error {
-	args := BakeArgs{Loaves: loaves, Progress: b.broker.ServeRPC(ProgressServer{progress})}
+	id, stop := b.broker.ServeRPC(ProgressServer{progress})
+	defer stop()
+	args := BakeArgs{Loaves: loaves, Progress: id}
 	return plugin.Call(ctx, b.client, "Plugin.Bake", args, new(struct{}))
 }
 
