@@ -1,0 +1,1073 @@
+package plugin
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/binary"
+	"encoding/gob"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log"
+	"math/rand/v2"
+	"net/rpc"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// ---- The test binary ----
+
+// The test binary stands in for every plugin and for hosts of their own: a
+// process that is started with modeEnv set runs no tests. The variable names
+// the steps of its main function, separated by spaces.
+const modeEnv = "TEST_PLUGIN_MODE"
+
+// modes are the steps. Each test file adds its own in an init function.
+var modes = map[string]func(){
+	"plugin": func() { servePlugin() },
+	// Waits before it goes on.
+	"late": func() { awaitNote("serve") },
+	// Does its last work until the test says that it may end.
+	"finishing": func() {
+		note("finishing", "")
+		awaitNote("finish")
+	},
+	"endless": func() {
+		note("endless", "")
+		time.Sleep(forever)
+	},
+	"wait":  func() { time.Sleep(forever) },
+	"say":   func() { fmt.Println(os.Getenv(sayEnv)) },
+	"cry":   func() { fmt.Fprintln(os.Stderr, os.Getenv(sayEnv)) },
+	"panic": func() { panic("boom") },
+	"fatal": func() { new(sync.Mutex).Unlock() },
+	"exit0": func() { os.Exit(0) },
+	"exit3": func() { os.Exit(3) },
+	"killed": func() {
+		if p, err := os.FindProcess(os.Getpid()); err == nil {
+			_ = p.Kill()
+		}
+		time.Sleep(forever)
+	},
+}
+
+const (
+	sayEnv   = "TEST_PLUGIN_SAY"   // what the steps "say" and "cry" print
+	notesEnv = "TEST_PLUGIN_NOTES" // the directory of a lab's notes
+	childEnv = "TEST_PLUGIN_CHILD" // the mode of the plugin that the step "host" is to start
+)
+
+const (
+	// hangs bounds everything that takes no time unless it hangs.
+	hangs = 20 * time.Second
+	// slack is added to a documented bound, for a busy machine.
+	slack = 5 * time.Second
+	// forever is longer than any test runs. A process that waits for its host
+	// to kill it exits after that, even if the test was killed.
+	forever = 2 * time.Minute
+)
+
+var long = flag.Bool("long", false, "run leak and torture tests for long, and calls with large values")
+
+func TestMain(m *testing.M) {
+	mode := os.Getenv(modeEnv)
+	if mode == "" {
+		os.Exit(runTests(m))
+	}
+	role, steps := mode, strings.Fields(mode)
+	for _, step := range steps {
+		if step == "plugin" || step == "host" {
+			role = step
+		}
+	}
+	signIn()
+	note(role, strconv.Itoa(os.Getpid()))
+	for _, step := range steps {
+		run := modes[step]
+		if run == nil {
+			fmt.Fprintln(os.Stderr, "no such mode:", step)
+			os.Exit(64)
+		}
+		run()
+	}
+	note(role+" finished", "")
+}
+
+// runTests runs the tests in their own temporary directory, and fails if they
+// leave a goroutine, process, descriptor or file behind.
+func runTests(m *testing.M) int {
+	tmp, err := os.MkdirTemp("", "mux-*")
+	if err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(tmp)
+	os.Setenv("TMPDIR", tmp)
+	os.Setenv("TMP", tmp) // on Windows
+	// The race detector makes every process sleep a second before it exits.
+	os.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE"))
+	left := takeStock(tmp)
+	flag.Parse()
+	fuzzing := flag.Lookup("test.fuzz").Value.String() != ""
+	if n := flag.Lookup("test.parallel"); !fuzzing && n.Value.String() == n.DefValue {
+		// Parallel tests mostly wait, for processes and timeouts.
+		_ = n.Value.Set("12")
+	}
+	code := m.Run()
+	if fuzzing {
+		return code // the workers are killed, and leave their directories here
+	}
+	if left := left(); left != "" {
+		fmt.Fprintln(os.Stderr, "the tests left behind:", left)
+		return 1
+	}
+	return code
+}
+
+// takeStock lists the resources of this process. The function that it returns
+// lists those added since then, after waiting a while for them to go.
+func takeStock(tmp string) (left func() string) {
+	goroutines, before := runtime.NumGoroutine(), held(tmp)
+	return func() (left string) {
+		poll(5*time.Second, func() bool {
+			more := slices.DeleteFunc(held(tmp), func(s string) bool { return slices.Contains(before, s) })
+			if n := runtime.NumGoroutine(); n > goroutines {
+				more = append(more, fmt.Sprintf("%d goroutines:\n%s", n-goroutines, stacks()))
+			}
+			left = strings.Join(more, "\n")
+			return left == ""
+		})
+		return left
+	}
+}
+
+// held lists the processes in the temporary directory and its files. Where
+// there is /proc, it also lists this process's children, including zombies,
+// and its descriptors.
+func held(tmp string) (held []string) {
+	for _, pid := range processesWith("TMPDIR=" + tmp) {
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		held = append(held, fmt.Sprintf("process %d: %q", pid, cmdline))
+	}
+	entries, _ := os.ReadDir(tmp)
+	for _, e := range entries {
+		held = append(held, "file "+e.Name())
+	}
+	if runtime.GOOS == "windows" {
+		return held // Wine has a /proc with its own descriptors
+	}
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, name := range stats {
+		stat, _ := os.ReadFile(name)
+		_, after, _ := strings.Cut(string(stat), ") ")
+		if f := strings.Fields(after); len(f) > 1 && f[1] == strconv.Itoa(os.Getpid()) {
+			held = append(held, fmt.Sprintf("child %s (%s)", filepath.Base(filepath.Dir(name)), f[0]))
+		}
+	}
+	fds, _ := filepath.Glob("/proc/self/fd/*")
+	for _, fd := range fds {
+		to, err := os.Readlink(fd)
+		if err == nil && (strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "/dev/")) {
+			held = append(held, "descriptor of "+to)
+		}
+	}
+	return held
+}
+
+var signedIn *os.File // set by signIn
+
+// signIn opens a file named after this process, so that processesWith finds it
+// on Windows, where an open file cannot be removed and environments cannot be
+// read.
+func signIn() {
+	if runtime.GOOS != "windows" {
+		return
+	}
+	if dir := cmp.Or(os.Getenv(notesEnv), os.Getenv("TMPDIR")); dir != "" {
+		signedIn, _ = os.Create(filepath.Join(dir, fmt.Sprintf("process-%d", os.Getpid())))
+	}
+}
+
+// processesWith returns the other processes that were started with a variable
+// in their environment and are no zombies. On Windows it must be one that
+// signIn uses; other systems without /proc have none.
+func processesWith(variable string) (pids []int) {
+	if runtime.GOOS == "windows" {
+		_, dir, _ := strings.Cut(variable, "=")
+		files, _ := filepath.Glob(filepath.Join(dir, "process-*"))
+		for _, file := range files {
+			_, number, _ := strings.Cut(filepath.Base(file), "-")
+			if pid, err := strconv.Atoi(number); err == nil && os.Remove(file) != nil {
+				pids = append(pids, pid)
+			}
+		}
+		return pids
+	}
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		pid, _ := strconv.Atoi(filepath.Base(dir))
+		env, _ := os.ReadFile(dir + "/environ") // empty for a zombie
+		if pid != os.Getpid() && slices.Contains(strings.Split(string(env), "\x00"), variable) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// ---- The test plugin ----
+
+// testHandshake is the handshake of all test plugins.
+var testHandshake = HandshakeConfig{ProtocolVersion: 3, MagicCookieKey: "TEST_PLUGIN_COOKIE", MagicCookieValue: "d5f1"}
+
+// testPlugin returns what the plugin serves. In the host it is a *testClient.
+type testPlugin func(*MuxBroker) (any, error)
+
+func (p testPlugin) Server(b *MuxBroker) (any, error) { return p(b) }
+func (testPlugin) Client(b *MuxBroker, c *rpc.Client) (any, error) {
+	return &testClient{c, b}, nil
+}
+
+// serves returns a plugin that serves v.
+func serves(v any) testPlugin { return func(*MuxBroker) (any, error) { return v, nil } }
+
+// testPlugins returns the plugin set of the step "plugin". Its one plugin is
+// "test".
+func testPlugins(s *testState) PluginSet {
+	return PluginSet{"test": testPlugin(func(b *MuxBroker) (any, error) { return &testServer{s, b}, nil })}
+}
+
+// servePlugin is the main function of a plugin.
+func servePlugin(edit ...func(*ServeConfig)) {
+	cfg := &ServeConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(newTestState())}
+	for _, f := range edit {
+		f(cfg)
+	}
+	Serve(cfg)
+}
+
+// testClient calls a testServer, or any other served value.
+type testClient struct {
+	*rpc.Client
+	broker *MuxBroker
+}
+
+// testServer is what the plugin "test" serves. Its methods share one testState
+// per process, or per call of newTestServer.
+type testServer struct {
+	*testState
+	broker *MuxBroker
+}
+
+type testState struct {
+	started chan string   // receives the argument of each Block and Wait
+	release chan struct{} // ends one Block or Wait, or all when closed
+	ended   chan error    // receives the cause of each Wait whose context ended
+	waiting atomic.Int32  // Block and Wait calls under way
+	environ []string      // the environment before Serve
+	stderr  *os.File      // the process's own
+}
+
+func newTestState() *testState {
+	return &testState{
+		started: make(chan string, 1000), release: make(chan struct{}), ended: make(chan error, 1000),
+		environ: os.Environ(), stderr: os.Stderr,
+	}
+}
+
+func newTestServer() *testServer { return &testServer{testState: newTestState()} }
+
+// Echo returns text. Methods that take and return a string can be called by
+// CallBack.
+func (*testServer) Echo(text string, out *string) error {
+	*out = text
+	return nil
+}
+
+// Box holds any value.
+type Box struct{ V any }
+
+func (*testServer) Box(in Box, out *Box) error {
+	*out = in
+	return nil
+}
+
+// Bad replies with a value that gob cannot encode.
+func (*testServer) Bad(_ string, out *Box) error {
+	out.V = make(chan int)
+	return nil
+}
+
+var errRegistered = errors.New("test: registered")
+
+func init() {
+	gob.Register(Box{})
+	gob.Register([]any{})
+	RegisterError(errRegistered)
+}
+
+// testErrors are errors that keep their identity across the connection.
+var testErrors = map[string]error{
+	"EOF":              io.EOF,
+	"UnexpectedEOF":    io.ErrUnexpectedEOF,
+	"NotExist":         fs.ErrNotExist,
+	"Exist":            fs.ErrExist,
+	"Permission":       fs.ErrPermission,
+	"Invalid":          fs.ErrInvalid,
+	"Closed":           fs.ErrClosed,
+	"deadline":         os.ErrDeadlineExceeded,
+	"Canceled":         context.Canceled,
+	"DeadlineExceeded": context.DeadlineExceeded,
+	"registered":       errRegistered,
+}
+
+// Fail returns an error of testErrors, wrapped.
+func (*testServer) Fail(name string, _ *string) error {
+	return fmt.Errorf("failing: %w", testErrors[name])
+}
+
+// Panic panics in the method.
+func (*testServer) Panic(text string, _ *string) error { panic(text) }
+
+// Do runs a mode in another goroutine, and returns when that does.
+func (*testServer) Do(mode string, _ *string) error {
+	<-async(func() bool { modes[mode](); return true })
+	return nil
+}
+
+// Block returns text when it is released. It has no context.
+func (s *testServer) Block(text string, out *string) error {
+	return s.Wait(context.Background(), text, out)
+}
+
+// Wait returns text when it is released, or an error when its context ends.
+// In a lab it leaves the notes "in a call" and "cause".
+func (s *testServer) Wait(ctx context.Context, text string, out *string) error {
+	s.waiting.Add(1)
+	defer s.waiting.Add(-1)
+	note("in a call", "")
+	s.started <- text
+	select {
+	case <-ctx.Done():
+		note("cause", context.Cause(ctx).Error())
+		s.ended <- context.Cause(ctx)
+		return ctx.Err()
+	case <-s.release:
+		*out = text
+		return nil
+	}
+}
+
+// Output is what Print prints. Raw goes to the process's own stderr, as a
+// trace of the runtime does, and Log to package log.
+type Output struct{ Stdout, Stderr, Raw, Log string }
+
+func (s *testServer) Print(o Output, _ *struct{}) error {
+	_, err1 := io.WriteString(os.Stdout, o.Stdout)
+	_, err2 := io.WriteString(os.Stderr, o.Stderr)
+	_, err3 := io.WriteString(s.stderr, o.Raw)
+	if o.Log != "" {
+		log.Print(o.Log)
+	}
+	return errors.Join(err1, err2, err3)
+}
+
+// Stdin reads size bytes from stdin.
+func (*testServer) Stdin(size int, text *string) error {
+	buf := make([]byte, size)
+	_, err := io.ReadFull(os.Stdin, buf)
+	*text = string(buf)
+	return err
+}
+
+// Self describes the process. Began is the environment before Serve.
+type Self struct {
+	Pid                      int
+	Executable               string
+	Args, Began, Env         []string
+	Goroutines, FDs, Waiting int
+}
+
+func (s *testServer) Self(_ struct{}, self *Self) (err error) {
+	*self = Self{
+		Pid: os.Getpid(), Args: os.Args, Began: s.environ, Env: os.Environ(),
+		Goroutines: runtime.NumGoroutine(), FDs: descriptors(), Waiting: int(s.waiting.Load()),
+	}
+	self.Executable, err = os.Executable()
+	return err
+}
+
+// Fork starts a program that has this process's stdout and stderr.
+func (s *testServer) Fork(args []string, pid *int) error {
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Stdout, cmd.Stderr = os.Stdout, s.stderr
+	err := cmd.Start()
+	if err == nil {
+		*pid = cmd.Process.Pid
+	}
+	return err
+}
+
+// Transfer tells Copy the id of a reader, or of noise of Size bytes if that is
+// 0, and the id of a writer, or of none if that is 0.
+type Transfer struct {
+	Reader, Writer uint32
+	Size           int
+}
+
+// Copy copies from a reader of the host to a writer of the host.
+func (s *testServer) Copy(in Transfer, n *int64) error {
+	var from io.Reader = bytes.NewReader(noise(in.Size, 0))
+	if in.Reader != 0 {
+		r, err := s.broker.DialReader(in.Reader)
+		if err != nil {
+			return err
+		}
+		defer r.Close()
+		from = r
+	}
+	if in.Writer == 0 {
+		var err error
+		*n, err = io.Copy(io.Discard, from)
+		return err
+	}
+	to, err := s.broker.DialWriter(in.Writer)
+	if err != nil {
+		return err
+	}
+	if *n, err = io.Copy(to, from); err != nil {
+		_ = to.Close()
+		return err
+	}
+	return to.Close()
+}
+
+// Callback is a method of the host and its argument.
+type Callback struct {
+	ID          uint32
+	Method, Arg string
+}
+
+// CallBack calls a method of the host.
+func (s *testServer) CallBack(ctx context.Context, in Callback, out *string) error {
+	c, err := s.broker.DialRPC(in.ID)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return Call(ctx, c, "Plugin."+in.Method, in.Arg, out)
+}
+
+// Serve serves a "reader" of 1 MiB of noise, a "writer" to stdout, or, as
+// "rpc", this server.
+func (s *testServer) Serve(kind string, id *uint32) error {
+	switch kind {
+	case "reader":
+		*id, _ = s.broker.ServeReader(bytes.NewReader(noise(1<<20, 0)))
+	case "writer":
+		*id, _ = s.broker.ServeWriter(os.Stdout)
+	case "rpc":
+		*id, _ = s.broker.ServeRPC(s)
+	}
+	return nil
+}
+
+// descriptors returns the number of this process's descriptors, or 0 without
+// /proc and on Windows.
+func descriptors() int {
+	if runtime.GOOS == "windows" {
+		return 0
+	}
+	fds, _ := os.ReadDir("/proc/self/fd")
+	return len(fds)
+}
+
+// ---- Starting and calling ----
+
+// config returns a configuration that starts the test binary in a mode.
+func config(mode string, env ...string) *ClientConfig {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append([]string{modeEnv + "=" + mode}, env...)
+	return &ClientConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(nil), Cmd: cmd, Logger: hclog.NewNullLogger()}
+}
+
+// attachTo returns a configuration that reattaches to a running plugin.
+func attachTo(rc *ReattachConfig) *ClientConfig {
+	cfg := config("")
+	cfg.Cmd, cfg.Reattach = nil, rc
+	return cfg
+}
+
+// start starts a plugin and kills it when the test ends.
+func start(t testing.TB, config *ClientConfig) (*Client, ClientProtocol) {
+	t.Helper()
+	c := NewClient(config)
+	t.Cleanup(c.Kill)
+	p, err := c.Client()
+	check(t, err)
+	return c, p
+}
+
+// startError returns the error of a start that must fail.
+func startError(t testing.TB, c *Client) *StartError {
+	t.Helper()
+	t.Cleanup(c.Kill)
+	_, err := c.Start()
+	var failed *StartError
+	if !errors.As(err, &failed) {
+		t.Fatalf("Start returned %T: %v", err, err)
+	}
+	if _, again := c.Start(); again != err {
+		t.Errorf("Start returned %v and then %v", err, again)
+	}
+	if _, again := c.Client(); again == nil || again.Error() != err.Error() {
+		t.Errorf("Start returned %v, and Client %v", err, again)
+	}
+	receive(t, "Done", c.Done())
+	return failed
+}
+
+// dispense dispenses the plugin "test".
+func dispense(t testing.TB, p ClientProtocol) *testClient {
+	t.Helper()
+	c, err := Dispense[*testClient](p, "test")
+	check(t, err)
+	return c
+}
+
+// local dispenses the plugin "test" without a process.
+func local(t testing.TB) (*RPCClient, *testClient, *testServer) {
+	t.Helper()
+	served := make(chan *testServer, 1)
+	host, _ := TestPluginRPCConn(t, PluginSet{"test": testPlugin(func(b *MuxBroker) (any, error) {
+		s := &testServer{newTestState(), b}
+		served <- s
+		return s, nil
+	})}, nil)
+	return host, dispense(t, host), <-served
+}
+
+// bothWays runs a test with the brokers of both ends of a connection, and
+// again with the ends swapped.
+func bothWays(t *testing.T, f func(t *testing.T, here, there *MuxBroker)) {
+	t.Run("host to plugin", func(t *testing.T) {
+		_, host, plugin := local(t)
+		f(t, host.broker, plugin.broker)
+	})
+	t.Run("plugin to host", func(t *testing.T) {
+		_, host, plugin := local(t)
+		f(t, plugin.broker, host.broker)
+	})
+}
+
+// mustCall calls a method of the plugin and returns the reply. It fails the test
+// if there is an error.
+func mustCall[R any](t testing.TB, c *rpc.Client, method string, arg any) (reply R) {
+	t.Helper()
+	if err := Call(boundedContext(t), c, "Plugin."+method, arg, &reply); err != nil {
+		t.Errorf("%s: %v", method, err)
+	}
+	return reply
+}
+
+// echo checks that a client of a testServer works.
+func echo(t testing.TB, c *rpc.Client) {
+	t.Helper()
+	want := fmt.Sprint(rand.Int())
+	if got := mustCall[string](t, c, "Echo", want); got != want {
+		t.Errorf("the echo of %s is %q", want, got)
+	}
+}
+
+// answers checks that the plugin "test" can be dispensed and called.
+func answers(t testing.TB, p ClientProtocol) {
+	t.Helper()
+	c := dispense(t, p)
+	echo(t, c.Client)
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// block has n calls of Block in flight, half of them made with the function
+// Call, and returns where their errors arrive.
+func (c *testClient) block(t testing.TB, n int) <-chan error {
+	t.Helper()
+	errs := make(chan error, n)
+	for i := range n {
+		go func() {
+			if i%2 == 0 {
+				errs <- c.Call("Plugin.Block", "", new(string))
+			} else {
+				errs <- Call(context.Background(), c.Client, "Plugin.Block", "", new(string))
+			}
+		}()
+	}
+	await(t, "calls in flight", func() bool {
+		return t.Failed() || mustCall[Self](t, c.Client, "Self", struct{}{}).Waiting >= n
+	})
+	return errs
+}
+
+// errWrong is a wrong reply.
+var errWrong = errors.New("a wrong reply")
+
+// traffic makes calls, streams and prints until ctx ends or a call fails.
+func (c *testClient) traffic(ctx context.Context, progress func()) error {
+	for n := 0; ctx.Err() == nil; n++ {
+		progress()
+		data := string(noise(1+n*7919%200_000, rand.Uint64()))
+		got := data
+		var err error
+		switch n % 3 {
+		case 0:
+			err = Call(ctx, c.Client, "Plugin.Echo", data, &got)
+		case 1:
+			var back syncBuffer
+			from, stopReader := c.broker.ServeReader(strings.NewReader(data))
+			to, stopWriter := c.broker.ServeWriter(&back)
+			err = Call(ctx, c.Client, "Plugin.Copy", Transfer{Reader: from, Writer: to}, new(int64))
+			stopReader()
+			stopWriter()
+			got = back.String()
+		case 2:
+			text := fmt.Sprintf("%x\n", data[:min(len(data), 5000)])
+			err = c.Call("Plugin.Print", Output{Stdout: text, Stderr: text}, new(struct{}))
+		}
+		if err != nil {
+			return err
+		}
+		if got != data {
+			return errWrong
+		}
+	}
+	return nil
+}
+
+// ---- Labs: processes that tests watch and kill ----
+
+// lab holds the processes of one test: they have their own TMPDIR, and a
+// directory where they leave notes for the test. When the test ends, no
+// process and no file may be left.
+type lab struct {
+	t          testing.TB
+	tmp, notes string
+}
+
+func newLab(t testing.TB) *lab {
+	t.Helper()
+	l := &lab{t: t}
+	for _, dir := range []*string{&l.tmp, &l.notes} {
+		var err error
+		// The paths of t.TempDir are too long for a socket.
+		if *dir, err = os.MkdirTemp("", "l*"); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(*dir) })
+	}
+	t.Cleanup(func() { l.deserted(hangs) })
+	return l
+}
+
+// env is the environment of a process in the lab.
+func (l *lab) env() []string { return []string{"TMPDIR=" + l.tmp, notesEnv + "=" + l.notes} }
+
+// config returns a configuration that starts a mode in the lab.
+func (l *lab) config(mode string, env ...string) *ClientConfig {
+	cfg := config(mode, append(l.env(), env...)...)
+	if runtime.GOOS != "windows" {
+		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: l.tmp}
+	}
+	return cfg
+}
+
+// processes returns the running processes of the lab.
+func (l *lab) processes() []int { return processesWith(notesEnv + "=" + l.notes) }
+
+// deserted fails the test if a process or file is left after a while.
+func (l *lab) deserted(within time.Duration) {
+	l.t.Helper()
+	var left string
+	if poll(within, func() bool {
+		left = ""
+		if pids := l.processes(); len(pids) > 0 {
+			left = fmt.Sprintf("processes %v", pids)
+		}
+		if files, _ := os.ReadDir(l.tmp); len(files) > 0 {
+			left += fmt.Sprintf(" files %v", files)
+		}
+		return left == ""
+	}) {
+		return
+	}
+	l.t.Errorf("after %v there are left: %s", within, left)
+	for _, pid := range l.processes() {
+		if p, err := os.FindProcess(pid); err == nil {
+			_ = p.Kill()
+		}
+	}
+}
+
+// read waits for a note and returns its text. Each process leaves a note with
+// its pid, named after its mode, and one with " finished" appended when its
+// last step has returned. A mode with the step "plugin" or "host" is named so.
+func (l *lab) read(name string) string {
+	l.t.Helper()
+	var text []byte
+	await(l.t, "the note "+name, func() bool {
+		var err error
+		text, err = os.ReadFile(filepath.Join(l.notes, name))
+		return err == nil
+	})
+	return string(text)
+}
+
+// readPid waits for a note that is a pid.
+func (l *lab) readPid(name string) int {
+	l.t.Helper()
+	pid, err := strconv.Atoi(l.read(name))
+	check(l.t, err)
+	return pid
+}
+
+// noted reports whether there is a note.
+func (l *lab) noted(name string) bool {
+	_, err := os.Stat(filepath.Join(l.notes, name))
+	return err == nil
+}
+
+// write leaves a note for the processes of the lab.
+func (l *lab) write(name, text string) { leaveNote(l.notes, name, text) }
+
+// note leaves a note for the test, if this process is in a lab.
+func note(name, text string) { leaveNote(os.Getenv(notesEnv), name, text) }
+
+// leaveNote writes the whole note at once.
+func leaveNote(dir, name, text string) {
+	if dir == "" {
+		return
+	}
+	tmp := filepath.Join(dir, fmt.Sprintf(".%s-%d", name, os.Getpid()))
+	if os.WriteFile(tmp, []byte(text), 0o600) == nil {
+		_ = os.Rename(tmp, filepath.Join(dir, name))
+	}
+}
+
+// awaitNote waits for a note of the test.
+func awaitNote(name string) {
+	l := &lab{notes: os.Getenv(notesEnv)}
+	if !poll(3*hangs, func() bool { return l.noted(name) }) {
+		os.Exit(65)
+	}
+}
+
+// testProcess is a process that a test starts beside its plugins.
+type testProcess struct {
+	*exec.Cmd
+	output syncBuffer
+	ended  chan struct{}
+}
+
+// ownGroup makes a command the leader of a process group, where there is such
+// a thing.
+var ownGroup = func(*exec.Cmd) {}
+
+// start starts the test binary in a mode. The process and its children are a
+// process group: a signal to that is what a terminal sends.
+func (l *lab) start(mode string, env ...string) *testProcess {
+	l.t.Helper()
+	p := &testProcess{Cmd: exec.Command(os.Args[0]), ended: make(chan struct{})}
+	p.Env = slices.Concat(os.Environ(), []string{modeEnv + "=" + mode}, l.env(), env)
+	p.Stdout, p.Stderr = &p.output, &p.output
+	p.WaitDelay = time.Second
+	ownGroup(p.Cmd)
+	check(l.t, p.Start())
+	go func() { defer close(p.ended); _ = p.Wait() }()
+	l.t.Cleanup(func() {
+		_ = p.Process.Kill()
+		<-p.ended
+		if l.t.Failed() {
+			l.t.Logf("%s printed: %s", mode, p.output.String())
+		}
+	})
+	return p
+}
+
+// kill kills the process and waits for its end.
+func (p *testProcess) kill(t testing.TB) {
+	t.Helper()
+	_ = p.Process.Kill()
+	receive(t, "the end of a killed process", p.ended)
+}
+
+// ---- Waiting ----
+
+// poll calls ok until it returns true, and returns false after a while.
+func poll(within time.Duration, ok func() bool) bool {
+	pause := time.Millisecond
+	for end := time.Now().Add(within); !ok(); time.Sleep(pause) {
+		if time.Now().After(end) {
+			return ok()
+		}
+		pause = min(2*pause, 5*time.Millisecond)
+	}
+	return true
+}
+
+// await waits for ok to return true.
+func await(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	if !poll(hangs, ok) {
+		t.Fatalf("waited in vain for %s\n%s", what, stacks())
+	}
+}
+
+// receive receives from a channel, or learns that it is closed.
+func receive[T any](t testing.TB, what string, ch <-chan T) (v T) {
+	t.Helper()
+	select {
+	case v = <-ch:
+	case <-time.After(hangs):
+		t.Fatalf("waited in vain for %s\n%s", what, stacks())
+	}
+	return v
+}
+
+// send sends to a channel.
+func send[T any](t testing.TB, what string, ch chan<- T, v T) {
+	t.Helper()
+	select {
+	case ch <- v:
+	case <-time.After(hangs):
+		t.Fatalf("nothing received %s\n%s", what, stacks())
+	}
+}
+
+// async runs f in a goroutine and sends its result. The channel is closed
+// without a result if f ends its goroutine.
+func async[T any](f func() T) <-chan T {
+	ch := make(chan T, 1)
+	go func() { defer close(ch); ch <- f() }()
+	return ch
+}
+
+// within fails the test if f takes longer than the bound and some slack.
+func within(t testing.TB, what string, bound time.Duration, f func()) {
+	t.Helper()
+	select {
+	case <-async(func() bool { f(); return true }):
+	case <-time.After(bound + slack):
+		t.Fatalf("%s takes longer than %v\n%s", what, bound, stacks())
+	}
+}
+
+// callers calls f in n goroutines and waits for all.
+func callers(t testing.TB, n int, f func(i int)) {
+	t.Helper()
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() { f(i) })
+	}
+	within(t, fmt.Sprintf("%d callers", n), hangs, all.Wait)
+}
+
+// boundedContext returns a context that ends when everything hangs.
+func boundedContext(t testing.TB) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), hangs)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// stacks returns the stacks of all goroutines.
+func stacks() string {
+	buf := make([]byte, 1<<20)
+	return string(buf[:runtime.Stack(buf, true)])
+}
+
+// ended reports whether a channel is closed.
+func ended[T any](ch <-chan T) bool {
+	select {
+	case _, open := <-ch:
+		return !open
+	default:
+		return false
+	}
+}
+
+// ---- Checks, buffers, files ----
+
+// leavesNothing fails the test if it leaves a goroutine, child process,
+// descriptor or file behind. It is not for parallel tests. Call it before
+// anything else: cleanups that are added later run before its check.
+func leavesNothing(t testing.TB) {
+	t.Helper()
+	left := takeStock(os.TempDir())
+	t.Cleanup(func() {
+		if left := left(); left != "" {
+			t.Errorf("left behind:\n%s", left)
+		}
+	})
+}
+
+// check ends the test if there is an error.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// errorSays checks that an error contains these words.
+func errorSays(t testing.TB, err error, words ...string) {
+	t.Helper()
+	if err == nil {
+		t.Fatal("there is no error")
+	}
+	for _, word := range words {
+		if !strings.Contains(err.Error(), word) {
+			t.Errorf("the error does not say %q:\n%v", word, err)
+		}
+	}
+}
+
+// logRecord is one record of a logger.
+type logRecord struct {
+	name  string
+	level hclog.Level
+	msg   string
+	args  []any
+}
+
+// logRecords collects the records of a logger.
+type logRecords struct {
+	mu  sync.Mutex // guards all
+	all []logRecord
+}
+
+// recorder returns a logger and its records.
+func recorder() (hclog.Logger, *logRecords) {
+	r := new(logRecords)
+	l := hclog.NewInterceptLogger(&hclog.LoggerOptions{Output: io.Discard, Level: hclog.Trace})
+	l.RegisterSink(r)
+	return l, r
+}
+
+func (r *logRecords) Accept(name string, level hclog.Level, msg string, args ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.all = append(r.all, logRecord{name, level, msg, slices.Clone(args)})
+}
+
+// find returns the records so far whose message contains text.
+func (r *logRecords) find(text string) []logRecord {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(r.all), func(r logRecord) bool { return !strings.Contains(r.msg, text) })
+}
+
+// syncBuffer is a buffer for concurrent use.
+type syncBuffer struct {
+	mu  sync.Mutex // guards buf
+	buf bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+// readerFunc and writerFunc are functions as readers and writers.
+type (
+	readerFunc func([]byte) (int, error)
+	writerFunc func([]byte) (int, error)
+)
+
+func (f readerFunc) Read(p []byte) (int, error)  { return f(p) }
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// noise returns n bytes that do not repeat. Another seed gives others.
+func noise(n int, seed uint64) []byte {
+	data := make([]byte, n)
+	var key [32]byte
+	binary.LittleEndian.PutUint64(key[:], seed)
+	_, _ = rand.NewChaCha8(key).Read(data)
+	return data
+}
+
+// writeProgram writes a file to execute. A process forked meanwhile would hold
+// it open for writing, and it could not be executed.
+func writeProgram(t testing.TB, path string, data []byte, mode fs.FileMode) {
+	t.Helper()
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	check(t, os.WriteFile(path, data, mode))
+}
+
+// copyBinary returns a copy of the test binary with this name.
+func copyBinary(t testing.TB, name string) string {
+	t.Helper()
+	if runtime.GOOS == "windows" {
+		name += ".exe"
+	}
+	data, err := os.ReadFile(os.Args[0])
+	check(t, err)
+	path := filepath.Join(t.TempDir(), name)
+	writeProgram(t, path, data, 0o700)
+	return path
+}
+
+// ---- Whole lives ----
+
+// One connection carries calls, streams, callbacks and output.
+func TestLife(t *testing.T) {
+	leavesNothing(t)
+	cfg := config("plugin say cry", sayEnv+"=tail")
+	var stdout, stderr syncBuffer
+	cfg.SyncStdout, cfg.SyncStderr = &stdout, &stderr
+	c, p := start(t, cfg)
+	test := dispense(t, p)
+	echo(t, test.Client)
+	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: "to stdout ", Stderr: "to stderr "})
+	data := noise(1_000_000, 1)
+	var back bytes.Buffer
+	from, stopReader := test.broker.ServeReader(bytes.NewReader(data))
+	defer stopReader()
+	to, stopWriter := test.broker.ServeWriter(&back)
+	defer stopWriter()
+	n := mustCall[int64](t, test.Client, "Copy", Transfer{Reader: from, Writer: to})
+	if n != int64(len(data)) || !bytes.Equal(back.Bytes(), data) {
+		t.Errorf("%d of %d bytes went through the plugin, %d came back", n, len(data), back.Len())
+	}
+	id, stop := test.broker.ServeRPC(newTestServer())
+	defer stop()
+	if got := mustCall[string](t, test.Client, "CallBack", Callback{id, "Echo", "called back"}); got != "called back" {
+		t.Errorf("the callback returned %q", got)
+	}
+	c.Kill()
+	if err := c.Err(); err != nil || !c.Exited() {
+		t.Errorf("after Kill, Err is %v and Exited %v", err, c.Exited())
+	}
+	if stdout.String() != "to stdout " || stderr.String() != "to stderr " {
+		t.Errorf("the plugin printed %q and %q", stdout.String(), stderr.String())
+	}
+}
