@@ -277,10 +277,21 @@ type stranger struct {
 // findProcess finds the process of a plugin that listens.
 func findProcess(rc *ReattachConfig, logger hclog.Logger) (*stranger, error) {
 	proc, err := os.FindProcess(rc.Pid)
-	if err != nil || rc.Pid <= 0 || runtime.GOOS != "windows" && proc.Signal(syscall.Signal(0)) != nil {
+	if err != nil || rc.Pid <= 0 || !alive(rc.Pid) {
 		return nil, ErrProcessNotFound
 	}
 	return &stranger{proc, rc.Pid, rc.Addr, logger}, nil
+}
+
+// alive reports whether there is such a process. On Windows, where FindProcess
+// tells, it is true.
+func alive(pid int) bool {
+	p, err := os.FindProcess(pid)
+	if err != nil {
+		return false
+	}
+	defer p.Release()
+	return runtime.GOOS == "windows" || p.Signal(syscall.Signal(0)) == nil
 }
 
 // ID returns the pid.

@@ -1,7 +1,6 @@
 package plugin
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -142,12 +141,7 @@ func serve(config *ServeConfig) error {
 		signal.Notify(terminate, syscall.SIGHUP)
 	}
 	host := parseHostInfo(env[envHost])
-	direct := host.pid == os.Getppid() // it is not a host further up
-	dir := ""                          // made for this plugin alone
-	if direct {
-		dir = env[EnvUnixSocketDir]
-	}
-	orphaned := watchHost(host, dir)
+	orphaned := watchHost(host, env[EnvUnixSocketDir])
 	defer func() {
 		// The signal that ended the host may be under way to this process, too.
 		if !isClosed(orphaned) {
@@ -159,13 +153,20 @@ func serve(config *ServeConfig) error {
 	if err != nil {
 		return err
 	}
-	s.handshake.flushes = direct
-	s.dir = cmp.Or(s.dir, dir)
-	defer s.close()
+	s.handshake.flushes = host.pid == os.Getppid() // and not a host further up
+	defer func() {
+		s.close()
+		if isClosed(orphaned) || !alive(host.pid) {
+			removePrivate(env[EnvUnixSocketDir]) // which the host would have done
+		}
+	}()
 	if err := s.capture(nil, nil); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(stdout, s.handshake.String()+"\n"); err != nil {
+		if waitFor(orphanTimeout/2, orphaned) {
+			return nil // which is why
+		}
 		return fmt.Errorf("plugin: the handshake could not be written: %w", err)
 	}
 	s.serve()
