@@ -192,9 +192,6 @@ func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client 
 // WriteRequest encodes a request. It does not wait until that is written:
 // net/rpc holds a lock while it calls, and nobody could end the wait.
 func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
-	if st, ok := c.w.conn.(interface{ over() bool }); ok && st.over() {
-		return rpc.ErrShutdown // though reading may not have ended yet
-	}
 	k, ours := body.(*call)
 	if ours {
 		body, k.args, k.seq = k.args, nil, req.Seq
@@ -203,16 +200,13 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 		c.mu.Unlock()
 	}
 	err := c.send(&header{ServiceMethod: req.ServiceMethod, Seq: req.Seq}, body)
-	if err == nil {
-		return nil
+	if err == nil || err == errLost {
+		return nil // the end of reading will fail the call, with the reason
 	}
 	if ours {
 		c.mu.Lock()
 		delete(c.calls, k.seq)
 		c.mu.Unlock()
-	}
-	if err == errLost {
-		return rpc.ErrShutdown
 	}
 	return fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w", req.ServiceMethod, body, err)
 }
@@ -286,6 +280,12 @@ func (c *clientCodec) end(err error) error {
 	c.mu.Lock()
 	c.ended = true
 	closed, client := c.closed, c.client
+	if !closed && errors.Is(err, rpc.ErrShutdown) {
+		for _, k := range c.calls {
+			k.err = err // of which net/rpc's own callers expect
+		}
+		err = rpc.ErrShutdown
+	}
 	clear(c.calls)
 	c.mu.Unlock()
 	codecs.Delete(client)
@@ -408,7 +408,7 @@ func (s *service) find(full, name string) (*method, error) {
 	if why := s.unfit[name]; why != "" {
 		return nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, why)
 	}
-	return nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, strings.Join(sortedKeys(s.methods), ", "))
+	return nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, nameList(s.methods))
 }
 
 // rpcServer serves the calls that arrive on one stream.
@@ -511,11 +511,11 @@ func (s *rpcServer) prepare(ctx context.Context, req *header) (*inCall, error) {
 func (s *rpcServer) find(full string) (*service, *method, error) {
 	dot := strings.LastIndex(full, ".")
 	if dot < 0 {
-		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s", full)
+		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s: call it Plugin.%s", full, full)
 	}
 	svc := s.services[full[:dot]]
 	if svc == nil {
-		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, strings.Join(sortedKeys(s.services), ", "))
+		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, nameList(s.services))
 	}
 	m, err := svc.find(full, full[dot+1:])
 	return svc, m, err
