@@ -486,11 +486,11 @@ func (c *Client) whyLost(heard bool) error {
 	if !heard {
 		timeout, why = drainTimeout, errNotHeard
 	}
-	switch {
-	case c.wasAsked():
-		return fmt.Errorf("plugin %s: Kill or Close ended the connection: %w", c.name, rpc.ErrShutdown)
-	case !c.testMode() && waitFor(timeout, c.done):
-		return c.Err()
+	if !c.testMode() && !c.wasAsked() && waitFor(timeout, c.done) && c.err != nil {
+		return c.err
+	}
+	if c.wasAsked() {
+		why = fmt.Errorf("Kill or Close ended the connection: %w", rpc.ErrShutdown)
 	}
 	return fmt.Errorf("plugin %s: %w", c.name, why)
 }

@@ -11,7 +11,6 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -254,7 +253,7 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 	k, ours := body.(*call)
 	if !ours {
 		if err := c.w.decode(body); err != nil {
-			return c.end(cutShort(c.w.reason(err), true)) // net/rpc reads no more after that
+			return c.end(cutShort(c.w.reason(err))) // net/rpc reads no more after that
 		}
 		return nil
 	}
@@ -265,7 +264,7 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 	delete(c.calls, k.seq)
 	switch {
 	case c.w.lost != nil && err != nil:
-		k.err = cutShort(c.w.reason(err), true)
+		k.err = cutShort(c.w.reason(err))
 	case err != nil:
 		k.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w", k.method, k.reply, err)
 	case waiting && k.own != k.reply:
@@ -290,14 +289,6 @@ func (c *clientCodec) end(err error) error {
 	c.mu.Unlock()
 	codecs.Delete(client)
 	_ = c.w.conn.Close()
-	// The other side may be waiting for room for its answers, and learns of the
-	// end only behind them.
-	c.spawn(func() {
-		if d, ok := c.w.conn.(interface{ SetReadDeadline(time.Time) error }); ok {
-			_ = d.SetReadDeadline(time.Time{})
-		}
-		_, _ = io.Copy(io.Discard, c.w.conn)
-	})
 	if closed || err == io.ErrUnexpectedEOF {
 		return io.EOF // net/rpc makes an ErrShutdown or an ErrUnexpectedEOF of it
 	}
@@ -460,7 +451,7 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 		}
 		c, err := s.prepare(ctx, &req)
 		if s.w.lost != nil && err != nil {
-			return cutShort(s.w.lost, true)
+			return cutShort(s.w.lost)
 		}
 		if err != nil {
 			s.respond(&req, nil, err)

@@ -6,10 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"math"
 	"net"
 	"net/rpc"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -76,7 +76,8 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		StreamOpenTimeout:      0,
 		StreamCloseTimeout:     0,
 		MaxStreamWindowSize:    streamWindow,
-		Logger:                 muxLogger{s},
+		// What matters in yamux's messages is in the errors of calls and streams.
+		Logger: log.New(&lineWriter{max: maxJoined, emit: func(line []byte, _ int) { logger.Debug(string(line)) }}, "", 0),
 	}
 	var err error
 	if host {
@@ -96,18 +97,6 @@ type lostError struct{ cause error }
 
 func (e *lostError) Error() string   { return e.cause.Error() }
 func (e *lostError) Unwrap() []error { return []error{e.cause, io.ErrUnexpectedEOF} }
-
-// muxLogger takes yamux's messages. They are for those who debug this package:
-// what matters in them comes out as the error of a call or stream.
-type muxLogger struct{ s *session }
-
-func (l muxLogger) Print(v ...any)   { l.Printf("%s", fmt.Sprint(v...)) }
-func (l muxLogger) Println(v ...any) { l.Printf("%s", fmt.Sprint(v...)) }
-func (l muxLogger) Printf(format string, v ...any) {
-	if !l.s.ending.Load() {
-		l.s.logger.Debug(strings.TrimSpace(fmt.Sprintf(format, v...)))
-	}
-}
 
 // group is what is under way, until it is closed.
 type group struct {
@@ -259,7 +248,7 @@ func (st *stream) Write(p []byte) (n int, err error) {
 		sent, err = st.session.frames.sendData(st.StreamID(), st.flow, p[n:])
 		n += sent
 		switch {
-		case st.over():
+		case st.session.mux.IsClosed():
 			err = yamux.ErrSessionShutdown
 		case sent == 0 && err == nil:
 			err = st.waitWindow()
@@ -317,9 +306,6 @@ func (st *stream) SetWriteDeadline(t time.Time) error {
 	st.flow.signal()
 	return nil
 }
-
-// over reports whether the session has ended.
-func (st *stream) over() bool { return st.session.mux.IsClosed() }
 
 // open returns a new stream, which the other side has yet to be told of.
 func (s *session) open() (*stream, error) {
