@@ -354,7 +354,7 @@ func (c *Client) accept(h handshake, p *child) (r ready, err error) {
 	}
 	r = ready{h, c.config.TLSConfig}
 	if c.config.AutoMTLS {
-		if h.cert == nil {
+		if len(h.cert) == 0 {
 			return r, errors.New("it has not answered with a certificate, as AutoMTLS needs: was it served with a ServeConfig.TLSProvider?")
 		}
 		cert, err := x509.ParseCertificate(h.cert)
