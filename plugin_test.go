@@ -105,7 +105,7 @@ func TestMain(m *testing.M) {
 		}
 		run()
 	}
-	note(role+" finished", "")
+	note(role+" finished", strconv.Itoa(os.Getpid()))
 }
 
 // runTests runs the tests in their own temporary directory, and fails if they
@@ -344,7 +344,12 @@ func (*testServer) Panic(text string, _ *string) error { panic(text) }
 
 // Do runs a mode in another goroutine, and returns when that does.
 func (*testServer) Do(mode string, _ *string) error {
-	<-async(func() bool { modes[mode](); return true })
+	done := make(chan struct{})
+	go func() {
+		modes[mode]()
+		close(done) // not deferred: the call may not return before a panic ends the process
+	}()
+	<-done
 	return nil
 }
 
@@ -577,7 +582,9 @@ func bothWays(t *testing.T, f func(t *testing.T, here, there *MuxBroker)) {
 // if there is an error.
 func mustCall[R any](t testing.TB, c *rpc.Client, method string, arg any) (reply R) {
 	t.Helper()
-	if err := Call(boundedContext(t), c, "Plugin."+method, arg, &reply); err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), hangs)
+	defer cancel()
+	if err := Call(ctx, c, "Plugin."+method, arg, &reply); err != nil {
 		t.Errorf("%s: %v", method, err)
 	}
 	return reply
@@ -602,12 +609,15 @@ func answers(t testing.TB, p ClientProtocol) {
 	}
 }
 
+// self describes the plugin's process.
+func (c *testClient) self(t testing.TB) Self { return mustCall[Self](t, c.Client, "Self", struct{}{}) }
+
 // block has n calls of Block in flight, half of them made with the function
 // Call, and returns where their errors arrive.
 func (c *testClient) block(t testing.TB, n int) <-chan error {
 	t.Helper()
-	errs := make(chan error, n)
-	for i := range n {
+	errs, n := make(chan error, n), n+c.self(t).Waiting
+	for i := range cap(errs) {
 		go func() {
 			if i%2 == 0 {
 				errs <- c.Call("Plugin.Block", "", new(string))
@@ -617,7 +627,7 @@ func (c *testClient) block(t testing.TB, n int) <-chan error {
 		}()
 	}
 	await(t, "calls in flight", func() bool {
-		return t.Failed() || mustCall[Self](t, c.Client, "Self", struct{}{}).Waiting >= n
+		return t.Failed() || c.self(t).Waiting >= n
 	})
 	return errs
 }
@@ -1038,16 +1048,19 @@ func copyBinary(t testing.TB, name string) string {
 
 // ---- Whole lives ----
 
-// One connection carries calls, streams, callbacks and output.
+// One connection carries calls, streams, callbacks and output, and logs
+// nothing above Debug.
 func TestLife(t *testing.T) {
 	leavesNothing(t)
-	cfg := config("plugin say cry", sayEnv+"=tail")
+	cfg := config("plugin")
 	var stdout, stderr syncBuffer
 	cfg.SyncStdout, cfg.SyncStderr = &stdout, &stderr
+	logger, records := recorder()
+	cfg.Logger = logger
 	c, p := start(t, cfg)
 	test := dispense(t, p)
 	echo(t, test.Client)
-	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: "to stdout ", Stderr: "to stderr "})
+	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: "to stdout", Stderr: "to stderr"})
 	data := noise(1_000_000, 1)
 	var back bytes.Buffer
 	from, stopReader := test.broker.ServeReader(bytes.NewReader(data))
@@ -1063,11 +1076,313 @@ func TestLife(t *testing.T) {
 	if got := mustCall[string](t, test.Client, "CallBack", Callback{id, "Echo", "called back"}); got != "called back" {
 		t.Errorf("the callback returned %q", got)
 	}
-	c.Kill()
-	if err := c.Err(); err != nil || !c.Exited() {
-		t.Errorf("after Kill, Err is %v and Exited %v", err, c.Exited())
+	if err := c.Err(); err != nil || c.Exited() || ended(c.Done()) {
+		t.Errorf("it runs, and Err is %v, Exited %v", err, c.Exited())
 	}
-	if stdout.String() != "to stdout " || stderr.String() != "to stderr " {
+	c.Kill()
+	if err := c.Err(); err != nil || !c.Exited() || !ended(c.Done()) {
+		t.Errorf("after Kill, Err is %v, Exited %v", err, c.Exited())
+	}
+	if stdout.String() != "to stdout" || stderr.String() != "to stderr" {
 		t.Errorf("the plugin printed %q and %q", stdout.String(), stderr.String())
+	}
+	for _, r := range records.find("") {
+		if r.level > hclog.Debug {
+			t.Errorf("it logged %+v", r)
+		}
+	}
+}
+
+// One configuration starts a plugin again and again, however that ended. An end
+// that was asked for is no error.
+func TestRestart(t *testing.T) {
+	l := newLab(t)
+	cfg := l.config("plugin say cry")
+	cfg.Managed = true
+	pids := map[string]bool{}
+	for _, test := range []struct {
+		name string
+		end  func(*Client, ClientProtocol) error
+	}{
+		{"Kill", func(c *Client, _ ClientProtocol) error { c.Kill(); return nil }},
+		{"crash", func(_ *Client, p ClientProtocol) error { return dispense(t, p).Call("Plugin.Do", "panic", new(string)) }},
+		{"Close", func(_ *Client, p ClientProtocol) error { return p.Close() }},
+		{"CleanupClients", func(*Client, ClientProtocol) error { CleanupClients(); return nil }},
+	} {
+		c, p := start(t, cfg)
+		id := c.ID()
+		answers(t, p)
+		err := test.end(c, p)
+		receive(t, "Done", c.Done())
+		if (err == nil) != (test.name != "crash") || (c.Err() == nil) != (err == nil) {
+			t.Errorf("%s returned %v, and Err is %v", test.name, err, c.Err())
+		}
+		if err == nil && l.read("plugin finished") != id {
+			t.Errorf("%s did not let main finish", test.name)
+		}
+		if pids[id] || cfg.Cmd.Process == nil || strconv.Itoa(cfg.Cmd.Process.Pid) != id || cfg.Cmd.ProcessState == nil {
+			t.Errorf("%s: process %s, after %v; the command has %v, %v", test.name, id, pids, cfg.Cmd.Process, cfg.Cmd.ProcessState)
+		}
+		pids[id] = true
+	}
+}
+
+// A plugin that ends by itself says why: in Err, and in each call in flight, of
+// the host that started it and of one that reattached.
+func TestCrash(t *testing.T) {
+	t.Parallel()
+	for how, want := range map[string]struct{ panic, state string }{
+		"panic":  {"panic: boom", "exit status 2"},
+		"fatal":  {"fatal error: sync", "exit status 2"},
+		"exit0":  {"", "exit status 0"},
+		"exit3":  {"", "exit status 3"},
+		"killed": {"", map[bool]string{true: "exit status 1", false: "signal: killed"}[runtime.GOOS == "windows"]},
+	} {
+		t.Run(how, func(t *testing.T) {
+			t.Parallel()
+			cfg := newLab(t).config("plugin")
+			first, p := start(t, cfg)
+			second, other := start(t, attachTo(first.ReattachConfig()))
+			test, idle := dispense(t, p), dispense(t, p)
+			mustCall[struct{}](t, test.Client, "Print", Output{Raw: strings.Repeat("a line\n", 3000) + "last words\n"})
+			inFirst, inSecond := test.block(t, 4), dispense(t, other).block(t, 2)
+			explains := func(err error, child bool) {
+				t.Helper()
+				var exit *ExitError
+				if !errors.As(err, &exit) || (exit.State != nil) != child {
+					t.Fatalf("the error is %T: %v", err, err)
+				}
+				if !child {
+					return
+				}
+				errorSays(t, err, want.panic, want.state, filepath.Base(cfg.Cmd.Path))
+				if exit.Path != cfg.Cmd.Path || exit.State.String() != want.state || !strings.HasPrefix(exit.Panic, want.panic) || (exit.Panic == "") != (want.panic == "") {
+					t.Errorf("the error is %+v", exit)
+				}
+				if len(exit.Stderr) < 4<<10 || len(exit.Stderr) > 8<<10 || !strings.Contains(exit.Stderr, cmp.Or(want.panic, "last words")) {
+					t.Errorf("the last lines are %q", exit.Stderr)
+				}
+			}
+			inFlight := func(err error, child bool) {
+				t.Helper()
+				explains(err, child)
+				if !errors.Is(err, io.ErrUnexpectedEOF) {
+					t.Errorf("a call in flight returned %v", err)
+				}
+			}
+			inFlight(test.Call("Plugin.Do", how, new(string)), true)
+			for range cap(inFirst) {
+				inFlight(receive(t, "a call", inFirst), true)
+			}
+			for range cap(inSecond) {
+				inFlight(receive(t, "a call", inSecond), false)
+			}
+			for c, child := range map[*Client]bool{first: true, second: false} {
+				receive(t, "Done", c.Done())
+				c.Kill()
+				explains(c.Err(), child)
+			}
+			for _, c := range []*testClient{test, idle} {
+				if err := c.Call("Plugin.Echo", "", new(string)); err != rpc.ErrShutdown {
+					t.Errorf("a later call returned %v", err)
+				}
+				if err := Call(context.Background(), c.Client, "Plugin.Echo", "", new(string)); !errors.Is(err, rpc.ErrShutdown) {
+					t.Errorf("a later Call returned %v", err)
+				}
+			}
+			within(t, "a later Dispense and Ping", 0, func() {
+				if _, err := p.Dispense("test"); err == nil || p.Ping() == nil {
+					t.Error("a later Dispense or Ping did not fail")
+				}
+			})
+		})
+	}
+}
+
+// Nothing remains of plugins and of what was dispensed, on either side.
+func TestLeaks(t *testing.T) {
+	leavesNothing(t)
+	_, shared := start(t, config("plugin"))
+	probe := dispense(t, shared)
+	// measure returns goroutines and bytes here, goroutines and descriptors there.
+	measure := func() [4]int {
+		there := probe.self(t)
+		for range 3 {
+			runtime.GC()
+		}
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return [4]int{runtime.NumGoroutine(), int(m.HeapAlloc), there.Goroutines, there.FDs}
+	}
+	client := func() (*Client, ClientProtocol) {
+		c := NewClient(config("plugin")) // start would hold on to it
+		p, err := c.Client()
+		check(t, err)
+		return c, p
+	}
+	cycles := 30
+	if *long {
+		cycles = 500
+	}
+	for name, cycle := range map[string]func(){
+		"Kill": func() {
+			c, p := client()
+			answers(t, p)
+			c.Kill()
+		},
+		"crash": func() { // and no Kill
+			c, p := client()
+			if err := dispense(t, p).Call("Plugin.Do", "exit3", new(string)); !errors.As(err, new(*ExitError)) {
+				t.Error(err)
+			}
+			receive(t, "Done", c.Done())
+		},
+		"Dispense": func() {
+			for range 10 {
+				answers(t, shared)
+			}
+		},
+	} {
+		for range 5 {
+			cycle()
+		}
+		descriptorsBefore, most := descriptors(), measure()
+		most[1] += 1 << 20
+		most[2] += 20 // it may keep some idle
+		for range cycles {
+			cycle()
+		}
+		// The garbage collector closes forgotten files: look before it runs.
+		if !poll(slack, func() bool { return descriptors() <= descriptorsBefore }) {
+			t.Errorf("%s: %d descriptors, before %d", name, descriptors(), descriptorsBefore)
+		}
+		var after [4]int
+		if !poll(slack, func() bool {
+			after = measure()
+			return after[0] <= most[0] && after[1] <= most[1] && after[2] <= most[2] && after[3] <= most[3]
+		}) {
+			t.Errorf("%s: there are %v, and may be %v", name, after, most)
+		}
+	}
+}
+
+// All methods of a client may be called concurrently.
+func TestConcurrency(t *testing.T) {
+	t.Parallel()
+	c := NewClient(config("plugin"))
+	t.Cleanup(c.Kill)
+	callers(t, 100, func(int) {
+		p, err := c.Client()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		for range 3 {
+			test := dispense(t, p)
+			for range 5 {
+				echo(t, test.Client)
+			}
+			if err := test.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		if _, err := c.Start(); err != nil || p.Ping() != nil || c.Exited() || c.ID() == "" || c.Protocol() != ProtocolNetRPC || c.NegotiatedVersion() != 3 {
+			t.Error("the state of a running client is wrong:", err)
+		}
+	})
+}
+
+// torments are signals that do not end a plugin before it has tidied up, and
+// goOn continues a stopped process. Windows has neither.
+var (
+	torments []os.Signal
+	goOn     = func(*os.Process) {}
+)
+
+// torment sends signals to a process, in random order and at random moments.
+func torment(p *os.Process, signals ...os.Signal) {
+	for _, i := range rand.Perm(len(signals)) {
+		time.Sleep(rand.N(100 * time.Millisecond))
+		_ = p.Signal(signals[i])
+	}
+}
+
+// Hosts and plugins are killed, stopped and continued at any moment, while they
+// call, stream and print. No call may hang or get a wrong reply.
+func TestTorture(t *testing.T) {
+	l := newLab(t)
+	end := time.Now().Add(time.Second)
+	if *long {
+		end = time.Now().Add(time.Minute)
+	}
+	var calls atomic.Int64
+	var workers sync.WaitGroup
+	for range 2 {
+		for _, torture := range []func(){
+			func() { torturePlugin(t, l, &calls) },
+			func() { tortureHost(t, l) },
+		} {
+			workers.Go(func() {
+				for time.Now().Before(end) && !t.Failed() {
+					torture()
+				}
+			})
+		}
+	}
+	within(t, "torture", time.Until(end)+3*hangs, workers.Wait)
+	if l.noted("a wrong reply") || calls.Load() == 0 {
+		t.Errorf("there is a wrong reply, or there are no calls: %d", calls.Load())
+	}
+}
+
+func torturePlugin(t *testing.T, l *lab, calls *atomic.Int64) {
+	cfg := l.config("plugin say cry")
+	cfg.KillTimeout = 500 * time.Millisecond
+	cfg.AutoMTLS = rand.IntN(4) == 0
+	c := NewClient(cfg)
+	tormented := async(func() bool {
+		await(t, "a process", func() bool { return c.ID() != "" || ended(c.Done()) })
+		pid, _ := strconv.Atoi(c.ID())
+		if p, err := os.FindProcess(pid); err == nil && !ended(c.Done()) {
+			torment(p, append(slices.Clone(torments), os.Kill)...)
+		}
+		c.Kill()
+		return true
+	})
+	if p, err := c.Client(); err == nil {
+		callers(t, 3, func(int) {
+			test, err := Dispense[*testClient](p, "test")
+			if err == nil {
+				err = test.traffic(context.Background(), func() { calls.Add(1) })
+			}
+			if err == nil || err == errWrong {
+				t.Errorf("a call to a killed plugin returned %v", err)
+			}
+		})
+	}
+	<-tormented
+	if !ended(c.Done()) {
+		t.Error("a plugin outlives Kill")
+	}
+}
+
+func tortureHost(t *testing.T, l *lab) {
+	host := l.start("host busy", childEnv+"=plugin say cry")
+	pid := l.readPid(fmt.Sprintf("busy-%d", host.Process.Pid))
+	plugin, err := os.FindProcess(pid)
+	if err != nil {
+		return // it is gone already
+	}
+	if rand.IntN(2) == 0 {
+		torment(plugin, os.Kill)
+		receive(t, "the end of a host without its plugin", host.ended)
+	} else {
+		torment(host.Process, torments...)
+		torment(plugin, torments...)
+		host.kill(t)
+		goOn(plugin)
+	}
+	if !poll(hangs, func() bool { return !slices.Contains(l.processes(), pid) }) {
+		t.Error("a plugin outlives its host")
 	}
 }
