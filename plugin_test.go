@@ -89,15 +89,13 @@ func TestMain(m *testing.M) {
 	if mode == "" {
 		os.Exit(runTests(m))
 	}
-	role, steps := mode, strings.Fields(mode)
-	for _, step := range steps {
-		if step == "plugin" || step == "host" {
-			role = step
-		}
+	role := "plugin"
+	if strings.HasPrefix(mode, "host") {
+		role = "host"
 	}
 	signIn()
 	note(role, strconv.Itoa(os.Getpid()))
-	for _, step := range steps {
+	for step := range strings.FieldsSeq(mode) {
 		run := modes[step]
 		if run == nil {
 			fmt.Fprintln(os.Stderr, "no such mode:", step)
@@ -138,8 +136,9 @@ func runTests(m *testing.M) int {
 	return code
 }
 
-// takeStock lists the resources of this process. The function that it returns
-// lists those added since then, after waiting a while for them to go.
+// takeStock lists what this process has and what is in the temporary directory.
+// The function that it returns lists what was added since, after waiting a
+// while for it to go.
 func takeStock(tmp string) (left func() string) {
 	goroutines, before := runtime.NumGoroutine(), held(tmp)
 	return func() (left string) {
@@ -155,18 +154,10 @@ func takeStock(tmp string) (left func() string) {
 	}
 }
 
-// held lists the processes in the temporary directory and its files. Where
-// there is /proc, it also lists this process's children, including zombies,
-// and its descriptors.
-func held(tmp string) (held []string) {
-	for _, pid := range processesWith("TMPDIR=" + tmp) {
-		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		held = append(held, fmt.Sprintf("process %d: %q", pid, cmdline))
-	}
-	entries, _ := os.ReadDir(tmp)
-	for _, e := range entries {
-		held = append(held, "file "+e.Name())
-	}
+// held lists the contents of the temporary directory and, where there is /proc,
+// this process's children, including zombies, and descriptors.
+func held(tmp string) []string {
+	held := contents(tmp)
 	if runtime.GOOS == "windows" {
 		return held // Wine has a /proc with its own descriptors
 	}
@@ -175,40 +166,48 @@ func held(tmp string) (held []string) {
 		stat, _ := os.ReadFile(name)
 		_, after, _ := strings.Cut(string(stat), ") ")
 		if f := strings.Fields(after); len(f) > 1 && f[1] == strconv.Itoa(os.Getpid()) {
-			held = append(held, fmt.Sprintf("child %s (%s)", filepath.Base(filepath.Dir(name)), f[0]))
+			held = append(held, "child "+string(stat))
 		}
 	}
 	fds, _ := filepath.Glob("/proc/self/fd/*")
 	for _, fd := range fds {
-		to, err := os.Readlink(fd)
-		if err == nil && (strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "/dev/")) {
+		// The runtime has descriptors of other kinds.
+		to, _ := os.Readlink(fd)
+		if strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "/dev/") {
 			held = append(held, "descriptor of "+to)
 		}
 	}
 	return held
 }
 
+// contents lists the processes with this temporary directory, and its files.
+func contents(tmp string) (names []string) {
+	for _, pid := range processesIn(tmp) {
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		names = append(names, fmt.Sprintf("process %d: %q", pid, cmdline))
+	}
+	entries, _ := os.ReadDir(tmp)
+	for _, e := range entries {
+		names = append(names, "file "+e.Name())
+	}
+	return names
+}
+
 var signedIn *os.File // set by signIn
 
-// signIn opens a file named after this process, so that processesWith finds it
-// on Windows, where an open file cannot be removed and environments cannot be
-// read.
+// signIn opens a file named after this process, so that processesIn finds it on
+// Windows, where an open file cannot be removed and environments cannot be read.
 func signIn() {
-	if runtime.GOOS != "windows" {
-		return
-	}
-	if dir := cmp.Or(os.Getenv(notesEnv), os.Getenv("TMPDIR")); dir != "" {
-		signedIn, _ = os.Create(filepath.Join(dir, fmt.Sprintf("process-%d", os.Getpid())))
+	if runtime.GOOS == "windows" {
+		signedIn, _ = os.Create(filepath.Join(os.Getenv("TMPDIR"), fmt.Sprintf("process-%d", os.Getpid())))
 	}
 }
 
-// processesWith returns the other processes that were started with a variable
-// in their environment and are no zombies. On Windows it must be one that
-// signIn uses; other systems without /proc have none.
-func processesWith(variable string) (pids []int) {
+// processesIn returns the other processes that were started with this TMPDIR
+// and are no zombies. Systems with neither /proc nor signIn have none.
+func processesIn(tmp string) (pids []int) {
 	if runtime.GOOS == "windows" {
-		_, dir, _ := strings.Cut(variable, "=")
-		files, _ := filepath.Glob(filepath.Join(dir, "process-*"))
+		files, _ := filepath.Glob(filepath.Join(tmp, "process-*"))
 		for _, file := range files {
 			_, number, _ := strings.Cut(filepath.Base(file), "-")
 			if pid, err := strconv.Atoi(number); err == nil && os.Remove(file) != nil {
@@ -221,7 +220,7 @@ func processesWith(variable string) (pids []int) {
 	for _, dir := range dirs {
 		pid, _ := strconv.Atoi(filepath.Base(dir))
 		env, _ := os.ReadFile(dir + "/environ") // empty for a zombie
-		if pid != os.Getpid() && slices.Contains(strings.Split(string(env), "\x00"), variable) {
+		if pid != os.Getpid() && slices.Contains(strings.Split(string(env), "\x00"), "TMPDIR="+tmp) {
 			pids = append(pids, pid)
 		}
 	}
@@ -535,13 +534,6 @@ func startError(t testing.TB, c *Client) *StartError {
 	if !errors.As(err, &failed) {
 		t.Fatalf("Start returned %T: %v", err, err)
 	}
-	if _, again := c.Start(); again != err {
-		t.Errorf("Start returned %v and then %v", err, again)
-	}
-	if _, again := c.Client(); again == nil || again.Error() != err.Error() {
-		t.Errorf("Start returned %v, and Client %v", err, again)
-	}
-	receive(t, "Done", c.Done())
 	return failed
 }
 
@@ -665,162 +657,6 @@ func (c *testClient) traffic(ctx context.Context, progress func()) error {
 		}
 	}
 	return nil
-}
-
-// ---- Labs: processes that tests watch and kill ----
-
-// lab holds the processes of one test: they have their own TMPDIR, and a
-// directory where they leave notes for the test. When the test ends, no
-// process and no file may be left.
-type lab struct {
-	t          testing.TB
-	tmp, notes string
-}
-
-func newLab(t testing.TB) *lab {
-	t.Helper()
-	l := &lab{t: t}
-	for _, dir := range []*string{&l.tmp, &l.notes} {
-		var err error
-		// The paths of t.TempDir are too long for a socket.
-		if *dir, err = os.MkdirTemp("", "l*"); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { os.RemoveAll(*dir) })
-	}
-	t.Cleanup(func() { l.deserted(hangs) })
-	return l
-}
-
-// env is the environment of a process in the lab.
-func (l *lab) env() []string { return []string{"TMPDIR=" + l.tmp, notesEnv + "=" + l.notes} }
-
-// config returns a configuration that starts a mode in the lab.
-func (l *lab) config(mode string, env ...string) *ClientConfig {
-	cfg := config(mode, append(l.env(), env...)...)
-	if runtime.GOOS != "windows" {
-		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: l.tmp}
-	}
-	return cfg
-}
-
-// processes returns the running processes of the lab.
-func (l *lab) processes() []int { return processesWith(notesEnv + "=" + l.notes) }
-
-// deserted fails the test if a process or file is left after a while.
-func (l *lab) deserted(within time.Duration) {
-	l.t.Helper()
-	var left string
-	if poll(within, func() bool {
-		left = ""
-		if pids := l.processes(); len(pids) > 0 {
-			left = fmt.Sprintf("processes %v", pids)
-		}
-		if files, _ := os.ReadDir(l.tmp); len(files) > 0 {
-			left += fmt.Sprintf(" files %v", files)
-		}
-		return left == ""
-	}) {
-		return
-	}
-	l.t.Errorf("after %v there are left: %s", within, left)
-	for _, pid := range l.processes() {
-		if p, err := os.FindProcess(pid); err == nil {
-			_ = p.Kill()
-		}
-	}
-}
-
-// read waits for a note and returns its text. Each process leaves a note with
-// its pid, named after its mode, and one with " finished" appended when its
-// last step has returned. A mode with the step "plugin" or "host" is named so.
-func (l *lab) read(name string) string {
-	l.t.Helper()
-	var text []byte
-	await(l.t, "the note "+name, func() bool {
-		var err error
-		text, err = os.ReadFile(filepath.Join(l.notes, name))
-		return err == nil
-	})
-	return string(text)
-}
-
-// readPid waits for a note that is a pid.
-func (l *lab) readPid(name string) int {
-	l.t.Helper()
-	pid, err := strconv.Atoi(l.read(name))
-	check(l.t, err)
-	return pid
-}
-
-// noted reports whether there is a note.
-func (l *lab) noted(name string) bool {
-	_, err := os.Stat(filepath.Join(l.notes, name))
-	return err == nil
-}
-
-// write leaves a note for the processes of the lab.
-func (l *lab) write(name, text string) { leaveNote(l.notes, name, text) }
-
-// note leaves a note for the test, if this process is in a lab.
-func note(name, text string) { leaveNote(os.Getenv(notesEnv), name, text) }
-
-// leaveNote writes the whole note at once.
-func leaveNote(dir, name, text string) {
-	if dir == "" {
-		return
-	}
-	tmp := filepath.Join(dir, fmt.Sprintf(".%s-%d", name, os.Getpid()))
-	if os.WriteFile(tmp, []byte(text), 0o600) == nil {
-		_ = os.Rename(tmp, filepath.Join(dir, name))
-	}
-}
-
-// awaitNote waits for a note of the test.
-func awaitNote(name string) {
-	l := &lab{notes: os.Getenv(notesEnv)}
-	if !poll(3*hangs, func() bool { return l.noted(name) }) {
-		os.Exit(65)
-	}
-}
-
-// testProcess is a process that a test starts beside its plugins.
-type testProcess struct {
-	*exec.Cmd
-	output syncBuffer
-	ended  chan struct{}
-}
-
-// ownGroup makes a command the leader of a process group, where there is such
-// a thing.
-var ownGroup = func(*exec.Cmd) {}
-
-// start starts the test binary in a mode. The process and its children are a
-// process group: a signal to that is what a terminal sends.
-func (l *lab) start(mode string, env ...string) *testProcess {
-	l.t.Helper()
-	p := &testProcess{Cmd: exec.Command(os.Args[0]), ended: make(chan struct{})}
-	p.Env = slices.Concat(os.Environ(), []string{modeEnv + "=" + mode}, l.env(), env)
-	p.Stdout, p.Stderr = &p.output, &p.output
-	p.WaitDelay = time.Second
-	ownGroup(p.Cmd)
-	check(l.t, p.Start())
-	go func() { defer close(p.ended); _ = p.Wait() }()
-	l.t.Cleanup(func() {
-		_ = p.Process.Kill()
-		<-p.ended
-		if l.t.Failed() {
-			l.t.Logf("%s printed: %s", mode, p.output.String())
-		}
-	})
-	return p
-}
-
-// kill kills the process and waits for its end.
-func (p *testProcess) kill(t testing.TB) {
-	t.Helper()
-	_ = p.Process.Kill()
-	receive(t, "the end of a killed process", p.ended)
 }
 
 // ---- Waiting ----
@@ -1204,64 +1040,60 @@ func TestLeaks(t *testing.T) {
 	leavesNothing(t)
 	_, shared := start(t, config("plugin"))
 	probe := dispense(t, shared)
-	// measure returns goroutines and bytes here, goroutines and descriptors there.
-	measure := func() [4]int {
+	// measure returns bytes and goroutines here, goroutines and descriptors there.
+	measure := func() []int {
 		there := probe.self(t)
-		for range 3 {
-			runtime.GC()
-		}
+		runtime.GC()
+		runtime.GC()
 		var m runtime.MemStats
 		runtime.ReadMemStats(&m)
-		return [4]int{runtime.NumGoroutine(), int(m.HeapAlloc), there.Goroutines, there.FDs}
-	}
-	client := func() (*Client, ClientProtocol) {
-		c := NewClient(config("plugin")) // start would hold on to it
-		p, err := c.Client()
-		check(t, err)
-		return c, p
+		return []int{int(m.HeapAlloc), runtime.NumGoroutine(), there.Goroutines, there.FDs}
 	}
 	cycles := 30
 	if *long {
 		cycles = 500
 	}
-	for name, cycle := range map[string]func(){
-		"Kill": func() {
-			c, p := client()
+	for name, cycle := range map[string]func(*Client, ClientProtocol){
+		"Kill": func(c *Client, p ClientProtocol) {
 			answers(t, p)
 			c.Kill()
 		},
-		"crash": func() { // and no Kill
-			c, p := client()
+		"crash": func(c *Client, p ClientProtocol) { // and no Kill
 			if err := dispense(t, p).Call("Plugin.Do", "exit3", new(string)); !errors.As(err, new(*ExitError)) {
 				t.Error(err)
 			}
 			receive(t, "Done", c.Done())
 		},
-		"Dispense": func() {
+		"Dispense": func(c *Client, p ClientProtocol) {
 			for range 10 {
 				answers(t, shared)
 			}
+			c.Kill()
 		},
 	} {
-		for range 5 {
-			cycle()
-		}
-		descriptorsBefore, most := descriptors(), measure()
-		most[1] += 1 << 20
-		most[2] += 20 // it may keep some idle
-		for range cycles {
-			cycle()
+		var most []int
+		var fds int
+		for n := range cycles {
+			if n == 5 {
+				fds, most = descriptors(), measure()
+			}
+			c := NewClient(config("plugin")) // start would hold on to it
+			p, err := c.Client()
+			check(t, err)
+			cycle(c, p)
 		}
 		// The garbage collector closes forgotten files: look before it runs.
-		if !poll(slack, func() bool { return descriptors() <= descriptorsBefore }) {
-			t.Errorf("%s: %d descriptors, before %d", name, descriptors(), descriptorsBefore)
+		if !poll(slack, func() bool { return descriptors() <= fds }) {
+			t.Errorf("%s: there are %d descriptors, and were %d", name, descriptors(), fds)
 		}
-		var after [4]int
+		most[0] += 1 << 20
+		most[2] += 20 // idle ones
+		var now []int
 		if !poll(slack, func() bool {
-			after = measure()
-			return after[0] <= most[0] && after[1] <= most[1] && after[2] <= most[2] && after[3] <= most[3]
+			now = measure()
+			return !slices.ContainsFunc([]int{0, 1, 2, 3}, func(i int) bool { return now[i] > most[i] })
 		}) {
-			t.Errorf("%s: there are %v, and may be %v", name, after, most)
+			t.Errorf("%s: there are %v, and may be %v", name, now, most)
 		}
 	}
 }
@@ -1382,7 +1214,7 @@ func tortureHost(t *testing.T, l *lab) {
 		host.kill(t)
 		goOn(plugin)
 	}
-	if !poll(hangs, func() bool { return !slices.Contains(l.processes(), pid) }) {
+	if !poll(hangs, func() bool { return !slices.Contains(processesIn(l.tmp), pid) }) {
 		t.Error("a plugin outlives its host")
 	}
 }

@@ -6,10 +6,156 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
 	"strconv"
 	"syscall"
 	"testing"
+	"time"
 )
+
+// ---- Labs: processes that tests watch and kill ----
+
+// lab holds the processes of one test: they have their own TMPDIR, and a
+// directory where they leave notes for the test. When the test ends, no
+// process and no file may be left.
+type lab struct {
+	t          testing.TB
+	tmp, notes string
+}
+
+func newLab(t testing.TB) *lab {
+	t.Helper()
+	// The paths of t.TempDir are too long for a socket.
+	tmp, err := os.MkdirTemp("", "l*")
+	check(t, err)
+	l := &lab{t, tmp, t.TempDir()}
+	t.Cleanup(func() {
+		l.deserted(hangs)
+		_ = os.RemoveAll(tmp)
+	})
+	return l
+}
+
+// env is the environment of a process in the lab.
+func (l *lab) env() []string { return []string{"TMPDIR=" + l.tmp, notesEnv + "=" + l.notes} }
+
+// config returns a configuration that starts a mode in the lab.
+func (l *lab) config(mode string, env ...string) *ClientConfig {
+	cfg := config(mode, append(l.env(), env...)...)
+	if runtime.GOOS != "windows" {
+		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: l.tmp}
+	}
+	return cfg
+}
+
+// deserted fails the test if a process or file is left after a while.
+func (l *lab) deserted(within time.Duration) {
+	l.t.Helper()
+	if poll(within, func() bool { return len(contents(l.tmp)) == 0 }) {
+		return
+	}
+	l.t.Errorf("after %v there are left: %q", within, contents(l.tmp))
+	for _, pid := range processesIn(l.tmp) {
+		if p, err := os.FindProcess(pid); err == nil {
+			_ = p.Kill()
+		}
+	}
+}
+
+// read waits for a note and returns its text. Each process leaves its pid in
+// the notes "plugin", or "host", and "plugin finished", or "host finished".
+func (l *lab) read(name string) string {
+	l.t.Helper()
+	var text []byte
+	await(l.t, "the note "+name, func() bool {
+		var err error
+		text, err = os.ReadFile(filepath.Join(l.notes, name))
+		return err == nil
+	})
+	return string(text)
+}
+
+// readPid waits for a note that is a pid.
+func (l *lab) readPid(name string) int {
+	l.t.Helper()
+	pid, err := strconv.Atoi(l.read(name))
+	check(l.t, err)
+	return pid
+}
+
+// noted reports whether there is a note.
+func (l *lab) noted(name string) bool {
+	_, err := os.Stat(filepath.Join(l.notes, name))
+	return err == nil
+}
+
+// write leaves a note for the processes of the lab.
+func (l *lab) write(name, text string) { leaveNote(l.notes, name, text) }
+
+// note leaves a note for the test, if this process is in a lab.
+func note(name, text string) { leaveNote(os.Getenv(notesEnv), name, text) }
+
+// leaveNote writes the whole note at once.
+func leaveNote(dir, name, text string) {
+	if dir == "" {
+		return
+	}
+	tmp := filepath.Join(dir, fmt.Sprintf(".%s-%d", name, os.Getpid()))
+	if os.WriteFile(tmp, []byte(text), 0o600) == nil {
+		_ = os.Rename(tmp, filepath.Join(dir, name))
+	}
+}
+
+// awaitNote waits for a note of the test.
+func awaitNote(name string) {
+	l := &lab{notes: os.Getenv(notesEnv)}
+	if !poll(3*hangs, func() bool { return l.noted(name) }) {
+		os.Exit(65)
+	}
+}
+
+// testProcess is a process that a test starts beside its plugins.
+type testProcess struct {
+	*exec.Cmd
+	output syncBuffer
+	ended  chan struct{}
+}
+
+// ownGroup makes a command the leader of a process group, where there is such
+// a thing.
+var ownGroup = func(*exec.Cmd) {}
+
+// start starts the test binary in a mode. The process and its children are a
+// process group: a signal to that is what a terminal sends.
+func (l *lab) start(mode string, env ...string) *testProcess {
+	l.t.Helper()
+	p := &testProcess{Cmd: exec.Command(os.Args[0]), ended: make(chan struct{})}
+	p.Env = slices.Concat(os.Environ(), []string{modeEnv + "=" + mode}, l.env(), env)
+	p.Stdout, p.Stderr = &p.output, &p.output
+	p.WaitDelay = time.Second
+	ownGroup(p.Cmd)
+	check(l.t, p.Start())
+	go func() { defer close(p.ended); _ = p.Wait() }()
+	l.t.Cleanup(func() {
+		_ = p.Process.Kill()
+		<-p.ended
+		if l.t.Failed() {
+			l.t.Logf("%s printed: %s", mode, p.output.String())
+		}
+	})
+	return p
+}
+
+// kill kills the process and waits for its end.
+func (p *testProcess) kill(t testing.TB) {
+	t.Helper()
+	_ = p.Process.Kill()
+	receive(t, "the end of a killed process", p.ended)
+}
+
+// ---- Hosts in their own processes ----
 
 // hosted is the plugin of a host in its own process. The step "host" makes the
 // configuration. The next may change it, and then one starts the client and
