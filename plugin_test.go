@@ -82,8 +82,6 @@ const (
 	forever = 2 * time.Minute
 )
 
-var long = flag.Bool("long", false, "run leak and torture tests for long, and calls with large values")
-
 func TestMain(m *testing.M) {
 	mode := os.Getenv(modeEnv)
 	if mode == "" {
@@ -489,6 +487,9 @@ func (s *testServer) Serve(kind string, id *uint32) error {
 	return nil
 }
 
+// exe ends the names of programs.
+var exe = map[bool]string{true: ".exe"}[runtime.GOOS == "windows"]
+
 // descriptors returns the number of this process's descriptors, or 0 without
 // /proc and on Windows.
 func descriptors() int {
@@ -548,9 +549,9 @@ func dispense(t testing.TB, p ClientProtocol) *testClient {
 // local dispenses the plugin "test" without a process.
 func local(t testing.TB) (*RPCClient, *testClient, *testServer) {
 	t.Helper()
-	served := make(chan *testServer, 1)
+	state, served := newTestState(), make(chan *testServer, 100)
 	host, _ := TestPluginRPCConn(t, PluginSet{"test": testPlugin(func(b *MuxBroker) (any, error) {
-		s := &testServer{newTestState(), b}
+		s := &testServer{state, b}
 		served <- s
 		return s, nil
 	})}, nil)
@@ -872,12 +873,9 @@ func writeProgram(t testing.TB, path string, data []byte, mode fs.FileMode) {
 // copyBinary returns a copy of the test binary with this name.
 func copyBinary(t testing.TB, name string) string {
 	t.Helper()
-	if runtime.GOOS == "windows" {
-		name += ".exe"
-	}
 	data, err := os.ReadFile(os.Args[0])
 	check(t, err)
-	path := filepath.Join(t.TempDir(), name)
+	path := filepath.Join(t.TempDir(), name+exe)
 	writeProgram(t, path, data, 0o700)
 	return path
 }
@@ -1049,10 +1047,6 @@ func TestLeaks(t *testing.T) {
 		runtime.ReadMemStats(&m)
 		return []int{int(m.HeapAlloc), runtime.NumGoroutine(), there.Goroutines, there.FDs}
 	}
-	cycles := 30
-	if *long {
-		cycles = 500
-	}
 	for name, cycle := range map[string]func(*Client, ClientProtocol){
 		"Kill": func(c *Client, p ClientProtocol) {
 			answers(t, p)
@@ -1073,7 +1067,7 @@ func TestLeaks(t *testing.T) {
 	} {
 		var most []int
 		var fds int
-		for n := range cycles {
+		for n := range 35 {
 			if n == 5 {
 				fds, most = descriptors(), measure()
 			}
@@ -1124,97 +1118,68 @@ func TestConcurrency(t *testing.T) {
 	})
 }
 
-// torments are signals that do not end a plugin before it has tidied up, and
-// goOn continues a stopped process. Windows has neither.
-var (
-	torments []os.Signal
-	goOn     = func(*os.Process) {}
-)
-
-// torment sends signals to a process, in random order and at random moments.
-func torment(p *os.Process, signals ...os.Signal) {
-	for _, i := range rand.Perm(len(signals)) {
-		time.Sleep(rand.N(100 * time.Millisecond))
-		_ = p.Signal(signals[i])
+// Dispense returns a value of the type that is asked for, or says what it is.
+func TestDispenseType(t *testing.T) {
+	host, _, _ := local(t)
+	if c, err := Dispense[io.Closer](host, "test"); err != nil || c.Close() != nil {
+		t.Error(c, err)
 	}
+	n, err := Dispense[int](host, "test")
+	errorSays(t, err, `"test"`, "*plugin.testClient", "int")
+	if n != 0 {
+		t.Errorf("there is the value %d with the error", n)
+	}
+	_, err = Dispense[io.Closer](host, "missing")
+	errorSays(t, err, `"missing"`)
 }
 
-// Hosts and plugins are killed, stopped and continued at any moment, while they
-// call, stream and print. No call may hang or get a wrong reply.
-func TestTorture(t *testing.T) {
-	l := newLab(t)
-	end := time.Now().Add(time.Second)
-	if *long {
-		end = time.Now().Add(time.Minute)
+// Discover returns the executable files that match, with absolute paths. Only
+// the pattern is one: the directory's name is not.
+func TestDiscover(t *testing.T) {
+	parent := t.TempDir()
+	dir := filepath.Join(parent, "[a]")
+	check(t, os.MkdirAll(filepath.Join(dir, "plugin-dir"+exe), 0o755))
+	for name, mode := range map[string]os.FileMode{"plugin-b" + exe: 0o755, "plugin-a" + exe: 0o700, "plugin-c.txt": 0o644, "other" + exe: 0o755} {
+		check(t, os.WriteFile(filepath.Join(dir, name), nil, mode))
 	}
-	var calls atomic.Int64
-	var workers sync.WaitGroup
-	for range 2 {
-		for _, torture := range []func(){
-			func() { torturePlugin(t, l, &calls) },
-			func() { tortureHost(t, l) },
-		} {
-			workers.Go(func() {
-				for time.Now().Before(end) && !t.Failed() {
-					torture()
-				}
-			})
+	want := []string{filepath.Join(dir, "plugin-a"+exe), filepath.Join(dir, "plugin-b"+exe)}
+	t.Chdir(parent)
+	for _, from := range []string{dir, "[a]"} {
+		if got, err := Discover("plugin-*", from); err != nil || !slices.Equal(got, want) {
+			t.Errorf("found in %s: %v, %v; want %v", from, got, err, want)
 		}
 	}
-	within(t, "torture", time.Until(end)+3*hangs, workers.Wait)
-	if l.noted("a wrong reply") || calls.Load() == 0 {
-		t.Errorf("there is a wrong reply, or there are no calls: %d", calls.Load())
+	if got, err := Discover("*", filepath.Join(dir, "missing")); err != nil || len(got) != 0 {
+		t.Errorf("found in a missing directory: %v, %v", got, err)
+	}
+	if _, err := Discover("[", dir); err == nil {
+		t.Error("a malformed pattern is no error")
 	}
 }
 
-func torturePlugin(t *testing.T, l *lab, calls *atomic.Int64) {
-	cfg := l.config("plugin say cry")
-	cfg.KillTimeout = 500 * time.Millisecond
-	cfg.AutoMTLS = rand.IntN(4) == 0
-	c := NewClient(cfg)
-	tormented := async(func() bool {
-		await(t, "a process", func() bool { return c.ID() != "" || ended(c.Done()) })
-		pid, _ := strconv.Atoi(c.ID())
-		if p, err := os.FindProcess(pid); err == nil && !ended(c.Done()) {
-			torment(p, append(slices.Clone(torments), os.Kill)...)
-		}
-		c.Kill()
-		return true
-	})
-	if p, err := c.Client(); err == nil {
-		callers(t, 3, func(int) {
-			test, err := Dispense[*testClient](p, "test")
-			if err == nil {
-				err = test.traffic(context.Background(), func() { calls.Add(1) })
-			}
-			if err == nil || err == errWrong {
-				t.Errorf("a call to a killed plugin returned %v", err)
-			}
-		})
-	}
-	<-tormented
-	if !ended(c.Done()) {
-		t.Error("a plugin outlives Kill")
-	}
-}
+// BasicReply is a reply with an error in it.
+type BasicReply struct{ Err *BasicError }
 
-func tortureHost(t *testing.T, l *lab) {
-	host := l.start("host busy", childEnv+"=plugin say cry")
-	pid := l.readPid(fmt.Sprintf("busy-%d", host.Process.Pid))
-	plugin, err := os.FindProcess(pid)
-	if err != nil {
-		return // it is gone already
-	}
-	if rand.IntN(2) == 0 {
-		torment(plugin, os.Kill)
-		receive(t, "the end of a host without its plugin", host.ended)
+type basicServer struct{}
+
+func (basicServer) Check(fail bool, reply *BasicReply) error {
+	if fail {
+		reply.Err = NewBasicError(fs.ErrNotExist)
 	} else {
-		torment(host.Process, torments...)
-		torment(plugin, torments...)
-		host.kill(t)
-		goOn(plugin)
+		reply.Err = NewBasicError(nil)
 	}
-	if !poll(hangs, func() bool { return !slices.Contains(processesIn(l.tmp), pid) }) {
-		t.Error("a plugin outlives its host")
+	return nil
+}
+
+// A BasicError carries the text of an error in a reply, through net/rpc too.
+func TestBasicError(t *testing.T) {
+	for _, wire := range wires {
+		c := wire.connect(t, basicServer{})
+		if err := mustCall[BasicReply](t, c, "Check", true).Err; err == nil || err.Error() != fs.ErrNotExist.Error() {
+			t.Errorf("%s: got %v", wire.name, err)
+		}
+		if err := mustCall[BasicReply](t, c, "Check", false).Err; err != nil {
+			t.Errorf("%s: got %v for no error", wire.name, err)
+		}
 	}
 }
