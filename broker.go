@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -35,13 +36,38 @@ type MuxBroker struct {
 	session *session
 	ids     atomic.Uint32
 
-	mu        sync.Mutex // guards the fields below
-	accepting map[uint32]chan result
-	parked    map[uint32]*stream // dialled before they were accepted
+	mu      sync.Mutex // guards meeting
+	meeting map[uint32]*meetingPoint
+}
+
+// meetingPoint is where the streams that are dialled as one id meet those who
+// accept it. There is one as long as either is there.
+type meetingPoint struct {
+	streams chan *stream
+	users   int
 }
 
 func newMuxBroker(s *session) *MuxBroker {
-	return &MuxBroker{session: s, accepting: make(map[uint32]chan result), parked: make(map[uint32]*stream)}
+	return &MuxBroker{session: s, meeting: make(map[uint32]*meetingPoint)}
+}
+
+// meet returns the meeting point of an id. leave must be called.
+func (b *MuxBroker) meet(id uint32) (streams chan *stream, leave func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	m := b.meeting[id]
+	if m == nil {
+		m = &meetingPoint{streams: make(chan *stream)}
+		b.meeting[id] = m
+	}
+	m.users++
+	return m.streams, func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if m.users--; m.users == 0 {
+			delete(b.meeting, id)
+		}
+	}
 }
 
 // NextId returns a number that names a stream. Numbers made by the host, those
@@ -59,51 +85,16 @@ func (b *MuxBroker) NextId() uint32 {
 	}
 }
 
-// patience returns a context for five seconds in which the other side could
-// have acted: if it, or this process, has been stopped meanwhile, as by a
-// debugger, it gets five more when both go on. It must be cancelled.
-func (s *session) patience() (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	begin := time.Now()
-	timer := time.AfterFunc(brokerTimeout, func() {
-		// Ends with the answer and the time, or with the session.
-		s.spawn(func() {
-			defer cancel(errPatience)
-			const stopped = brokerTimeout + time.Second
-			if _, err := s.mux.Ping(); err == nil && time.Since(begin) > stopped {
-				select {
-				case <-time.After(brokerTimeout):
-				case <-ctx.Done():
-				case <-s.ended():
-				}
-			}
-		})
-	})
-	return ctx, func() { timer.Stop(); cancel(nil) }
-}
-
-// waited is why a wait ended with ctx.
-func waited(ctx context.Context) error {
-	if context.Cause(ctx) == errPatience {
-		return context.DeadlineExceeded
-	}
-	return contextError(ctx)
-}
-
-var errPatience = errors.New("plugin: five seconds are over")
-
-// Accept is [MuxBroker.AcceptContext] with a limit of five seconds, not counting
-// time in which either process is stopped.
+// Accept is [MuxBroker.AcceptContext] with a limit of five seconds.
 func (b *MuxBroker) Accept(id uint32) (net.Conn, error) {
-	ctx, cancel := b.session.patience()
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
 	defer cancel()
 	return b.AcceptContext(ctx, id)
 }
 
-// AcceptContext waits until the other side dials id, and returns the stream.
-// A stream that was dialled up to five seconds ago is returned at once. It
-// fails when ctx ends, with an error that wraps ctx.Err(), when the connection
-// ends, and when somebody else is accepting the same id.
+// AcceptContext waits until the peer dials id, and returns the stream. A stream
+// that was dialled up to five seconds ago is returned at once. It fails when
+// ctx ends, with an error that wraps ctx.Err(), and when the connection ends.
 func (b *MuxBroker) AcceptContext(ctx context.Context, id uint32) (net.Conn, error) {
 	st, err := b.accept(ctx, id)
 	if err != nil {
@@ -112,212 +103,125 @@ func (b *MuxBroker) AcceptContext(ctx context.Context, id uint32) (net.Conn, err
 	return st, nil
 }
 
-// result is a stream, or why there is none.
-type result struct {
-	st  *stream
-	err error
-}
-
 func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
-	notDialled := func() error { return fmt.Errorf("the other side has not dialled it: %w", waited(ctx)) }
-	if ctx.Err() != nil {
-		return nil, notDialled() // and leave what is there for another
-	}
-	b.mu.Lock()
-	st := b.parked[id]
-	delete(b.parked, id)
-	if st == nil && b.accepting[id] != nil {
-		b.mu.Unlock()
-		return nil, errors.New("it is being accepted already")
-	}
-	dialled := make(chan result, 1)
-	if st == nil {
-		b.accepting[id] = dialled
-	}
-	b.mu.Unlock()
-	if st != nil {
-		b.session.spawn(func() { dialled <- st.acknowledge(id) })
-	}
-
-	var err error
+	streams, leave := b.meet(id)
+	defer leave()
 	select {
-	case r := <-dialled:
-		return r.st, r.err
-	case <-ctx.Done():
-		err = notDialled()
-	case <-b.session.ended():
-		err = b.session.explain(net.ErrClosed)
-	}
-	b.mu.Lock()
-	waiting := b.accepting[id] == dialled
-	if waiting {
-		delete(b.accepting, id)
-	}
-	b.mu.Unlock()
-	if !waiting { // it came in the same moment
-		b.session.discard(dialled)
-	}
-	return nil, err
-}
-
-// discard ends a stream that comes too late.
-func (s *session) discard(late chan result) {
-	s.spawn(func() {
-		if r := <-late; r.err == nil {
-			abort(r.st)
+	case st := <-streams:
+		// The peer waits for these bytes.
+		if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
+			abort(st)
+			return nil, err
 		}
-	})
-}
-
-// acknowledge tells the side that dialled that its stream has been accepted.
-// Writing may block for as long as the other process is stopped, so this is
-// for the session's goroutines.
-func (st *stream) acknowledge(id uint32) result {
-	// Whoever dials leaves room for this. Nobody waits for one who does not.
-	_ = st.SetWriteDeadline(time.Unix(1, 0))
-	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
-		abort(st)
-		return result{err: err}
+		return st, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("the peer has not dialled it: %w", contextError(ctx))
+	case <-b.session.ended():
+		return nil, b.session.explain(net.ErrClosed)
 	}
-	_ = st.SetWriteDeadline(time.Time{})
-	return result{st: st}
 }
 
-// Dial is [MuxBroker.DialContext] with the limit that Accept has.
+// Dial is [MuxBroker.DialContext] with a limit of five seconds.
 func (b *MuxBroker) Dial(id uint32) (net.Conn, error) {
-	ctx, cancel := b.session.patience()
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
 	defer cancel()
 	return b.DialContext(ctx, id)
 }
 
-// DialContext opens a stream to the side that accepts id, and waits until it
-// does. It fails when ctx ends, with an error that wraps ctx.Err(), when the
-// connection ends, and when the other side closes the stream without having
-// accepted it, as it does after five seconds.
+// DialContext opens a stream to the peer and waits until the peer accepts id.
+// It fails when ctx ends, with an error that wraps ctx.Err(), when the
+// connection ends, and when the peer closes the stream without having accepted
+// it, as it does after five seconds.
 func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error) {
-	st, err := b.dial(ctx, id)
-	if err != nil {
-		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
+	type result struct {
+		st  *stream
+		err error
 	}
-	return st, nil
-}
-
-// dial opens the stream in a goroutine of the session's, because writing may
-// block for as long as the other process is stopped, and yamux's OpenStream for
-// as long as 256 others are unanswered.
-func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
-	notAccepted := func() error { return fmt.Errorf("the other side has not accepted it: %w", waited(ctx)) }
-	opened := make(chan result, 1)
-	if !b.session.spawn(func() { opened <- b.open(id) }) {
-		return nil, net.ErrClosed
-	}
-	var st *stream
-	select {
-	case r := <-opened:
-		if r.err != nil {
-			return nil, r.err
+	dialled := make(chan result)
+	// Writing may block while the peer is stopped, whatever becomes of ctx.
+	// This ends with the answer of the peer, with ctx, or with the session.
+	running := b.session.spawn(func() {
+		st, err := b.dial(ctx, id)
+		select {
+		case dialled <- result{st, err}:
+		case <-ctx.Done():
+			if err == nil {
+				abort(st)
+			}
 		}
-		st = r.st
-	case <-ctx.Done():
-		b.session.discard(opened)
-		return nil, notAccepted()
+	})
+	r := result{err: net.ErrClosed}
+	if running {
+		select {
+		case r = <-dialled:
+		case <-ctx.Done():
+			r.err = ctx.Err()
+		}
 	}
-
-	stop := context.AfterFunc(ctx, func() { abort(st) })
-	var ack [4]byte
-	_, err := io.ReadFull(st, ack[:])
-	switch got := binary.LittleEndian.Uint32(ack[:]); {
-	case !stop():
-		err = notAccepted()
-	case err == io.EOF:
-		err = errors.New("the other side closed it and did not accept it")
-	case err == nil && got != id:
-		err = fmt.Errorf("the other side accepted %d", got)
+	if r.err != nil && ctx.Err() != nil {
+		r.err = fmt.Errorf("the peer has not accepted it: %w", contextError(ctx))
 	}
-	if err != nil {
-		abort(st)
-		return nil, err
+	if r.err != nil {
+		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, r.err)
 	}
-	return st, nil
+	return r.st, nil
 }
 
-// open opens a stream and says what it is dialled as.
-func (b *MuxBroker) open(id uint32) result {
+func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
 	st, err := b.session.open()
 	if err != nil {
-		return result{err: err}
+		return nil, err
 	}
-	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
+	stop := context.AfterFunc(ctx, func() { abort(st) })
+	var ack [4]byte
+	if _, err = st.Write(binary.LittleEndian.AppendUint32(nil, id)); err == nil {
+		_, err = io.ReadFull(st, ack[:])
+	}
+	switch {
+	case !stop():
+		err = ctx.Err()
+	case err == io.EOF:
+		err = errors.New("the peer closed it and did not accept it")
+	case err == nil && binary.LittleEndian.Uint32(ack[:]) != id:
+		err = errors.New("the peer accepted another")
+	}
+	if err != nil {
 		abort(st)
-		return result{err: err}
 	}
-	return result{st: st}
+	return st, err
 }
 
-// Run takes in the streams that the other side dials, until the connection
-// ends. The package runs it for every broker that it hands out.
+// Run takes in the streams that the peer dials, until the connection ends. The
+// package runs it for every broker that it hands out.
 func (b *MuxBroker) Run() {
 	for {
 		st, err := b.session.accept()
 		if err != nil {
-			break
+			return
 		}
-		// Ends with the id, its time-out or the session, which waits for it.
+		// Ends when the stream is accepted, after five seconds, or with the session.
 		b.session.spawn(func() { b.receive(st) })
 	}
-	<-b.session.ended() // accepting may fail a moment earlier
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	clear(b.parked)
 }
 
-// receive reads what a stream was dialled as and gives it to who accepts that.
+// receive reads what a stream was dialled as and offers it to who accepts that.
 func (b *MuxBroker) receive(st *stream) {
-	var id [4]byte
+	timeout := time.NewTimer(brokerTimeout)
+	defer timeout.Stop()
 	_ = st.SetReadDeadline(time.Now().Add(brokerTimeout))
+	var id [4]byte
 	if _, err := io.ReadFull(st, id[:]); err != nil {
 		abort(st)
 		return
 	}
 	_ = st.SetReadDeadline(time.Time{})
-	b.deliver(binary.LittleEndian.Uint32(id[:]), st)
-}
-
-// deliver gives a stream to who accepts id, or keeps it for a while. It ends
-// the stream if there is one with that id already.
-func (b *MuxBroker) deliver(id uint32, st *stream) {
-	b.mu.Lock()
-	dialled := b.accepting[id]
-	free := b.parked[id] == nil && !st.over()
-	switch {
-	case dialled != nil:
-		delete(b.accepting, id)
-	case free:
-		b.parked[id] = st
-	}
-	b.mu.Unlock()
-	switch {
-	case dialled != nil:
-		dialled <- st.acknowledge(id) // has room
-	case free:
-		// yamux has an end of streams that nobody knows of here.
-		b.session.frames.announce(st)
-		time.AfterFunc(brokerTimeout, func() { b.expire(id, st) })
-	default:
+	streams, leave := b.meet(binary.LittleEndian.Uint32(id[:]))
+	defer leave()
+	select {
+	case streams <- st:
+	case <-timeout.C:
 		abort(st)
-	}
-}
-
-// expire ends a stream that nobody has accepted.
-func (b *MuxBroker) expire(id uint32, st *stream) {
-	b.mu.Lock()
-	late := b.parked[id] == st
-	if late {
-		delete(b.parked, id)
-	}
-	b.mu.Unlock()
-	if late {
-		abort(st)
+	case <-b.session.ended():
 	}
 }
 
@@ -328,63 +232,240 @@ func (b *MuxBroker) Close() error {
 }
 
 // AcceptAndServe accepts id, as Accept does, and serves the methods of v under
-// the name "Plugin" until the other side hangs up. The package documentation
-// says which methods can be called. An error while accepting is logged.
+// the name "Plugin" until the peer hangs up. The package documentation says
+// which methods can be called. An error while accepting is logged.
 func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
-	services := b.services(v)
+	svc := b.service(v)
 	st, err := b.Accept(id)
 	if err != nil {
 		b.session.logger.Error("a service was not dialled", "error", err)
 		return
 	}
-	b.session.serve(st.(*stream), services)
+	b.session.serve(b.session.calls, st.(*stream), svc)
 }
 
-// services returns v as the service "Plugin". If none of its methods can be
-// called, every caller will be told why.
-func (b *MuxBroker) services(v any) map[string]*service {
+// service returns v as a service. If none of its methods can be called, every
+// caller will be told why.
+func (b *MuxBroker) service(v any) *service {
 	svc, err := newService(v)
 	if err != nil {
 		b.session.logger.Error("a service cannot be called", "error", err)
 		svc = &service{err: err}
 	}
-	return map[string]*service{"Plugin": svc}
+	return svc
 }
 
-// ServeRPC serves the methods of v to the other side, which gets a client for
-// them from DialRPC with the number that is returned, within five seconds. If v
-// has no method that can be called, that is logged and every caller is told.
-func (b *MuxBroker) ServeRPC(v any) uint32 {
-	services := b.services(v)
-	return b.whenDialled("service", func(st *stream) { b.session.serve(st, services) })
+// ServeRPC serves the methods of v to the peer, which gets a client for them
+// from DialRPC with the id, within five seconds. If v has no method that can be
+// called, that is logged and every caller is told.
+//
+// stop ends the serving. It ends the contexts of methods that run and waits for
+// them to return, so a method must not call it. After stop has returned, no
+// method of v runs or is called, and the peer's calls fail with an error that
+// says so. stop may be called at any time and more than once. Without it, the
+// serving ends when the peer closes its client, or with the connection.
+func (b *MuxBroker) ServeRPC(v any) (id uint32, stop func()) {
+	svc := b.service(v)
+	id = b.NextId()
+	ctx, cancel := context.WithCancelCause(b.session.calls)
+	b.session.spawn(func() {
+		dialling, expire := context.WithTimeout(ctx, brokerTimeout)
+		defer expire()
+		st, err := b.accept(dialling, id)
+		if err != nil {
+			b.session.logger.Debug("what is served was not dialled", "stream", id, "error", err)
+			cancel(nil)
+			return
+		}
+		// Runs the caller's own code, so nothing waits for it but stop. It ends
+		// with the stream, or when that code returns.
+		go func() {
+			defer cancel(nil)
+			b.session.serve(ctx, st, svc)
+		}()
+	})
+	return id, func() {
+		cancel(errStopped)
+		svc.calls.close()
+		svc.calls.Wait()
+	}
 }
 
-// DialRPC returns a client for what the other side serves as id, be it with
-// ServeRPC or with AcceptAndServe. Methods are called as "Plugin.Name".
-// Closing the client ends the serving; it should be closed. The error is that
-// of Dial.
+// DialRPC returns a client for what the peer serves as id with ServeRPC or
+// AcceptAndServe. Methods are called as "Plugin.Name". Closing the client ends
+// the serving; it should be closed. The error is that of Dial.
 func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
 	conn, err := b.Dial(id)
 	if err != nil {
 		return nil, err
 	}
-	return newRPCClient(conn, b.session.spawn, &b.session.responses), nil
+	return newRPCClient(conn, b.session.spawn), nil
 }
 
-// whenDialled returns a number, and runs f with the stream once it is dialled.
-func (b *MuxBroker) whenDialled(what string, f func(*stream)) uint32 {
-	id := b.NextId()
-	b.session.spawn(func() {
-		ctx, cancel := b.session.patience()
-		defer cancel()
-		st, err := b.accept(ctx, id)
-		if err != nil {
-			b.session.logger.Debug("a "+what+" was not dialled", "stream", id, "error", err)
-			return
+// Readers and writers are RPC services. Their bytes flow on a stream of their
+// own, and one call lasts as long as they flow: its error is how they ended.
+
+// ServeReader lets the peer read from r with DialReader, within five seconds.
+// r is read as the peer reads, until it ends or fails, or the peer closes its
+// reader. r is not closed.
+//
+// stop ends that, as the stop of ServeRPC does. It waits for a Read of r that
+// is under way, so end a Read that may block for long first. After stop has
+// returned, r is not read any more, and the peer's Read fails with an error that
+// says so: it does not return io.EOF unless r did.
+func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
+	return b.ServeRPC(&readerService{b, r})
+}
+
+// DialReader returns a reader for what the peer serves with ServeReader. It
+// reads the same bytes and then fails as that reader failed, with an error that
+// keeps its identity as those of [Call] do. It must be closed. Read and Close
+// may be called concurrently. The error is that of Dial, or says that id is not
+// a reader.
+func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
+	p, err := b.dialPipe(id, "Plugin.Read")
+	if err != nil {
+		return nil, err
+	}
+	return pipeReader{p}, nil
+}
+
+// ServeWriter lets the peer write to w with DialWriter, within five seconds. If
+// w fails, the peer is told. w is not closed. stop ends that, as the stop of
+// ServeReader does: after it has returned, w is not written to any more.
+func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
+	return b.ServeRPC(&writerService{b, w})
+}
+
+// DialWriter returns a writer for what the peer serves with ServeWriter. An
+// error of that writer is returned by a later Write, or by Close, and keeps its
+// identity as those of [Call] do. Close waits until that writer has taken
+// everything; it must be called. Write and Close may be called concurrently.
+// The error is that of Dial, or says that id is not a writer.
+func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
+	p, err := b.dialPipe(id, "Plugin.Write")
+	if err != nil {
+		return nil, err
+	}
+	// Ends a Write that waits for room when the call has ended.
+	b.session.spawn(func() { <-p.done; abort(p.conn) })
+	return pipeWriter{p}, nil
+}
+
+type readerService struct {
+	broker *MuxBroker
+	r      io.Reader
+}
+
+// Read copies the reader to the stream id.
+func (s *readerService) Read(ctx context.Context, id uint32, _ *struct{}) error {
+	conn, err := s.broker.DialContext(ctx, id)
+	if err != nil {
+		return err
+	}
+	return copyOver(ctx, conn, conn, s.r)
+}
+
+type writerService struct {
+	broker *MuxBroker
+	w      io.Writer
+}
+
+// Write copies the stream id to the writer.
+func (s *writerService) Write(ctx context.Context, id uint32, _ *struct{}) error {
+	conn, err := s.broker.DialContext(ctx, id)
+	if err != nil {
+		return err
+	}
+	return copyOver(ctx, conn, s.w, conn)
+}
+
+// copyOver copies r to w, one of which is conn, until ctx ends.
+func copyOver(ctx context.Context, conn net.Conn, w io.Writer, r io.Reader) (err error) {
+	defer recoverTo(&err)
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { abort(conn) })()
+	_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, 64<<10))
+	return err
+}
+
+// pipe is the end of a reader or writer that was dialled.
+type pipe struct {
+	conn   net.Conn
+	client *rpc.Client
+	done   chan struct{} // closed when the call has ended
+	err    error         // its error
+	closed atomic.Bool
+}
+
+func (b *MuxBroker) dialPipe(id uint32, method string) (*pipe, error) {
+	client, err := b.DialRPC(id)
+	if err != nil {
+		return nil, err
+	}
+	p := &pipe{client: client, done: make(chan struct{})}
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	defer cancel()
+	data := b.NextId()
+	// Ends with the bytes, or when the client or the connection is closed.
+	go func() {
+		p.err = Call(context.Background(), client, method, data, nil)
+		close(p.done)
+		cancel()
+	}()
+	if p.conn, err = b.AcceptContext(ctx, data); err != nil {
+		if isClosed(p.done) {
+			err = p.err // which is why
 		}
-		// Runs the caller's own code, so nothing waits for it. It ends with
-		// the stream, or when that code returns.
-		go f(st)
-	})
-	return id
+		_ = client.Close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// ended waits for the end of the call and returns its error, or else err.
+func (p *pipe) ended(err error) error {
+	if p.closed.Load() {
+		return io.ErrClosedPipe
+	}
+	<-p.done
+	return cmp.Or(p.err, err)
+}
+
+type pipeReader struct{ *pipe }
+
+func (p pipeReader) Read(b []byte) (int, error) {
+	if p.closed.Load() {
+		return 0, io.ErrClosedPipe
+	}
+	n, err := p.conn.Read(b)
+	if err != nil {
+		err = p.ended(err)
+	}
+	return n, err
+}
+
+func (p pipeReader) Close() error {
+	p.closed.Store(true)
+	abort(p.conn)
+	_ = p.client.Close()
+	return nil
+}
+
+type pipeWriter struct{ *pipe }
+
+func (p pipeWriter) Write(b []byte) (int, error) {
+	n, err := p.conn.Write(b)
+	if err != nil {
+		err = p.ended(err)
+	}
+	return n, err
+}
+
+func (p pipeWriter) Close() error {
+	_ = p.conn.Close()
+	<-p.done
+	p.closed.Store(true)
+	_ = p.client.Close()
+	return p.err
 }

@@ -4,15 +4,18 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"net"
+	"net/rpc"
 	"os/exec"
 	"slices"
-	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -23,11 +26,9 @@ const (
 	defaultKillTimeout   = 2 * time.Second
 	defaultLogBufferSize = 64 << 10
 
-	// lostTimeout is how long a process may live on when its connection is
-	// lost before that is what the error says.
-	lostTimeout = 3 * time.Second
-	// reapTimeout is how long Kill waits for the end of what it has killed.
-	reapTimeout = 900 * time.Millisecond
+	lostTimeout  = 3 * time.Second        // how long a process may outlive its connection before the error says so
+	reapTimeout  = 900 * time.Millisecond // how long Kill waits for what it has killed
+	drainTimeout = 500 * time.Millisecond // how long output is read after the process has exited
 )
 
 // ClientConfig describes a plugin to a host. NewClient copies it, and nothing
@@ -139,8 +140,6 @@ func (c *ClientConfig) validate() error {
 		return errors.New("plugin: ReattachConfig has no Addr")
 	case c.Reattach != nil:
 		return nil
-	case len(c.Plugins) == 0 && len(c.VersionedPlugins) == 0:
-		return errors.New("plugin: ClientConfig has no plugins: set Plugins or VersionedPlugins")
 	case c.MagicCookieKey == "" || c.MagicCookieValue == "":
 		return errors.New("plugin: ClientConfig has no magic cookie: set HandshakeConfig.MagicCookieKey and MagicCookieValue")
 	case c.Cmd.Stdout != nil || c.Cmd.Stderr != nil:
@@ -154,20 +153,23 @@ func (c *ClientConfig) validate() error {
 // concurrently.
 type Client struct {
 	config ClientConfig
+	name   string // of the plugin, for errors
 	sets   map[int]PluginSet
 	logger hclog.Logger
 
 	life       context.Context // ends when Kill is called
 	end        context.CancelCauseFunc
-	starting   once[ready]
-	connecting once[*RPCClient]
-	done       chan struct{}
-	finished   sync.Once
+	watching   context.Context // ends when Kill has stopped waiting for the process
+	abandon    context.CancelFunc
+	starting   *once[ready]
+	connecting *once[*RPCClient]
+	gone       chan struct{} // closed when the process has ended
+	done       chan struct{} // closed when its output has been delivered as well
 
-	mu    sync.Mutex // guards the fields below
-	proc  *process   // nil until it has been started
-	asked bool       // this client has ended the plugin
-	err   error      // how the plugin ended, if not asked to
+	mu    sync.Mutex // guards proc and asked
+	proc  AttachedRunner
+	asked bool  // this client has ended the plugin
+	err   error // how the plugin ended, if not asked to; set before done is closed
 }
 
 // ready is what is known of a plugin that can be connected to.
@@ -176,55 +178,11 @@ type ready struct {
 	tls *tls.Config // nil for none
 }
 
-// once does something once; whoever asks again gets the same result.
-type once[T any] struct {
-	mu   sync.Mutex // guards done
-	done chan struct{}
-	v    T
-	err  error
-}
-
-// do runs f if it is the first to be called; otherwise it waits for that one,
-// or for the end of ctx.
-func (o *once[T]) do(ctx context.Context, f func() (T, error)) (v T, err error) {
-	o.mu.Lock()
-	first := o.done == nil
-	if first {
-		o.done = make(chan struct{})
-	}
-	o.mu.Unlock()
-	if first {
-		defer close(o.done)
-		o.err = errors.New("plugin: the host's own code panicked") // if f does
-		o.v, o.err = f()
-		return o.v, o.err
-	}
-	select {
-	case <-o.done:
-	case <-ctx.Done():
-		if !isClosed(o.done) {
-			return v, fmt.Errorf("plugin: waiting for what is under way: %w", contextError(ctx))
-		}
-	}
-	return o.v, o.err
-}
-
-// result returns what f returned, or the zero value if that is not there yet.
-func (o *once[T]) result() (v T) {
-	o.mu.Lock()
-	done := o.done
-	o.mu.Unlock()
-	if done != nil && isClosed(done) {
-		return o.v
-	}
-	return v
-}
-
 var errKilled = errors.New("plugin: Kill was called")
 
 // managed holds the clients that CleanupClients kills.
 var managed struct {
-	mu      sync.Mutex // guards clients
+	mu      sync.Mutex // guards clients and the end of every Client
 	clients map[*Client]struct{}
 }
 
@@ -246,7 +204,10 @@ func CleanupClients() {
 // there. When the plugin is no longer needed, call Kill, or CleanupClients if
 // config has Managed set.
 func NewClient(config *ClientConfig) *Client {
-	c := &Client{config: *config, done: make(chan struct{})}
+	c := &Client{
+		config: *config, starting: newOnce[ready](), connecting: newOnce[*RPCClient](),
+		gone: make(chan struct{}), done: make(chan struct{}),
+	}
 	cfg := &c.config
 	c.sets = allVersions(cfg.ProtocolVersion, cfg.Plugins, cfg.VersionedPlugins)
 	cfg.StartTimeout = cmp.Or(max(cfg.StartTimeout, 0), defaultStartTimeout)
@@ -259,32 +220,38 @@ func NewClient(config *ClientConfig) *Client {
 	if c.logger == nil {
 		c.logger = hclog.Default().Named("plugin")
 	}
-	if cfg.Cmd != nil {
-		c.logger = c.logger.Named(pluginName(cfg.Cmd.Path))
+	switch {
+	case cfg.Cmd != nil:
+		c.name = pluginName(cfg.Cmd.Path)
+		c.logger = c.logger.Named(c.name)
+	case cfg.Reattach != nil:
+		c.name = fmt.Sprintf("at %v", cfg.Reattach.Addr)
 	}
-	c.logger = newNotes(c.logger)
 	c.life, c.end = context.WithCancelCause(context.Background())
-	if cfg.Managed {
+	c.watching, c.abandon = context.WithCancel(context.Background())
+	if cfg.Managed && !c.testMode() {
 		managed.mu.Lock()
+		defer managed.mu.Unlock()
 		if managed.clients == nil {
 			managed.clients = make(map[*Client]struct{})
 		}
 		managed.clients[c] = struct{}{}
-		managed.mu.Unlock()
 	}
 	return c
 }
+
+func (c *Client) testMode() bool { return c.config.Reattach != nil && c.config.Reattach.Test }
 
 // Start is [Client.StartContext] without a context of its own.
 func (c *Client) Start() (net.Addr, error) { return c.StartContext(context.Background()) }
 
 // StartContext starts the plugin, or finds the one to reattach to, and returns
-// its address when it has said that it is ready. If ctx ends before, or Kill is
-// called, the plugin is not started. Calling it again returns the same result,
-// also an error; to try again, make a new client.
+// its address when it is ready. If ctx ends before, or Kill is called, the
+// plugin is not started. Calling it again returns the same result, also an
+// error; to try again, make a new client.
 //
-// A plugin that does not start is a [*StartError]; where it is a matter of
-// versions, errors.As finds a [*VersionError] in it. [ErrProcessNotFound],
+// A plugin that does not start is a [*StartError]; if the versions do not
+// match, errors.As finds a [*VersionError] in it. [ErrProcessNotFound],
 // [ErrChecksumsDoNotMatch], [ErrSecureConfigNoChecksum],
 // [ErrSecureConfigNoHash] and [ErrSecureConfigAndReattach] are returned as
 // they are.
@@ -292,7 +259,7 @@ func (c *Client) StartContext(ctx context.Context) (net.Addr, error) {
 	r, err := c.starting.do(ctx, func() (ready, error) {
 		ctx, cancel := context.WithCancelCause(ctx)
 		defer cancel(nil)
-		defer context.AfterFunc(c.life, func() { cancel(context.Cause(c.life)) })()
+		defer context.AfterFunc(c.life, func() { cancel(errKilled) })()
 		r, err := c.start(ctx)
 		if err != nil {
 			c.finish(nil)
@@ -312,53 +279,77 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 	if c.config.Reattach != nil {
 		return c.reattach(ctx)
 	}
-	p, err := launch(ctx, &c.config, c.logger, versionList(c.sets))
-	if err != nil {
-		return r, err
-	}
-	c.own(p)
-	c.logger.Debug("started", "pid", p.pid)
-	h, err := p.awaitHandshake(ctx, c.config.StartTimeout)
+	failed := &StartError{Path: c.config.Cmd.Path}
+	p, err := launch(&c.config, c.logger, versionList(c.sets))
 	if err == nil {
-		r, err = c.accept(h, p)
+		c.own(p)
+		var h handshake
+		if h, err = p.awaitHandshake(ctx, c.config.StartTimeout, c.gone); err == nil {
+			r, err = c.accept(h, p)
+		}
+		if err == nil {
+			return r, nil
+		}
+		if isClosed(c.gone) {
+			failed.State = p.cmd.ProcessState
+		} else {
+			_ = p.Kill(ctx)
+		}
+		waitFor(reapTimeout, c.gone)
+		failed.Stdout, failed.Stderr = p.noise.String(), p.log.tail.String()
 	}
-	if err == nil {
-		return r, nil
+	switch err {
+	case ErrSecureConfigNoChecksum, ErrSecureConfigNoHash, ErrChecksumsDoNotMatch:
+		return ready{}, err
 	}
-	// What it did by itself it has done by now; the rest is our doing.
-	failed := &StartError{Path: p.name, Err: err}
-	if isClosed(p.gone) {
-		failed.State = p.state
-	} else {
-		c.mu.Lock()
-		c.asked = true
-		c.mu.Unlock()
-		c.end(errKilled)
-		p.kill()
-	}
-	waitFor(reapTimeout, c.done)
-	failed.Stdout, failed.Stderr = p.printed()
-	failed.hint = startHint(failed, &c.config.HandshakeConfig)
+	failed.Err = err
+	failed.hint = startHint(failed, &c.config)
 	return ready{}, failed
 }
 
 // own makes p the client's process and watches it.
-func (c *Client) own(p *process) {
+func (c *Client) own(p AttachedRunner) {
 	c.mu.Lock()
 	c.proc = p
 	c.mu.Unlock()
-	go c.watch(p) // ends with the process, or when Kill gives that up
+	c.logger.Debug("started", "pid", p.ID())
+	go c.watch(p) // ends with the process, or when Kill stops waiting for it
+}
+
+// watch waits for the end of the process and of its output.
+func (c *Client) watch(p AttachedRunner) {
+	err := p.Wait(c.watching)
+	close(c.gone)
+	<-c.starting.done
+	if rc := c.connecting.result(); rc != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/2)
+		rc.waitOutput(ctx)
+		cancel()
+	}
+	var exit *ExitError
+	if !errors.As(err, &exit) {
+		exit = &ExitError{Path: c.name, Err: err}
+	}
+	level := hclog.Error
+	switch {
+	case c.wasAsked() || c.starting.err != nil:
+		level = hclog.Debug
+	case exit.State != nil && exit.State.Success():
+		level = hclog.Info
+	}
+	c.logger.Log(level, "the process has ended", "plugin", c.name, "pid", p.ID(), "reason", exit)
+	c.finish(exit)
 }
 
 // accept says whether this host can use a plugin with that handshake, and how.
-func (c *Client) accept(h handshake, p *process) (r ready, err error) {
+func (c *Client) accept(h handshake, p *child) (r ready, err error) {
 	if h.protocol == ProtocolGRPC {
 		return r, errors.New("it speaks gRPC, and this library speaks net/rpc alone: the plugin must be served with this library, or with the net/rpc half of go-plugin")
 	}
 	if h.protocol != ProtocolNetRPC || !slices.Contains(c.config.AllowedProtocols, h.protocol) {
 		return r, fmt.Errorf("it speaks the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
 	}
-	if _, known := c.sets[h.version]; !known && len(c.sets) > 0 {
+	if _, known := c.sets[h.version]; !known {
 		return r, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
 	}
 	r = ready{h, c.config.TLSConfig}
@@ -366,9 +357,15 @@ func (c *Client) accept(h handshake, p *process) (r ready, err error) {
 		if h.cert == nil {
 			return r, errors.New("it has not answered with a certificate, as AutoMTLS needs: was it served with a ServeConfig.TLSProvider?")
 		}
-		r.tls, err = mutualTLS(p.cert, h.cert)
+		cert, err := x509.ParseCertificate(h.cert)
+		if err != nil {
+			return r, fmt.Errorf("its certificate cannot be read: %w", err)
+		}
+		pool := x509.NewCertPool()
+		pool.AddCert(cert)
+		r.tls = mutualTLS(p.cert, pool)
 	}
-	return r, err
+	return r, nil
 }
 
 // reattach finds the plugin that runs already.
@@ -378,46 +375,48 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 	if c.sets[h.version] == nil && h.version == 0 && len(c.sets) == 1 {
 		h.version = sortedKeys(c.sets)[0] // go-plugin's configs do not tell
 	}
-	if r, err = c.accept(h, nil); err != nil {
-		return r, fmt.Errorf("plugin: reattaching: %w", err)
-	}
-	var p *process
-	if !rc.Test {
-		if p, err = findProcess(rc, c.logger); err != nil {
-			return ready{}, err
+	defer func() {
+		if err != nil && err != ErrProcessNotFound {
+			err = fmt.Errorf("plugin: reattaching: %w", err)
 		}
+	}()
+	if r, err = c.accept(h, nil); err != nil {
+		return ready{}, err
 	}
 	conn, err := new(net.Dialer).DialContext(ctx, rc.Addr.Network(), rc.Addr.String())
-	if err != nil && p != nil {
-		_ = p.Release()
-	}
-	if err != nil && ctx.Err() != nil {
-		return ready{}, fmt.Errorf("plugin: reattaching: %w", contextError(ctx))
-	}
-	if shortage(err) != "" { // says nothing about the plugin
-		return ready{}, fmt.Errorf("plugin: reattaching: %w", hinted(err))
-	}
-	if err != nil {
-		c.logger.Debug("the plugin to reattach to does not listen", "error", err)
+	switch {
+	case ctx.Err() != nil:
+		return ready{}, contextError(ctx)
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
 		return ready{}, ErrProcessNotFound
+	case err != nil: // says nothing about the plugin
+		return ready{}, err
 	}
 	_ = conn.Close()
-	if p != nil && p.hasEnded() {
-		_ = p.Release()
-		return ready{}, ErrProcessNotFound
+	if rc.Test {
+		return r, nil
 	}
-	if p != nil {
-		c.own(p)
+	find := rc.ReattachFunc
+	if find == nil {
+		find = func() (AttachedRunner, error) { return findProcess(rc, c.logger) }
 	}
+	p, err := find()
+	if err != nil {
+		return ready{}, err
+	}
+	c.own(p)
 	return r, nil
 }
 
 // Client starts the plugin, if that has not been done, and connects to it. It
 // returns the same connection, or error, every time. The errors are those of
-// Start, and why there is no connection.
+// Start, and why there is no connection. After Kill it returns an error.
 func (c *Client) Client() (ClientProtocol, error) {
 	if _, err := c.Start(); err != nil {
 		return nil, err
+	}
+	if c.life.Err() != nil {
+		return nil, errKilled
 	}
 	ctx, cancel := context.WithTimeout(c.life, c.config.StartTimeout)
 	defer cancel()
@@ -434,44 +433,37 @@ func (c *Client) connect(ctx context.Context) (*RPCClient, error) {
 		if err == nil {
 			return rc, nil
 		}
-		// A plugin that has just died is the reason.
-		if waitFor(drainTimeout/2, c.done) && c.Err() != nil {
-			err = c.Err()
+		if waitFor(drainTimeout, c.done) && c.Err() != nil {
+			err = c.Err() // a plugin that has just died is the reason
 		} else if ctx.Err() != nil {
 			err = contextError(ctx)
 		}
-		return nil, fmt.Errorf("plugin %s: connecting: %w", c.name(), hinted(err))
+		return nil, fmt.Errorf("plugin %s: connecting: %w", c.name, err)
 	})
 }
 
-// name is what the plugin is called in errors.
-func (c *Client) name() string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.proc != nil {
-		return pluginName(c.proc.name)
-	}
-	return "at " + c.config.Reattach.Addr.String() // in test mode
-}
-
 func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
-	h := c.starting.result()
-	conn, err := new(net.Dialer).DialContext(ctx, h.addr.Network(), h.addr.String())
+	r := c.starting.result()
+	conn, err := new(net.Dialer).DialContext(ctx, r.addr.Network(), r.addr.String())
 	if err != nil {
 		return nil, err
 	}
-	if h.tls != nil {
-		secure := tls.Client(conn, h.tls)
+	if r.tls != nil {
+		secure := tls.Client(conn, r.tls)
 		if err := secure.HandshakeContext(ctx); err != nil {
 			_ = conn.Close()
+			if err == io.EOF {
+				err = errNotHeard
+			}
 			return nil, err
 		}
 		conn = secure
 	}
-	rc, err := newConnection(conn, c.sets[h.version], c.logger, c.whyLost)
+	rc, err := newConnection(conn, c.sets[r.version], c.logger, c.whyLost)
 	if err != nil {
 		return nil, err
 	}
+	rc.flushes = r.flushes
 	return rc, rc.SyncStreams(c.orLog(c.config.SyncStdout), c.orLog(c.config.SyncStderr))
 }
 
@@ -485,21 +477,22 @@ func (c *Client) orLog(w io.Writer) io.Writer {
 	}}
 }
 
-// whyLost says why the connection was lost; nil if it was meant to be.
-func (c *Client) whyLost() error {
+var errNotHeard = errors.New("the connection was closed during its handshake: does one side use TLS and the other not?")
+
+// whyLost says why the connection was lost. heard tells whether anything had
+// been received on it.
+func (c *Client) whyLost(heard bool) error {
+	timeout, why := lostTimeout, errors.New("the connection was lost, though the process lives")
+	if !heard {
+		timeout, why = drainTimeout, errNotHeard
+	}
+	if !c.testMode() && !c.wasAsked() && waitFor(timeout, c.done) && c.err != nil {
+		return c.err
+	}
 	if c.wasAsked() {
-		return nil
+		why = fmt.Errorf("Kill or Close ended the connection: %w", rpc.ErrShutdown)
 	}
-	c.mu.Lock()
-	p := c.proc
-	c.mu.Unlock()
-	if p == nil { // in test mode
-		return errors.New("plugin: the connection was lost")
-	}
-	if !waitFor(lostTimeout, c.done) {
-		return fmt.Errorf("plugin %s: the connection was lost, though the process lives", pluginName(p.name))
-	}
-	return c.Err()
+	return fmt.Errorf("plugin %s: %w", c.name, why)
 }
 
 // wasAsked reports whether this client has ended the plugin: by itself, or by
@@ -513,95 +506,74 @@ func (c *Client) wasAsked() bool {
 
 // finish closes done; err is how the plugin ended.
 func (c *Client) finish(err error) {
-	c.finished.Do(func() {
-		asked := c.wasAsked()
-		c.mu.Lock()
-		if !asked {
-			c.err = err
-		}
-		c.mu.Unlock()
-		// Both at once: whoever sees that it has ended finds it managed no
-		// more, and CleanupClients misses none that has not.
-		managed.mu.Lock()
-		defer managed.mu.Unlock()
+	if c.wasAsked() {
+		err = nil
+	}
+	managed.mu.Lock()
+	defer managed.mu.Unlock()
+	if !isClosed(c.done) {
+		c.err = err
 		delete(managed.clients, c)
 		close(c.done)
-	})
-}
-
-// watch waits for the end of the process and of its output.
-func (c *Client) watch(p *process) {
-	p.wait(c.life.Done())
-	if rc := c.connecting.result(); rc != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/2)
-		rc.waitOutput(ctx)
-		cancel()
 	}
-	c.logger.Debug("the process has ended", "pid", p.pid, "state", p.state)
-	c.finish(p.exitError())
 }
 
 // Kill asks the plugin to quit and waits until its process is gone, which it
 // forces after ClientConfig.KillTimeout. All that the plugin wrote before has
 // been delivered then. It returns about two seconds after KillTimeout at the
 // latest, may be called at any time, also while Start runs, which it
-// interrupts, and more than once. A plugin in test mode is only disconnected.
-// One that was reattached to is killed only where its process is surely that of
-// the plugin, and so never on Windows; Done is closed all the same.
+// interrupts, and more than once.
+//
+// A plugin that was reattached to is killed only if its process is surely that
+// of the plugin, and so never on Windows, unless ReattachConfig.ReattachFunc
+// is set. In test mode Kill does nothing.
 func (c *Client) Kill() {
+	if c.testMode() {
+		return
+	}
 	c.end(errKilled)
-	_, startErr := c.starting.do(context.Background(), func() (ready, error) {
-		return ready{}, errKilled
-	})
+	_, startErr := c.starting.do(context.Background(), func() (ready, error) { return ready{}, errKilled })
 	c.mu.Lock()
 	p := c.proc
-	c.asked = c.asked || p != nil && !p.exited.Load() // and not dead already
+	c.asked = c.asked || p != nil && !isClosed(c.gone) // and not dead already
 	c.mu.Unlock()
-	switch {
-	case p != nil && startErr == nil:
-		c.quit(p)
-	case p != nil:
-		waitFor(reapTimeout, p.gone)
+	if p != nil {
+		if startErr == nil && !isClosed(c.gone) {
+			c.quit(p)
+		}
+		waitFor(reapTimeout, c.done)
 	}
-	rc, err := c.connecting.do(context.Background(), func() (*RPCClient, error) { return nil, errKilled })
-	if err == nil {
+	c.abandon()
+	if rc, err := c.connecting.do(context.Background(), func() (*RPCClient, error) { return nil, errKilled }); err == nil {
 		rc.session.close()
 	}
-	if p == nil {
-		c.finish(nil)
-	}
+	c.finish(nil)
 }
 
 // quit ends a process that has started.
-func (c *Client) quit(p *process) {
+func (c *Client) quit(p AttachedRunner) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.config.KillTimeout)
 	defer cancel()
-	if !p.exited.Load() {
-		rc, err := c.connect(ctx)
-		if err == nil {
-			err = rc.quit(ctx)
-		}
-		if err == nil {
-			select {
-			case <-p.gone:
-			case <-ctx.Done():
-			}
-		}
-		if !p.exited.Load() {
-			c.logger.Warn("the plugin does not end by itself and is killed", "pid", p.pid, "error", err)
-			p.kill()
-		}
+	rc, err := c.connect(ctx)
+	if err == nil {
+		err = rc.quit(ctx)
 	}
-	if !p.mine() { // and may go on
-		p.abandon()
+	if err != nil { // it may be exiting
+		cancel()
+		ctx, cancel = context.WithTimeout(context.Background(), drainTimeout/2)
+		defer cancel()
 	}
-	waitFor(reapTimeout, c.done)
-	p.abandon()
+	select {
+	case <-c.gone:
+	case <-ctx.Done():
+		c.logger.Warn("the plugin does not exit by itself and is killed", "pid", p.ID(), "error", err)
+		go func() { _ = p.Kill(c.watching) }() // the caller's, with ReattachFunc: nothing waits for it
+	}
 }
 
 // Done is closed when the plugin has ended and all of its output has been
-// delivered; also when it could not be started, and when Kill was called
-// before it was. A plugin in test mode is not watched: Done is closed by Kill.
+// delivered; also when it could not be started, and when Kill has returned. A
+// plugin in test mode is not watched, and Done is never closed.
 func (c *Client) Done() <-chan struct{} { return c.done }
 
 // Err returns how the plugin ended: nil until Done is closed, nil if this
@@ -610,22 +582,24 @@ func (c *Client) Err() error {
 	if !isClosed(c.done) {
 		return nil
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	return c.err
 }
 
 // Exited reports whether Done is closed.
 func (c *Client) Exited() bool { return isClosed(c.done) }
 
-// ID returns the process's id, or "" before Start.
+// ID returns the process's id, or "" before Start and in test mode.
 func (c *Client) ID() string {
+	if p := c.process(); p != nil {
+		return p.ID()
+	}
+	return ""
+}
+
+func (c *Client) process() AttachedRunner {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.proc == nil {
-		return ""
-	}
-	return strconv.Itoa(c.proc.pid)
+	return c.proc
 }
 
 // Protocol starts the plugin, if that has not been done, and returns what it
@@ -646,17 +620,15 @@ func (c *Client) NegotiatedVersion() int { return c.starting.result().version }
 // lives on when this host ends without having killed it. (On Windows only
 // ClientConfig.Detach does that.) To learn the pid without that, use ID.
 func (c *Client) ReattachConfig() *ReattachConfig {
-	h := c.starting.result()
-	c.mu.Lock()
-	p := c.proc
-	c.mu.Unlock()
-	if h.addr == nil {
+	r := c.starting.result()
+	if r.addr == nil {
 		return nil
 	}
 	if c.config.Reattach != nil {
 		same := *c.config.Reattach
 		return &same
 	}
+	p := c.process().(*child)
 	p.detach()
-	return &ReattachConfig{Protocol: h.protocol, ProtocolVersion: h.version, Addr: h.addr, Pid: p.pid}
+	return &ReattachConfig{Protocol: r.protocol, ProtocolVersion: r.version, Addr: r.addr, Pid: p.cmd.Process.Pid}
 }

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -9,11 +10,9 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
 	"math/big"
@@ -23,7 +22,6 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
-	"reflect"
 	"runtime"
 	"slices"
 	"strconv"
@@ -52,8 +50,7 @@ const (
 	envClientCert = "PLUGIN_CLIENT_CERT"
 	envMultiplex  = "PLUGIN_MULTIPLEX_GRPC" // go-plugin's, of no use here
 
-	// envHost is this library's own: it tells a plugin how to notice that its
-	// host is gone. See hostWaiter.
+	// envHost is this library's own: a hostInfo.
 	envHost = "PLUGIN_HOST_LIFELINE"
 )
 
@@ -62,6 +59,30 @@ const (
 var protocolEnv = []string{
 	EnvUnixSocketDir, EnvUnixSocketGroup, envMinPort, envMaxPort,
 	envVersions, envClientCert, envMultiplex, envHost,
+}
+
+// hostInfo tells a plugin about its host. The variable that it is sent in is
+// inherited: with a go-plugin host in between, it is about a host further up.
+type hostInfo struct {
+	pid   int    // the host's
+	fd    int    // of watchPipe
+	watch string // by which the plugin notices that the host is gone
+}
+
+const (
+	watchPipe    = "pipe" // the read end of a pipe that the host holds, passed as fd
+	watchPid     = "pid"  // the process, on Windows
+	watchNothing = "nothing"
+)
+
+func (h hostInfo) String() string { return fmt.Sprintf("%d %d %s", h.pid, h.fd, h.watch) }
+
+// parseHostInfo returns the zero hostInfo for anything but what String returns.
+func parseHostInfo(s string) (h hostInfo) {
+	if _, err := fmt.Sscanf(s, "%d %d %s", &h.pid, &h.fd, &h.watch); err != nil {
+		return hostInfo{}
+	}
+	return h
 }
 
 // HandshakeConfig is what a host and its plugins must agree on. Both embed it;
@@ -87,21 +108,28 @@ type handshake struct {
 	addr     net.Addr
 	protocol Protocol
 	cert     []byte // DER; nil without AutoMTLS
+	flushes  bool   // the plugin sends its output before it answers Quit, as this library's do
 }
 
+// flushesField is the seventh field of the handshake if flushes is set.
+// go-plugin before 1.6 takes it for a part of the certificate.
+const flushesField = "flushes"
+
 func (h handshake) String() string {
-	return fmt.Sprintf("%d|%d|%s|%s|%s|%s", CoreProtocolVersion, h.version,
+	line := fmt.Sprintf("%d|%d|%s|%s|%s|%s", CoreProtocolVersion, h.version,
 		h.addr.Network(), h.addr.String(), h.protocol, base64.RawStdEncoding.EncodeToString(h.cert))
+	if h.flushes {
+		line += "|" + flushesField
+	}
+	return line
 }
 
 // isHandshake reports whether a line of a plugin's stdout is meant as its
 // handshake: it begins with digits and a bar.
 func isHandshake(line []byte) bool {
-	digits := 0
-	for digits < len(line) && '0' <= line[digits] && line[digits] <= '9' {
-		digits++
-	}
-	return digits > 0 && digits < len(line) && line[digits] == '|'
+	digits, _, ok := bytes.Cut(line, []byte{'|'})
+	_, err := strconv.ParseUint(string(digits), 10, 32)
+	return ok && err == nil
 }
 
 // parseHandshake reads the handshake line of a plugin, ours or go-plugin's.
@@ -125,45 +153,21 @@ func parseHandshake(line string) (h handshake, err error) {
 		h.protocol = Protocol(fields[4])
 	}
 	if len(fields) > 5 && fields[5] != "" {
-		if h.cert, err = base64.RawStdEncoding.DecodeString(fields[5]); err == nil {
-			_, err = x509.ParseCertificate(h.cert)
-		}
-		if err != nil {
+		if h.cert, err = base64.RawStdEncoding.DecodeString(fields[5]); err != nil {
 			return h, fmt.Errorf("its handshake has a certificate that cannot be read: %w", err)
 		}
 	}
+	h.flushes = len(fields) > 6 && fields[6] == flushesField
 	return h, nil
 }
 
-// parseAddr reads an address without asking anybody, a name server say.
 func parseAddr(network, address string) (net.Addr, error) {
 	switch network {
 	case "unix":
-		if address == "" {
-			return nil, errors.New("the socket's path is empty")
-		}
-		return &net.UnixAddr{Name: address, Net: "unix"}, nil
+		return net.ResolveUnixAddr(network, address)
 	case "tcp":
-		host, port, err := net.SplitHostPort(address)
-		if err != nil {
-			return nil, err
-		}
-		n, err := strconv.ParseUint(port, 10, 16)
-		if err != nil {
-			return nil, fmt.Errorf("%q has no valid port", address)
-		}
-		addr := &net.TCPAddr{Port: int(n)}
-		if host == "localhost" {
-			host = "127.0.0.1"
-		}
-		if host != "" {
-			ip, err := netip.ParseAddr(host)
-			if err != nil {
-				return nil, fmt.Errorf("%q is no IP address", host)
-			}
-			addr.IP, addr.Zone = ip.AsSlice(), ip.Zone()
-		}
-		return addr, nil
+		addr, err := netip.ParseAddrPort(address) // asks no name server
+		return net.TCPAddrFromAddrPort(addr), err
 	}
 	return nil, fmt.Errorf("the network is %q, and must be unix or tcp", network)
 }
@@ -173,7 +177,7 @@ func parseAddr(network, address string) (net.Addr, error) {
 func allVersions(version uint, plugins PluginSet, versioned map[int]PluginSet) map[int]PluginSet {
 	all := make(map[int]PluginSet, len(versioned)+1)
 	maps.Copy(all, versioned)
-	if _, known := all[int(version)]; plugins != nil && !known {
+	if _, known := all[int(version)]; !known && (plugins != nil || len(versioned) == 0) {
 		all[int(version)] = plugins
 	}
 	return all
@@ -232,36 +236,16 @@ func newCertificate() (tls.Certificate, error) {
 }
 
 // mutualTLS is the configuration of either side: it shows own, and trusts
-// other, a certificate in DER, and nobody else.
-func mutualTLS(own tls.Certificate, other []byte) (*tls.Config, error) {
-	cert, err := x509.ParseCertificate(other)
-	if err != nil {
-		return nil, err
-	}
-	pool := x509.NewCertPool()
-	pool.AddCert(cert)
+// only the peer's.
+func mutualTLS(own tls.Certificate, peer *x509.CertPool) *tls.Config {
 	return &tls.Config{
 		Certificates: []tls.Certificate{own},
 		ClientAuth:   tls.RequireAndVerifyClientCert,
-		ClientCAs:    pool,
-		RootCAs:      pool,
+		ClientCAs:    peer,
+		RootCAs:      peer,
 		ServerName:   "localhost",
 		MinVersion:   tls.VersionTLS12,
-	}, nil
-}
-
-// certPEM is a certificate as the host sends it to the plugin.
-func certPEM(der []byte) string {
-	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
-}
-
-// parseCertPEM returns the first certificate in text, in DER.
-func parseCertPEM(text string) ([]byte, error) {
-	block, _ := pem.Decode([]byte(text))
-	if block == nil || block.Type != "CERTIFICATE" {
-		return nil, errors.New("there is no certificate in PEM in it")
 	}
-	return block.Bytes, nil
 }
 
 // UnixSocketConfig is about the plugin's Unix socket.
@@ -276,32 +260,24 @@ type UnixSocketConfig struct {
 	TempDir string
 }
 
-// makeDir makes a directory for the socket of the plugin that cmd runs.
-func (u *UnixSocketConfig) makeDir(cmd *exec.Cmd) (dir string, err error) {
-	bases := []string{u.TempDir}
-	if u.TempDir == "" {
-		bases = []string{os.TempDir(), "/tmp"}
+// makeDir makes a private directory for a plugin's socket.
+func (u *UnixSocketConfig) makeDir() (dir string, err error) {
+	base := u.TempDir
+	if base == "" {
+		base = os.TempDir()
+		if len(base) > maxSocketPath-len("/plugin-4294967295")-socketName {
+			base = "/tmp"
+		}
 	}
-	for _, base := range bases {
-		if base, err = filepath.Abs(base); err != nil {
-			return "", err
-		}
-		if dir, err = os.MkdirTemp(base, socketPrefix+"*"); err != nil {
-			return "", fmt.Errorf("no directory for its socket can be made in %s: %w: set UnixSocketConfig.TempDir or TMPDIR to another one", base, err)
-		}
-		if len(dir)+socketName <= maxSocketPath {
-			break
-		}
-		_ = os.Remove(dir)
-		err = fmt.Errorf("the path of its socket would be too long, in %s: set UnixSocketConfig.TempDir to a shorter one", base)
-	}
-	if err != nil {
+	if base, err = filepath.Abs(base); err != nil {
 		return "", err
 	}
-	if uid, ok := runsAs(cmd); ok {
-		err = os.Chown(dir, uid, -1)
+	if dir, err = os.MkdirTemp(base, socketPrefix+"*"); err != nil {
+		return "", fmt.Errorf("no directory for its socket can be made in %s: %w: set UnixSocketConfig.TempDir or TMPDIR to another one", base, err)
 	}
-	if u.Group != "" && err == nil {
+	if len(dir)+socketName > maxSocketPath {
+		err = fmt.Errorf("the path of its socket would be too long, in %s: set UnixSocketConfig.TempDir to a shorter one", base)
+	} else if u.Group != "" {
 		// A member may connect, but not put another file in a file's place.
 		err = giveToGroup(dir, u.Group, 0o770|os.ModeSticky)
 	}
@@ -312,35 +288,25 @@ func (u *UnixSocketConfig) makeDir(cmd *exec.Cmd) (dir string, err error) {
 	return dir, nil
 }
 
-// runsAs returns the user that a command runs as, if it is told. The field is
-// not there on every system.
-func runsAs(cmd *exec.Cmd) (uid int, ok bool) {
-	if cmd == nil || cmd.SysProcAttr == nil {
-		return 0, false
-	}
-	cred := reflect.ValueOf(cmd.SysProcAttr).Elem().FieldByName("Credential")
-	if !cred.IsValid() || cred.IsNil() {
-		return 0, false
-	}
-	return int(cred.Elem().FieldByName("Uid").Uint()), true
-}
-
-// giveToGroup gives a file to a group, by name or number.
+// giveToGroup gives a file to UnixSocketConfig.Group, a name or number.
 func giveToGroup(path, group string, mode os.FileMode) error {
 	gid, err := strconv.Atoi(group)
 	if err != nil {
-		g, err := user.LookupGroup(group)
-		if err != nil {
-			return err
-		}
-		if gid, err = strconv.Atoi(g.Gid); err != nil {
-			return err
+		var g *user.Group
+		if g, err = user.LookupGroup(group); err == nil {
+			gid, err = strconv.Atoi(g.Gid)
 		}
 	}
-	if err := os.Chown(path, -1, gid); err != nil {
-		return err
+	if err == nil {
+		err = os.Chown(path, -1, gid)
 	}
-	return os.Chmod(path, mode)
+	if err == nil {
+		err = os.Chmod(path, mode)
+	}
+	if err != nil {
+		return fmt.Errorf("its socket cannot be given to UnixSocketConfig.Group: %w", err)
+	}
+	return nil
 }
 
 // listenTCP listens on the first free port of the loopback interface.
@@ -373,7 +339,7 @@ func isPrivate(dir string) bool { return strings.HasPrefix(filepath.Base(dir), s
 
 // handshakeEnv makes what the plugin finds in its environment: a certificate,
 // and a directory for its socket.
-func (p *process) handshakeEnv(config *ClientConfig, versions string) (env []string, err error) {
+func (p *child) handshakeEnv(config *ClientConfig, versions string) (env []string, err error) {
 	env = []string{
 		config.MagicCookieKey + "=" + config.MagicCookieValue,
 		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
@@ -384,7 +350,8 @@ func (p *process) handshakeEnv(config *ClientConfig, versions string) (env []str
 		if p.cert, err = newCertificate(); err != nil {
 			return nil, err
 		}
-		env = append(env, envClientCert+"="+certPEM(p.cert.Certificate[0]))
+		block := &pem.Block{Type: "CERTIFICATE", Bytes: p.cert.Certificate[0]}
+		env = append(env, envClientCert+"="+string(pem.EncodeToMemory(block)))
 	}
 	if runtime.GOOS == "windows" {
 		return env, nil
@@ -393,7 +360,7 @@ func (p *process) handshakeEnv(config *ClientConfig, versions string) (env []str
 	if sockets == nil {
 		sockets = &UnixSocketConfig{}
 	}
-	if p.dir, err = sockets.makeDir(p.cmd); err != nil {
+	if p.dir, err = sockets.makeDir(); err != nil {
 		return nil, err
 	}
 	env = append(env, EnvUnixSocketDir+"="+p.dir)
@@ -461,140 +428,31 @@ type VersionError struct {
 
 // Error names all versions.
 func (e *VersionError) Error() string {
-	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: one of them is too old", e.Plugin, e.Host)
+	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: one of them is too old (see HandshakeConfig.ProtocolVersion)", e.Plugin, e.Host)
 }
 
 // startHint says what may be the cause, where that can be known.
-func startHint(e *StartError, h *HandshakeConfig) string {
+func startHint(e *StartError, config *ClientConfig) string {
+	silent := e.Stdout == "" && e.Stderr == ""
 	switch {
-	case errors.As(e.Err, new(*VersionError)):
-		return ""
 	case e.State != nil && strings.Contains(e.Stderr, "is a plugin"):
-		return fmt.Sprintf("it did not accept the cookie %s: it is a plugin of another program, or its HandshakeConfig is another one", h.MagicCookieKey)
+		return fmt.Sprintf("it did not accept the cookie %s: it is a plugin of another program, or its HandshakeConfig is another one", config.MagicCookieKey)
 	case e.Stdout != "":
 		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
-	}
-	switch {
-	case shortage(e.Err) != "":
-		return shortage(e.Err)
-	case errors.Is(e.Err, syscall.EAGAIN):
-		return "there may be no more processes, of this user or at all: see ulimit -u"
-	case errors.Is(e.Err, syscall.E2BIG):
-		return "its arguments and environment together are longer than the system takes"
-	case errors.Is(e.Err, syscall.ETXTBSY):
-		return "the file is open for writing: is it still being built or copied?"
-	}
-	// What fails before the binary is executed does not tell about it.
-	var failed *fs.PathError
-	if errors.As(e.Err, &failed) && failed.Op != "fork/exec" && failed.Path != e.Path {
-		return ""
-	}
-	info, err := os.Stat(e.Path)
-	switch {
-	case errors.Is(e.Err, exec.ErrNotFound), err != nil && errors.Is(e.Err, fs.ErrNotExist):
-		return "there is no such file"
-	case err != nil:
-		return ""
-	case info.IsDir():
-		return "it is a directory"
-	case errors.Is(e.Err, fs.ErrPermission) && !executable(info):
-		return "it is not executable: chmod +x"
+	case silent && (e.State != nil || errors.Is(e.Err, context.DeadlineExceeded)):
+		return "does its main call plugin.Serve?"
+	case errors.Is(e.Err, syscall.ENOEXEC), runtime.GOOS == "windows" && errors.Is(e.Err, syscall.Errno(216)):
+		return fmt.Sprintf("is it built for %s/%s, as this host is?", runtime.GOOS, runtime.GOARCH)
+	case errors.Is(e.Err, fs.ErrPermission):
+		return "is it executable?"
+	case errors.Is(e.Err, exec.ErrNotFound) && filepath.Base(e.Path) == e.Path:
+		return fmt.Sprintf("it was looked up in PATH; the file in this directory is ./%s", e.Path)
 	case errors.Is(e.Err, fs.ErrNotExist):
-		return fmt.Sprintf("the file is there, but its interpreter is not%s", interpreter(e.Path))
-	case noProgram(e.Err):
-		if kind := binaryKind(e.Path); kind != "" {
-			return fmt.Sprintf("it is built for %s, and this host runs on %s/%s", kind, runtime.GOOS, runtime.GOARCH)
+		hint := "is it there, and the interpreter that it names?"
+		if path, err := filepath.Abs(executed(config.Cmd)); err == nil && !filepath.IsAbs(e.Path) {
+			hint = path + ": " + hint
 		}
-		if runtime.GOOS == "windows" {
-			return "it is no program for windows/" + runtime.GOARCH
-		}
-		return fmt.Sprintf("it is no program for %s/%s, nor a script that names its interpreter in a first line like #!/bin/sh", runtime.GOOS, runtime.GOARCH)
+		return hint
 	}
 	return ""
-}
-
-// shortage says what to do when there are no more descriptors.
-func shortage(err error) string {
-	switch {
-	case errors.Is(err, syscall.EMFILE):
-		return "raise the limit of the process (ulimit -n), or look for what it does not close"
-	case errors.Is(err, syscall.ENFILE):
-		return "raise the system's limit, or look for the process that does not close its files"
-	}
-	return ""
-}
-
-// hinted returns err, with what to do about it if that is known.
-func hinted(err error) error {
-	if hint := shortage(err); hint != "" {
-		return fmt.Errorf("%w: %s", err, hint)
-	}
-	return err
-}
-
-// noProgram reports whether the system does not know how to run a file.
-func noProgram(err error) bool {
-	if runtime.GOOS == "windows" {
-		const badFormat, otherMachine = syscall.Errno(193), syscall.Errno(216)
-		return errors.Is(err, badFormat) || errors.Is(err, otherMachine)
-	}
-	return errors.Is(err, syscall.ENOEXEC)
-}
-
-// fileHead reads the beginning of a file.
-func fileHead(path string) []byte {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil
-	}
-	defer f.Close()
-	head := make([]byte, 1024)
-	n, _ := io.ReadFull(f, head)
-	return head[:n]
-}
-
-// interpreter names a script's interpreter.
-func interpreter(path string) string {
-	line, _, _ := bytes.Cut(fileHead(path), []byte{'\n'})
-	if name, script := bytes.CutPrefix(line, []byte("#!")); script {
-		return ": " + printable(strings.TrimSpace(string(name)))
-	}
-	return ""
-}
-
-// binaryKind says which system and processor a binary is built for, as far as
-// it tells: see the ELF, Mach-O and PE specifications for the numbers.
-func binaryKind(path string) string {
-	head := fileHead(path)
-	if len(head) < 64 {
-		return ""
-	}
-	le := binary.LittleEndian
-	switch {
-	case bytes.HasPrefix(head, []byte("\x7fELF")):
-		machine := le.Uint16(head[18:])
-		if head[5] == 2 { // big-endian
-			machine = binary.BigEndian.Uint16(head[18:])
-		}
-		arch := map[uint16]string{3: "386", 8: "mips", 20: "ppc", 21: "ppc64", 22: "s390x", 40: "arm", 62: "amd64", 183: "arm64", 243: "riscv64", 258: "loong64"}[machine]
-		return "Linux or another Unix on " + archName(arch, int(machine))
-	case bytes.HasPrefix(head, []byte("\xcf\xfa\xed\xfe")):
-		cpu := le.Uint32(head[4:])
-		return "macOS on " + archName(map[uint32]string{0x01000007: "amd64", 0x0100000c: "arm64"}[cpu], int(cpu))
-	case bytes.HasPrefix(head, []byte("MZ")):
-		at := int(le.Uint32(head[60:]))
-		if at < 0 || at > len(head)-6 {
-			return "Windows"
-		}
-		machine := le.Uint16(head[at+4:])
-		return "Windows on " + archName(map[uint16]string{0x14c: "386", 0x8664: "amd64", 0xaa64: "arm64"}[machine], int(machine))
-	}
-	return ""
-}
-
-func archName(arch string, number int) string {
-	if arch == "" {
-		return fmt.Sprintf("processor %#x", number)
-	}
-	return arch
 }

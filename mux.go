@@ -5,14 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"net/rpc"
-	"runtime/debug"
-	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -30,7 +26,6 @@ const (
 	// sent, and outputIdle how long it waits for more where the end of the
 	// output cannot be seen because a child process holds it open.
 	outputTimeout = time.Second
-	outputIdle    = 50 * time.Millisecond
 )
 
 // RPCClient is the host's end of a connection to a plugin. It is what
@@ -44,7 +39,8 @@ type RPCClient struct {
 	output [2]*yamux.Stream // the plugin's stdout and stderr
 	copied [2]chan struct{} // closed when all of one has been copied
 
-	quitting once[struct{}]
+	flushes  bool // the plugin sends its output before it answers Quit
+	quitting *once[struct{}]
 }
 
 // NewRPCClient makes a client for the plugin on the other end of conn, which
@@ -53,12 +49,12 @@ func NewRPCClient(conn io.ReadWriteCloser, plugins map[string]Plugin) (*RPCClien
 	return newConnection(conn, plugins, hclog.NewNullLogger(), nil)
 }
 
-func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hclog.Logger, why func() error) (*RPCClient, error) {
+func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hclog.Logger, why func(heard bool) error) (*RPCClient, error) {
 	s, err := newSession(context.Background(), conn, true, logger, why)
 	if err != nil {
 		return nil, fmt.Errorf("plugin: connecting: %w", err)
 	}
-	c := &RPCClient{session: s, plugins: plugins, broker: newMuxBroker(s)}
+	c := &RPCClient{session: s, plugins: plugins, broker: newMuxBroker(s), quitting: newOnce[struct{}]()}
 	// The order is part of the protocol: control, stdout, stderr.
 	var streams [3]*stream
 	for i := range streams {
@@ -67,8 +63,7 @@ func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hc
 			return nil, fmt.Errorf("plugin: connecting: %w", err)
 		}
 	}
-	s.frames.announce(streams[:]...)
-	c.control = newRPCClient(streams[0], s.spawn, &s.responses)
+	c.control = newRPCClient(streams[0], s.spawn)
 	// Without the reason for an error: finding it out waits for the output.
 	c.output = [2]*yamux.Stream{streams[1].Stream, streams[2].Stream}
 	// Ends with the session, and with it end the methods that it serves.
@@ -100,7 +95,7 @@ func (c *RPCClient) copyOutput(dst io.Writer, src io.Reader) {
 		defer lines.Close()
 	}
 	// It never fails, so this ends with the stream.
-	_, _ = io.Copy(&heedless{w: dst, logger: c.session.logger}, struct{ io.Reader }{src})
+	_, _ = io.Copy(&forgiving{dst}, struct{ io.Reader }{src})
 }
 
 // Dispense asks the plugin for an instance of the plugin with that name, and
@@ -119,7 +114,7 @@ func (c *RPCClient) Dispense(name string) (any, error) {
 func (c *RPCClient) dispense(name string) (any, error) {
 	p := c.plugins[name]
 	if p == nil {
-		return nil, fmt.Errorf("the host knows no such plugin; it knows %s", strings.Join(sortedKeys(c.plugins), ", "))
+		return nil, fmt.Errorf("the host knows no such plugin; ClientConfig.Plugins has %s", nameList(c.plugins))
 	}
 	var id uint32
 	if err := Call(context.Background(), c.control, "Dispenser.Dispense", name, &id); err != nil {
@@ -129,7 +124,7 @@ func (c *RPCClient) dispense(name string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	client := newRPCClient(conn, c.session.spawn, &c.session.responses)
+	client := newRPCClient(conn, c.session.spawn)
 	v, err := build(func() (any, error) { return p.Client(c.broker, client) })
 	if err != nil {
 		_ = client.Close()
@@ -139,13 +134,8 @@ func (c *RPCClient) dispense(name string) (any, error) {
 }
 
 // build calls a Plugin's Client or Server method.
-func build(f func() (any, error)) (v any, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			v, err = nil, fmt.Errorf("panicked: %v\n%s", p, debug.Stack())
-		}
-	}()
-	v, err = f()
+func build(f func() (any, error)) (any, error) {
+	v, err := f()
 	if err != nil {
 		return nil, fmt.Errorf("failed: %w", err)
 	}
@@ -185,16 +175,16 @@ func (c *RPCClient) Close() error {
 
 // quit asks the plugin to quit, once, and waits for the end of its output.
 func (c *RPCClient) quit(ctx context.Context) error {
-	_, err := c.quitting.do(ctx, func() (none struct{}, err error) {
+	_, err := c.quitting.do(ctx, func() (struct{}, error) {
 		c.session.ending.Store(true)
-		// A plugin made with go-plugin sends no more output once it has
-		// answered Quit; a few round trips give it time to send it before.
-		for range 3 {
-			if err = c.ping(ctx); err != nil {
-				return none, err
+		for i := 0; i < 3 && !c.flushes; i++ {
+			// A go-plugin plugin sends no output after its answer to Quit. A
+			// few round trips give it the time to send it before.
+			if err := c.ping(ctx); err != nil {
+				return struct{}{}, err
 			}
 		}
-		return none, Call(ctx, c.control, "Control.Quit", true, &struct{}{})
+		return struct{}{}, Call(ctx, c.control, "Control.Quit", true, &struct{}{})
 	})
 	if err != nil {
 		return fmt.Errorf("plugin: asking it to quit: %w", err)
@@ -236,14 +226,14 @@ type RPCServer struct {
 	logger  hclog.Logger // nil for none
 	release func()       // ends Stdout and Stderr, if that can be done
 
-	mu       sync.Mutex // guards the fields below
-	outputs  [2]*output // nil until first used
-	calls    context.Context
-	cancel   context.CancelFunc
-	sessions map[*session]struct{}
-	closed   bool
+	begun    sync.Once // makes the fields below
+	outputs  [2]*output
+	calls    context.Context // ends when methods should stop
+	endCalls context.CancelFunc
+	conns    context.Context // ends when connections should
+	endConns context.CancelFunc
 
-	conns    sync.WaitGroup // ServeConn calls that Serve has started
+	serving  sync.WaitGroup // ServeConn calls that Serve has started
 	doneOnce sync.Once
 	flushed  sync.Once
 }
@@ -259,7 +249,7 @@ func (s *RPCServer) Serve(lis net.Listener) {
 	defer s.done()
 	for {
 		conn, err := lis.Accept()
-		if err != nil && !passing(err) {
+		if errors.Is(err, net.ErrClosed) {
 			return
 		}
 		if err != nil {
@@ -268,19 +258,8 @@ func (s *RPCServer) Serve(lis net.Listener) {
 			continue
 		}
 		// Ends with the connection; close ends that and waits.
-		s.conns.Go(func() { s.ServeConn(conn) })
+		s.serving.Go(func() { s.ServeConn(conn) })
 	}
-}
-
-// passing reports whether accepting may work again after a while: being out of
-// descriptors must not be the end of a plugin.
-func passing(err error) bool {
-	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
 }
 
 func (s *RPCServer) log() hclog.Logger {
@@ -298,29 +277,30 @@ func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 }
 
 func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
-	sess, err := s.enter(conn)
+	s.begin()
+	sess, err := newSession(s.calls, conn, false, s.log(), func(bool) error {
+		return errors.New("plugin: the host is gone")
+	})
 	if err != nil {
 		return err
 	}
-	defer s.leave(sess)
+	defer sess.close()
+	defer context.AfterFunc(s.conns, sess.close)()
 	control, err := sess.accept()
 	if err != nil {
 		return err
 	}
-	streams := []*stream{control}
 	for _, out := range s.outputs {
 		st, err := sess.accept()
 		if err != nil {
 			return err
 		}
-		streams = append(streams, st)
 		out.attach(st)
 	}
-	sess.frames.announce(streams...)
 	broker := newMuxBroker(sess)
 	// Ends with the session.
 	sess.spawn(func() { defer sess.cancel(); broker.Run() })
-	server := newRPCServer(control, nil, s.log(), false, &sess.requests)
+	server := newRPCServer(control, nil, s.log(), false)
 	server.services = make(map[string]*service)
 	for name, rcvr := range map[string]any{
 		"Control":   &controlService{s, server},
@@ -336,33 +316,13 @@ func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 	return nil
 }
 
-// enter begins a session, with all that the first one needs.
-func (s *RPCServer) enter(conn io.ReadWriteCloser) (*session, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		_ = conn.Close()
-		return nil, net.ErrClosed
-	}
-	if s.sessions == nil {
-		s.sessions = make(map[*session]struct{})
-		s.calls, s.cancel = context.WithCancel(context.Background())
+// begin makes what all connections share.
+func (s *RPCServer) begin() {
+	s.begun.Do(func() {
+		s.calls, s.endCalls = context.WithCancel(context.Background())
+		s.conns, s.endConns = context.WithCancel(context.Background())
 		s.outputs = [2]*output{newOutput(s.Stdout), newOutput(s.Stderr)}
-	}
-	sess, err := newSession(s.calls, conn, false, s.log(), func() error {
-		return errors.New("plugin: the host is gone")
 	})
-	if err == nil {
-		s.sessions[sess] = struct{}{}
-	}
-	return sess, err
-}
-
-func (s *RPCServer) leave(sess *session) {
-	sess.close()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.sessions, sess)
 }
 
 // done tells whoever waits at DoneCh.
@@ -376,154 +336,97 @@ func (s *RPCServer) done() {
 
 // flush ends the contexts of all calls and sends what is left of the output.
 func (s *RPCServer) flush() {
+	s.begin()
 	s.flushed.Do(func() {
-		s.mu.Lock()
-		outputs, cancel := s.outputs, s.cancel
-		s.mu.Unlock()
-		if cancel != nil {
-			cancel()
-		}
+		s.endCalls()
 		if s.release != nil {
 			s.release()
 		}
-		deadline := time.Now().Add(outputTimeout)
-		for _, out := range outputs {
-			if out != nil {
-				out.finish(deadline)
-			}
+		ctx, cancel := context.WithTimeout(context.Background(), outputTimeout)
+		defer cancel()
+		for _, out := range s.outputs {
+			out.finish(ctx)
 		}
 	})
 }
 
 // close ends all sessions and waits for what Serve has started.
 func (s *RPCServer) close() {
-	s.mu.Lock()
-	s.closed = true
-	sessions := slices.Collect(maps.Keys(s.sessions))
-	s.mu.Unlock()
-	for _, sess := range sessions {
-		sess.close()
-	}
-	s.conns.Wait()
+	s.begin()
+	s.endConns()
+	s.serving.Wait()
 }
 
 // output sends what the plugin prints to the host that connected last. What
 // is printed before the first one connects waits for it; what is printed when
 // none is connected any more is dropped, so that it cannot stop the plugin.
 type output struct {
-	src      io.Reader
-	done     chan struct{} // closed when all of src has been sent
-	settle   sync.Once     // closes attached
+	done     chan struct{} // closed when all of the source has been sent
 	attached chan struct{} // closed when the first host is there, or none will come
+	settle   sync.Once     // closes attached
 
-	mu       sync.Mutex // guards the fields below
-	host     *stream
-	finished bool
-	waiting  time.Time // since when src has had nothing; zero while it has
+	mu   sync.Mutex // guards host
+	host *stream
 }
 
 func newOutput(src io.Reader) *output {
-	o := &output{src: src, done: make(chan struct{}), attached: make(chan struct{})}
+	o := &output{done: make(chan struct{}), attached: make(chan struct{})}
 	if src == nil {
-		close(o.done)
-		return o
+		src = strings.NewReader("")
 	}
-	// Ends with src, which Serve closes; another reader is its owner's.
-	go o.run()
+	go func() { // ends with src, which Serve closes; another reader is its owner's
+		defer close(o.done)
+		_, _ = io.Copy(o, src)
+	}()
 	return o
 }
 
-func (o *output) run() {
-	defer close(o.done)
-	buf := make([]byte, 32<<10)
-	for {
-		o.setWaiting(time.Now())
-		n, err := o.src.Read(buf)
-		o.setWaiting(time.Time{})
-		if n > 0 {
-			<-o.attached
-			o.send(buf[:n])
-		}
-		if err != nil {
-			return
+// Write never fails.
+func (o *output) Write(p []byte) (int, error) {
+	<-o.attached
+	o.mu.Lock()
+	host := o.host
+	o.mu.Unlock()
+	if host != nil {
+		if _, err := host.Write(p); err != nil {
+			o.detach(host)
 		}
 	}
+	return len(p), nil
 }
 
-func (o *output) setWaiting(since time.Time) {
+func (o *output) detach(host *stream) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.waiting = since
-}
-
-// send writes to the host, and to another one if that takes over meanwhile.
-func (o *output) send(p []byte) {
-	for {
-		o.mu.Lock()
-		host := o.host
-		o.mu.Unlock()
-		if host == nil {
-			return
-		}
-		if _, err := host.Write(p); err == nil {
-			return
-		}
-		o.mu.Lock()
-		if o.host == host {
-			o.host = nil
-		}
-		o.mu.Unlock()
+	if o.host == host {
+		o.host = nil
 	}
 }
 
 // attach makes st the stream of the host that gets the output.
 func (o *output) attach(st *stream) {
 	o.mu.Lock()
-	before, finished := o.host, o.finished
+	before := o.host
 	o.host = st
-	o.settle.Do(func() { close(o.attached) })
 	o.mu.Unlock()
+	o.settle.Do(func() { close(o.attached) })
 	if before != nil {
 		_ = before.Close()
 	}
-	if finished {
-		_ = st.Close()
-	}
 }
 
-// finish waits until all of src has been sent, or nothing comes any more, or
-// the deadline has passed, and ends the host's stream.
-func (o *output) finish(deadline time.Time) {
-	for start := time.Now(); time.Now().Before(deadline) && !o.nothingSince(start); {
-		select {
-		case <-o.done:
-			deadline = start
-		case <-time.After(outputIdle / 5):
-		}
+// finish ends the host's stream when all has been sent, or ctx ends.
+func (o *output) finish(ctx context.Context) {
+	select {
+	case <-o.done:
+	case <-ctx.Done():
 	}
-	o.mu.Lock()
-	host := o.host
-	o.finished = true
 	o.settle.Do(func() { close(o.attached) })
-	o.mu.Unlock()
-	if host != nil {
-		_ = host.Close()
-	}
-}
-
-// nothingSince reports whether there is nothing to wait for: no host, or
-// nothing from src for a while, after start.
-func (o *output) nothingSince(start time.Time) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.host == nil {
-		return true
+	if o.host != nil {
+		_ = o.host.Close()
 	}
-	since := o.waiting
-	if since.Before(start) && !since.IsZero() {
-		since = start
-	}
-	return !since.IsZero() && time.Since(since) > outputIdle
 }
 
 // controlService is the service "Control" of the protocol.
@@ -558,7 +461,7 @@ type dispenseService struct {
 func (d *dispenseService) Dispense(name string, id *uint32) error {
 	p := d.plugins[name]
 	if p == nil {
-		return fmt.Errorf("the plugin knows no such plugin; it knows %s", strings.Join(sortedKeys(d.plugins), ", "))
+		return fmt.Errorf("the plugin knows no such plugin; ServeConfig.Plugins has %s", nameList(d.plugins))
 	}
 	v, err := build(func() (any, error) { return p.Server(d.broker) })
 	if err != nil {
@@ -575,7 +478,7 @@ func (d *dispenseService) Dispense(name string, id *uint32) error {
 		// No time-out: the host dials at once, unless it is stopped or gone.
 		st, err := d.broker.accept(context.Background(), dispensed)
 		if err == nil {
-			sess.serve(st, map[string]*service{"Plugin": svc})
+			sess.serve(sess.calls, st, svc)
 		}
 	})
 	return nil

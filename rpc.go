@@ -11,8 +11,6 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
-	"sync/atomic"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -20,9 +18,9 @@ import (
 // This file is one RPC stream: net/rpc's protocol over gob, with what net/rpc
 // itself cannot do. A stock net/rpc peer on the other end notices nothing.
 //
-//   - Messages are read and checked whole before gob sees them, so that one
-//     bad value costs one call and not the stream. (A reply that does not fit
-//     ends a client that was called without Call: net/rpc itself sees to that.)
+//   - A value that gob cannot encode, or decode, costs one call and not the
+//     stream (wire.go). (A reply that does not fit ends a client that was
+//     called without Call: net/rpc itself sees to that.)
 //   - A call can be cancelled: a request for a service that does not exist,
 //     with a sequence number that no call has, tells our server and is
 //     answered by a stock server with an error that nobody waits for.
@@ -34,8 +32,6 @@ const (
 	cancelBit = 1 << 63
 	// cancelMethod is what such a request asks for.
 	cancelMethod = "Context.Cancel"
-	// maxIdle is how many goroutines of a stream wait for its next call.
-	maxIdle = 8
 )
 
 // Call calls a method through c, like c.Call, and returns when ctx ends, if
@@ -79,7 +75,10 @@ func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply 
 	if err := codec.w.waitRoom(ctx); err != nil {
 		return contextError(ctx)
 	}
-	k := &call{method: serviceMethod, args: args, reply: reply}
+	k := &call{method: serviceMethod, args: args, reply: reply, own: reply}
+	if ctx.Done() != nil {
+		k.own = another(reply)
+	}
 	done := make(chan *rpc.Call, 1)
 	c.Go(serviceMethod, k, k, done)
 	select {
@@ -90,8 +89,7 @@ func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply 
 	if codec.abandon(ctx, k) {
 		return contextError(ctx)
 	}
-	// The whole reply is here already: it is only being decoded.
-	rc := <-done
+	rc := <-done // the answer is here
 	return k.result(rc.Error)
 }
 
@@ -141,14 +139,14 @@ func contextError(ctx context.Context) error {
 type call struct {
 	method      string
 	args, reply any
+	own         any // what the answer is read into: reply, if the context cannot end
 	seq         uint64
-	answered    bool     // before ctx ended: reply may be written
 	err         error    // the reply could not be decoded
 	is          []string // names of the errors that the method's error is
 }
 
 func (k *call) result(err error) error {
-	if err == nil {
+	if k.err != nil {
 		return k.err
 	}
 	if se, ok := err.(rpc.ServerError); ok && len(k.is) > 0 {
@@ -163,12 +161,10 @@ var codecs sync.Map
 
 // clientCodec is the rpc.ClientCodec of every client that this package makes.
 type clientCodec struct {
-	conn io.ReadWriteCloser
-	w    *gobWriter
-	r    *gobReader
-	head header        // the header that was read last
-	kick chan struct{} // tells write that there is something to write
-	over chan struct{} // closed when reading has ended
+	w     *wire
+	spawn func(func()) bool
+	write func() // w.write, made once
+	head  header // the header that was read last
 
 	mu     sync.Mutex // guards the fields below
 	client *rpc.Client
@@ -177,19 +173,11 @@ type clientCodec struct {
 	ended  bool             // reading has ended
 }
 
-// newRPCClient returns a client for the service on the other end of conn. Its
-// writing goroutine is started with spawn and ends with the stream; its reader
-// comes from readers and goes back there.
-func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool, readers *sync.Pool) *rpc.Client {
-	codec := &clientCodec{
-		conn: conn,
-		w:    newGobWriter(conn), r: newGobReader(conn, readers),
-		kick: make(chan struct{}, 1), over: make(chan struct{}),
-		calls: make(map[uint64]*call),
-	}
-	if !spawn(codec.write) {
-		_ = abort(conn)
-	}
+// newRPCClient returns a client for the service on the other end of conn, which
+// starts goroutines with spawn.
+func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client {
+	codec := &clientCodec{w: newWire(conn), spawn: spawn, calls: make(map[uint64]*call)}
+	codec.write = codec.w.write
 	client := rpc.NewClientWithCodec(codec)
 	codec.mu.Lock()
 	defer codec.mu.Unlock()
@@ -200,58 +188,32 @@ func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool, readers *syn
 	return client
 }
 
-// write writes what is encoded, until the stream ends. Of a stream that was
-// closed here it then takes what still comes: the other side may be waiting for
-// room for its answers, and learns of the end only behind them.
-func (c *clientCodec) write() {
-	for {
-		select {
-		case <-c.kick:
-			c.w.flush()
-		case <-c.over:
-			if d, ok := c.conn.(interface{ SetReadDeadline(time.Time) error }); ok {
-				_ = d.SetReadDeadline(time.Time{})
-			}
-			_, _ = io.Copy(io.Discard, c.conn)
-			return
-		}
-	}
-}
-
-// WriteRequest encodes a request and leaves it to write, which takes along
-// what others add meanwhile. It does not wait for that: net/rpc holds a lock
-// while it calls, and nobody could end the wait.
+// WriteRequest encodes a request. It does not wait until that is written:
+// net/rpc holds a lock while it calls, and nobody could end the wait.
 func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
-	if st, ok := c.conn.(interface{ over() bool }); ok && st.over() {
-		return rpc.ErrShutdown // though reading may not have ended yet
-	}
 	k, ours := body.(*call)
 	if ours {
-		body, k.args = k.args, nil
-		k.seq = req.Seq
+		body, k.args, k.seq = k.args, nil, req.Seq
 		c.mu.Lock()
 		c.calls[k.seq] = k
 		c.mu.Unlock()
 	}
-	err := c.send(req, body)
-	if err == nil {
-		return nil
+	err := c.send(&header{ServiceMethod: req.ServiceMethod, Seq: req.Seq}, body)
+	if err == nil || err == errLost {
+		return nil // the end of reading will fail the call, with the reason
 	}
 	if ours {
 		c.mu.Lock()
 		delete(c.calls, k.seq)
 		c.mu.Unlock()
 	}
-	if isLost(err) {
-		return rpc.ErrShutdown
-	}
 	return fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w", req.ServiceMethod, body, err)
 }
 
-func (c *clientCodec) send(req *rpc.Request, body any) error {
-	flush, err := c.w.encode(req, body)
-	if flush {
-		c.kick <- struct{}{} // has room: write has taken the one before
+func (c *clientCodec) send(h *header, body any) error {
+	write, err := c.w.encode(h, body)
+	if write && !c.spawn(c.write) {
+		_ = c.w.conn.Close()
 	}
 	return err
 }
@@ -267,28 +229,22 @@ func (c *clientCodec) abandon(ctx context.Context, k *call) bool {
 	if waiting && !ended {
 		// If this cannot be sent, the connection is lost and the call with it.
 		deadline := errors.Is(ctx.Err(), context.DeadlineExceeded)
-		_ = c.send(&rpc.Request{ServiceMethod: cancelMethod, Seq: k.seq | cancelBit}, deadline)
+		_ = c.send(&header{ServiceMethod: cancelMethod, Seq: k.seq | cancelBit}, deadline)
 	}
 	return waiting
 }
 
-// ReadResponseHeader reads a whole response, header and body, so that a
-// connection that breaks in between fails the call with the reason. (net/rpc
-// keeps only the text of an error from ReadResponseBody.)
 func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
-	err := c.r.readHeader(&c.head)
-	if err == nil {
-		err = c.r.next()
-	}
-	if err != nil {
-		return c.end(err)
+	c.head = header{}
+	if err := c.w.decode(&c.head); err != nil {
+		return c.end(c.w.reason(err))
 	}
 	resp.ServiceMethod, resp.Seq, resp.Error = c.head.ServiceMethod, c.head.Seq, c.head.Error
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if k := c.calls[resp.Seq]; k != nil {
+	if k := c.calls[resp.Seq]; k != nil && resp.Error != "" {
 		delete(c.calls, resp.Seq)
-		k.is, k.answered = c.head.Is, true
+		k.is = c.head.Is
 	}
 	return nil
 }
@@ -296,35 +252,43 @@ func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 func (c *clientCodec) ReadResponseBody(body any) error {
 	k, ours := body.(*call)
 	if !ours {
-		if err := c.r.decode(body); err != nil {
-			return c.end(err) // net/rpc reads no more after that
+		if err := c.w.decode(body); err != nil {
+			return c.end(cutShort(c.w.reason(err))) // net/rpc reads no more after that
 		}
 		return nil
 	}
-	reply := k.reply
-	if !k.answered {
-		// Abandoned. Decoding the body, rather than skipping it, takes in the
-		// type definitions that a stock encoder may have put inside.
-		reply = another(reply)
-	}
-	if err := c.r.decode(reply); err != nil {
-		k.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w", k.method, reply, err)
+	err := c.w.decode(k.own)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	waiting := c.calls[k.seq] == k
+	delete(c.calls, k.seq)
+	switch {
+	case c.w.lost != nil && err != nil:
+		k.err = cutShort(c.w.reason(err))
+	case err != nil:
+		k.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w", k.method, k.reply, err)
+	case waiting && k.own != k.reply:
+		reflect.ValueOf(k.reply).Elem().Set(reflect.ValueOf(k.own).Elem())
 	}
 	return nil
 }
 
 // end is called once, when nothing more can be read, with the reason.
 func (c *clientCodec) end(err error) error {
-	c.w.fail(err)
-	c.r.release()
+	c.w.failed.Store(true)
 	c.mu.Lock()
 	c.ended = true
 	closed, client := c.closed, c.client
+	if !closed && errors.Is(err, rpc.ErrShutdown) {
+		for _, k := range c.calls {
+			k.err = err // of which net/rpc's own callers expect
+		}
+		err = rpc.ErrShutdown
+	}
 	clear(c.calls)
 	c.mu.Unlock()
 	codecs.Delete(client)
-	close(c.over)
-	_ = c.conn.Close()
+	_ = c.w.conn.Close()
 	if closed || err == io.ErrUnexpectedEOF {
 		return io.EOF // net/rpc makes an ErrShutdown or an ErrUnexpectedEOF of it
 	}
@@ -336,7 +300,8 @@ func (c *clientCodec) Close() error {
 	c.mu.Lock()
 	c.closed = true
 	c.mu.Unlock()
-	return abort(c.conn)
+	abort(c.w.conn)
+	return nil
 }
 
 // service is a receiver whose methods can be called.
@@ -345,14 +310,15 @@ type service struct {
 	methods map[string]*method
 	unfit   map[string]string // exported methods that cannot be called, and why
 	err     error             // why none can be called, told to every caller
+	calls   group             // closed when the service is stopped
 }
 
 // method is one method of a service.
 type method struct {
-	fn        reflect.Value
-	context   bool // it takes a context first
+	fn        func(in []reflect.Value) error // in are receiver, maybe context, argument, reply
+	context   bool                           // it takes a context first
+	ignores   bool                           // it accepts any argument and ignores it
 	arg, into reflect.Type
-	args      sync.Pool // of pointers to zero arguments
 }
 
 var (
@@ -362,8 +328,11 @@ var (
 
 // newService finds the methods of rcvr that can be called: those that
 // net/rpc's documentation describes, and the same with a context first. It
-// fails if there is none.
+// fails if there is none. A *service is one already.
 func newService(rcvr any) (*service, error) {
+	if s, ok := rcvr.(*service); ok {
+		return s, nil
+	}
 	if rcvr == nil {
 		return nil, errors.New("there is nothing to serve: the receiver is nil")
 	}
@@ -394,7 +363,10 @@ func newService(rcvr any) (*service, error) {
 // newMethod returns m as one that can be called, or says what is wrong with it.
 func newMethod(m reflect.Method) (fit *method, why string) {
 	t := m.Type
-	fit = &method{fn: m.Func}
+	fit = &method{fn: func(in []reflect.Value) error {
+		err, _ := m.Func.Call(in)[0].Interface().(error)
+		return err
+	}}
 	in := 1 // behind the receiver
 	if t.NumIn() > in && t.In(in) == typeOfContext {
 		fit.context = true
@@ -434,39 +406,30 @@ func (s *service) find(full, name string) (*method, error) {
 	if why := s.unfit[name]; why != "" {
 		return nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, why)
 	}
-	return nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, strings.Join(sortedKeys(s.methods), ", "))
+	return nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, nameList(s.methods))
 }
 
 // rpcServer serves the calls that arrive on one stream.
 type rpcServer struct {
-	conn     io.ReadWriteCloser
+	w        *wire
 	services map[string]*service
 	logger   hclog.Logger
 	catch    bool // a panic in a method is an error of that call
-	w        *gobWriter
-	r        *gobReader
 
 	mu      sync.Mutex // guards cancels
 	cancels map[uint64]context.CancelCauseFunc
-
-	free sync.Pool    // of *inCall
-	work chan *inCall // to goroutines that have served one
-	idle atomic.Int32 // how many of those wait
 }
 
-func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool, readers *sync.Pool) *rpcServer {
-	return &rpcServer{
-		conn: conn, services: services, logger: logger, catch: catch,
-		w: newGobWriter(conn), r: newGobReader(conn, readers),
-		cancels: make(map[uint64]context.CancelCauseFunc),
-		work:    make(chan *inCall),
-	}
+func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool) *rpcServer {
+	return &rpcServer{w: newWire(conn), services: services, logger: logger, catch: catch, cancels: make(map[uint64]context.CancelCauseFunc)}
 }
 
 var (
 	errCanceled   = fmt.Errorf("plugin: the caller gave the call up: %w", context.Canceled)
 	errTimedOut   = fmt.Errorf("plugin: the caller gave the call up: %w", context.DeadlineExceeded)
 	errCallerGone = errors.New("plugin: the caller is gone")
+	errExited     = errors.New("plugin: the method called runtime.Goexit")
+	errStopped    = errors.New("plugin: the peer has stopped serving this")
 )
 
 // serve answers calls until the caller hangs up. Methods run in goroutines of
@@ -475,10 +438,9 @@ var (
 func (s *rpcServer) serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	err := s.readRequests(ctx)
-	s.w.fail(err)
+	s.w.failed.Store(true)
 	cancel(errCallerGone)
-	_ = s.conn.Close()
-	s.r.release()
+	_ = s.w.conn.Close()
 	return err
 }
 
@@ -487,101 +449,76 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 		if err := s.w.waitRoom(ctx); err != nil {
 			return err
 		}
-		c, _ := s.free.Get().(*inCall)
-		if c == nil {
-			c = new(inCall)
+		var req header
+		if err := s.w.decode(&req); err != nil {
+			return s.w.reason(err)
 		}
-		if err := s.r.readHeader(&c.req); err != nil {
-			return err
-		}
-		if err := s.r.next(); err != nil {
-			return cutShort(err, true)
-		}
-		if c.req.ServiceMethod == cancelMethod && c.req.Seq&cancelBit != 0 {
-			s.cancel(c.req.Seq &^ cancelBit)
+		if req.ServiceMethod == cancelMethod && req.Seq&cancelBit != 0 {
+			s.cancel(req.Seq &^ cancelBit)
 			continue
 		}
-		if err := s.prepare(ctx, c); err != nil {
-			s.respond(c, nil, err)
+		c, err := s.prepare(ctx, &req)
+		if s.w.lost != nil && err != nil {
+			return cutShort(s.w.lost)
+		}
+		if err != nil {
+			s.respond(&req, nil, err)
 			continue
 		}
-		select {
-		case s.work <- c:
-		default:
-			// Ends with the stream, or when the method returns after that; the
-			// method is the caller's own code.
-			go s.run(ctx, c)
-		}
-	}
-}
-
-// run serves a call, and then others: a goroutine that has grown its stack is
-// cheaper than a new one, so a few of them wait.
-func (s *rpcServer) run(ctx context.Context, c *inCall) {
-	for c != nil {
-		s.call(c)
-		c = nil
-		if s.idle.Add(1) <= maxIdle {
-			select {
-			case c = <-s.work:
-			case <-ctx.Done():
-			}
-		}
-		s.idle.Add(-1)
+		// Ends when the method returns, which is the caller's own code.
+		go s.call(&req, c)
 	}
 }
 
 // inCall is a call that has arrived.
 type inCall struct {
-	req    header
-	resp   header
-	method *method
-	arg    any              // a pointer to the argument, which the method gets a copy of
-	in     [4]reflect.Value // what the method is called with: receiver, maybe context, argument, reply
-	cancel context.CancelCauseFunc
+	service *service
+	method  *method
+	in      []reflect.Value // what method.fn is called with
+	cancel  context.CancelCauseFunc
 }
 
 // prepare finds the method and reads its argument. A method that takes a
 // context can be cancelled from here on.
-func (s *rpcServer) prepare(ctx context.Context, c *inCall) error {
-	svc, m, err := s.find(c.req.ServiceMethod)
+func (s *rpcServer) prepare(ctx context.Context, req *header) (*inCall, error) {
+	svc, m, err := s.find(req.ServiceMethod)
 	if err != nil {
-		_ = s.r.decode(nil) // later, for the definitions of types
-		return err
+		_ = s.w.decode(nil)
+		return nil, err
 	}
-	if c.arg = m.args.Get(); c.arg == nil {
-		c.arg = reflect.New(m.arg).Interface()
+	arg, reply := reflect.New(m.arg), reflect.New(m.into)
+	into := arg.Interface()
+	if m.ignores {
+		into = nil
 	}
-	if err := s.r.decode(c.arg); err != nil {
-		return fmt.Errorf("plugin: %s takes a %v, and what was sent cannot be read into that: %w", c.req.ServiceMethod, m.arg, err)
+	if err := s.w.decode(into); err != nil {
+		return nil, fmt.Errorf("plugin: %s takes a %v, and what was sent cannot be read into that: %w", req.ServiceMethod, m.arg, err)
 	}
-	arg := reflect.ValueOf(c.arg).Elem()
-	reply := reflect.New(m.into)
 	switch m.into.Kind() {
 	case reflect.Map:
 		reply.Elem().Set(reflect.MakeMap(m.into))
 	case reflect.Slice:
 		reply.Elem().Set(reflect.MakeSlice(m.into, 0, 0))
 	}
-	c.method, c.in = m, [4]reflect.Value{svc.rcvr, arg, reply}
+	c := &inCall{service: svc, method: m, in: []reflect.Value{svc.rcvr, arg.Elem(), reply}}
 	if m.context {
 		ctx, c.cancel = context.WithCancelCause(ctx)
 		s.mu.Lock()
-		s.cancels[c.req.Seq] = c.cancel
+		s.cancels[req.Seq] = c.cancel
 		s.mu.Unlock()
-		c.in = [4]reflect.Value{svc.rcvr, reflect.ValueOf(ctx), arg, reply}
+		c.in = []reflect.Value{svc.rcvr, reflect.ValueOf(ctx), arg.Elem(), reply}
 	}
-	return nil
+	return c, nil
 }
 
 func (s *rpcServer) find(full string) (*service, *method, error) {
 	dot := strings.LastIndex(full, ".")
 	if dot < 0 {
-		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s", full)
+		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s: call it Plugin.%s", full, full)
 	}
 	svc := s.services[full[:dot]]
 	if svc == nil {
-		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, strings.Join(sortedKeys(s.services), ", "))
+		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, nameList(s.services))
 	}
 	m, err := svc.find(full, full[dot+1:])
 	return svc, m, err
@@ -591,7 +528,7 @@ func (s *rpcServer) find(full string) (*service, *method, error) {
 func (s *rpcServer) cancel(seq uint64) {
 	cause := errCanceled
 	var deadline bool
-	if s.r.decode(&deadline) == nil && deadline {
+	if s.w.decode(&deadline) == nil && deadline {
 		cause = errTimedOut
 	}
 	s.mu.Lock()
@@ -603,58 +540,64 @@ func (s *rpcServer) cancel(seq uint64) {
 }
 
 // call runs a method and answers.
-func (s *rpcServer) call(c *inCall) {
-	in := c.in[:3]
+func (s *rpcServer) call(req *header, c *inCall) {
 	if c.method.context {
-		in = c.in[:]
-		seq, cancel := c.req.Seq, c.cancel
 		defer func() {
 			s.mu.Lock()
-			delete(s.cancels, seq)
+			delete(s.cancels, req.Seq)
 			s.mu.Unlock()
-			cancel(nil)
+			c.cancel(nil)
 		}()
 	}
-	err := s.invoke(c, in)
-	reflect.ValueOf(c.arg).Elem().SetZero()
-	c.method.args.Put(c.arg)
-	s.respond(c, in[len(in)-1].Interface(), err)
+	err := errExited
+	// Also runs if the method calls runtime.Goexit, as t.Fatal does. A panic in a
+	// plugin ends the process and is not answered.
+	defer func() {
+		if err != errExited || s.catch {
+			s.respond(req, c.in[len(c.in)-1].Interface(), err)
+		}
+	}()
+	err = s.invoke(req, c)
 }
 
 // invoke runs a method. In the host, a panic must not be the end of the
 // process; in a plugin it must be, so that its host learns of it and nobody
 // goes on with what the method may have left half done.
-func (s *rpcServer) invoke(c *inCall, in []reflect.Value) (err error) {
+func (s *rpcServer) invoke(req *header, c *inCall) (err error) {
+	if !c.service.calls.enter() {
+		return errStopped
+	}
+	defer func() {
+		if c.service.calls.isClosed() {
+			err = errStopped
+		}
+		c.service.calls.Done()
+	}()
 	if s.catch {
 		defer func() {
 			if p := recover(); p != nil {
-				s.logger.Error("a method that a plugin called panicked", "method", c.req.ServiceMethod, "panic", p, "trace", string(debug.Stack()))
-				err = fmt.Errorf("plugin: %s panicked: %v", c.req.ServiceMethod, p)
+				s.logger.Error("a method that a plugin called panicked", "method", req.ServiceMethod, "panic", p, "trace", string(debug.Stack()))
+				err = fmt.Errorf("plugin: %s panicked: %v", req.ServiceMethod, p)
 			}
 		}()
 	}
-	err, _ = c.method.fn.Call(in)[0].Interface().(error)
-	return err
+	return c.method.fn(c.in)
 }
 
-// respond answers one call, which nobody may use after that. If the reply
-// cannot be sent, an error that says so is sent instead. Unlike net/rpc's, the
-// answer does not name the method: no client looks.
-func (s *rpcServer) respond(c *inCall, reply any, err error) {
-	c.resp = header{Seq: c.req.Seq}
+// respond answers one call. If the reply cannot be sent, an error that says so
+// is sent instead. Unlike net/rpc's, the answer does not name the method: no
+// client looks.
+func (s *rpcServer) respond(req *header, reply any, err error) {
+	resp := header{Seq: req.Seq}
 	if err != nil {
 		e := sendable(err)
-		c.resp.Error, c.resp.Is = e.Text, e.Is
-		reply = struct{}{}
+		resp.Error, resp.Is, reply = e.Text, e.Is, struct{}{}
 	}
-	flush, encodeErr := s.w.encode(&c.resp, reply)
-	if flush {
-		s.w.flush()
+	write, encodeErr := s.w.encode(&resp, reply)
+	if write {
+		s.w.write()
 	}
-	if encodeErr != nil && err == nil && !isLost(encodeErr) {
-		s.respond(c, nil, fmt.Errorf("plugin: the reply of %s, of type %T, cannot be sent: %w", c.req.ServiceMethod, reply, encodeErr))
-		return
+	if encodeErr != nil && encodeErr != errLost && err == nil {
+		s.respond(req, nil, fmt.Errorf("plugin: the reply of %s, of type %T, cannot be sent: %w", req.ServiceMethod, reply, encodeErr))
 	}
-	*c = inCall{}
-	s.free.Put(c)
 }

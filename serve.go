@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -15,8 +16,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -26,13 +25,6 @@ import (
 
 // orphanTimeout is how long a plugin whose host is gone may take to end.
 const orphanTimeout = 1500 * time.Millisecond
-
-// How the host tells a plugin by which it can notice that the host is gone.
-const (
-	lifePipe     = "fd:"  // a descriptor: the end of a pipe that the host holds
-	lifePid      = "pid:" // the host's process, on Windows
-	lifeDetached = "detached"
-)
 
 // ServeConfig describes what a plugin serves.
 type ServeConfig struct {
@@ -119,7 +111,7 @@ func ServeMux(m ServeMuxMap) {
 			return
 		}
 	}
-	fmt.Fprintf(os.Stderr, "This program is a plugin. It is started by its host, with one argument: %s.\n", strings.Join(sortedKeys(m), ", "))
+	fmt.Fprintf(os.Stderr, "This program is a plugin. It is started by its host, with one argument: %s.\n", nameList(m))
 	os.Exit(1)
 }
 
@@ -132,10 +124,10 @@ func serve(config *ServeConfig) error {
 		return errors.New("this program is a plugin: it is started by its host, the program that uses it, and does nothing by itself")
 	}
 	env := takeEnvironment(config.MagicCookieKey)
-	stdout, stderr := os.Stdout, os.Stderr
+	stdout := os.Stdout
 	logger := config.Logger
 	if logger == nil {
-		logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: stderr, JSONFormat: true})
+		logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: os.Stderr, JSONFormat: true})
 	}
 
 	// Signals are caught, and not ignored, because children would inherit that.
@@ -147,7 +139,8 @@ func serve(config *ServeConfig) error {
 	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
 		signal.Notify(terminate, syscall.SIGHUP)
 	}
-	orphaned := watchHost(env[envHost], env[EnvUnixSocketDir])
+	host := parseHostInfo(env[envHost])
+	orphaned := watchHost(host, env[EnvUnixSocketDir])
 	defer func() {
 		// The signal that ended the host may be under way to this process, too.
 		if !isClosed(orphaned) {
@@ -159,22 +152,19 @@ func serve(config *ServeConfig) error {
 	if err != nil {
 		return err
 	}
-	defer s.close()
-	if err := s.capture(stdout, stderr, nil, nil); err != nil {
+	s.handshake.flushes = host.pid == os.Getppid() // and not a host further up
+	defer func() {
+		s.close()
+		if isClosed(orphaned) || !alive(host.pid) {
+			removePrivate(env[EnvUnixSocketDir]) // which the host would have done
+		}
+	}()
+	if err := s.capture(nil, nil); err != nil {
 		return err
 	}
-	if err := spare(); err != nil {
-		return err
-	}
-	line := s.handshake.String() + "\n"
-	if env[envHost] != "" {
-		line = "\n" + line // something may have been printed without an end
-	}
-	if _, err := io.WriteString(stdout, line); err != nil {
-		select {
-		case <-orphaned: // which is why, and no failure
-			return nil
-		case <-time.After(orphanTimeout / 2):
+	if _, err := io.WriteString(stdout, s.handshake.String()+"\n"); err != nil {
+		if waitFor(orphanTimeout/2, orphaned) {
+			return nil // which is why
 		}
 		return fmt.Errorf("plugin: the handshake could not be written: %w", err)
 	}
@@ -199,11 +189,11 @@ func takeEnvironment(cookie string) map[string]string {
 }
 
 // watchHost returns a channel that is closed when the host is gone. A little
-// later the process is ended, whatever it does. The goroutine that watches
+// later the process exits, whatever it does. The goroutine that watches
 // lives as long as the process, because the host may go while main finishes.
-func watchHost(life, dir string) <-chan struct{} {
+func watchHost(host hostInfo, dir string) <-chan struct{} {
 	orphaned := make(chan struct{})
-	wait := hostWaiter(life)
+	wait := hostWaiter(host)
 	if wait == nil {
 		return orphaned
 	}
@@ -219,47 +209,36 @@ func watchHost(life, dir string) <-chan struct{} {
 	return orphaned
 }
 
-// foreign is what hostWaiter was told of and is no pipe. It is kept, because a
-// file that nobody has is closed.
-var foreign []*os.File
+// foreign is the file that hostWaiter found instead of a pipe. A file that
+// nothing refers to would be closed.
+var foreign *os.File
 
 // hostWaiter returns a function that waits for the end of the host and reports
-// true, or false if the host has let the plugin go. It returns nil if there is
-// no such thing: go-plugin's hosts are not watched.
-func hostWaiter(life string) func() bool {
-	if fd, ok := strings.CutPrefix(life, lifePipe); ok {
-		n, err := strconv.Atoi(fd)
-		if err != nil {
-			return nil
-		}
-		// Whoever stands between may have closed it, and the number may be
-		// another file's by now.
-		pipe := os.NewFile(uintptr(n), "lifeline")
-		info, err := pipe.Stat()
-		if err != nil || info.Mode()&os.ModeNamedPipe == 0 {
-			foreign = append(foreign, pipe)
+// true, or false if the host has detached the plugin. It returns nil if the
+// host is not to be watched: go-plugin's are not.
+func hostWaiter(host hostInfo) func() bool {
+	switch host.watch {
+	case watchPipe:
+		// A process in between may have closed it and used its number again.
+		pipe := os.NewFile(uintptr(host.fd), "lifeline")
+		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
+			foreign = pipe
 			return nil
 		}
 		return func() bool {
-			defer pipe.Close()
 			_, err := pipe.Read(make([]byte, 1))
 			return err == io.EOF
 		}
-	}
-	if pid, ok := strings.CutPrefix(life, lifePid); ok {
-		n, err := strconv.Atoi(pid)
-		if err != nil {
-			return nil
-		}
-		host, err := os.FindProcess(n)
+	case watchPid:
+		process, err := os.FindProcess(host.pid)
 		if errors.Is(err, fs.ErrPermission) {
-			return nil // it runs, as another user, and must not be looked at
-		}
-		if err != nil {
-			return func() bool { return true } // gone already
+			return nil // it runs as another user
 		}
 		return func() bool {
-			_, err := host.Wait()
+			if err != nil {
+				return true // gone already
+			}
+			_, err := process.Wait()
 			return err == nil
 		}
 	}
@@ -280,11 +259,12 @@ func serveTest(config *ServeConfig) {
 	if logger == nil {
 		logger = hclog.Default().Named("plugin")
 	}
-	s, err := newServing(config, nil, logger)
+	env := map[string]string{EnvUnixSocketDir: os.Getenv(EnvUnixSocketDir)}
+	s, err := newServing(config, env, logger)
 	if err == nil {
 		defer s.close()
 		if test.SyncStdio {
-			err = s.capture(os.Stdout, os.Stderr, os.Stdout, os.Stderr)
+			err = s.capture(os.Stdout, os.Stderr)
 		}
 	}
 	if err != nil {
@@ -314,8 +294,8 @@ type serving struct {
 	quit      chan struct{} // closed when a host has asked the plugin to quit
 	dir       string        // of the socket, if it is to be removed
 
-	restore func()         // gives the process its stdout and stderr back
-	pipes   [2][2]*os.File // reading and writing ends for stdout and stderr
+	restore func()      // gives the process its stdout and stderr back
+	output  [2]*os.File // where its output is read meanwhile
 }
 
 // newServing listens, with what the host has said in the environment.
@@ -356,18 +336,17 @@ func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger)
 	return s, nil
 }
 
-// answerMutualTLS makes the plugin's certificate for the host's.
+// answerMutualTLS makes the plugin's certificate for the host's, which is PEM.
 func answerMutualTLS(host string) (*tls.Config, []byte, error) {
-	theirs, err := parseCertPEM(host)
-	if err != nil {
-		return nil, nil, err
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM([]byte(host)) {
+		return nil, nil, errors.New("the host has sent no certificate that can be read")
 	}
 	own, err := newCertificate()
 	if err != nil {
 		return nil, nil, err
 	}
-	secure, err := mutualTLS(own, theirs)
-	return secure, own.Certificate[0], err
+	return mutualTLS(own, pool), own.Certificate[0], nil
 }
 
 // listen listens on a Unix socket, in the directory that the host has made or
@@ -379,12 +358,10 @@ func (s *serving) listen(env map[string]string) (err error) {
 	}
 	dir := env[EnvUnixSocketDir]
 	if dir == "" {
-		if dir, err = new(UnixSocketConfig).makeDir(nil); err != nil {
+		if dir, err = new(UnixSocketConfig).makeDir(); err != nil {
 			return err
 		}
 		s.dir = dir
-	} else if env[envHost] != "" {
-		s.dir = dir // made for this plugin alone, and its host may be gone
 	}
 	path := filepath.Join(dir, fmt.Sprintf("%s%d-%x", socketPrefix, os.Getpid(), rand.Uint32()))
 	if s.listener, err = net.Listen("unix", path); err != nil {
@@ -406,38 +383,26 @@ func (s *serving) unlisten() {
 
 // capture makes what the process prints go to the host, and to the writers
 // that are not nil.
-func (s *serving) capture(stdout, stderr *os.File, teeOut, teeErr io.Writer) (err error) {
-	for i := range s.pipes {
-		if s.pipes[i][0], s.pipes[i][1], err = os.Pipe(); err != nil {
+func (s *serving) capture(teeOut, teeErr io.Writer) (err error) {
+	stdout, stderr := os.Stdout, os.Stderr
+	var w [2]*os.File
+	for i := range w {
+		if s.output[i], w[i], err = os.Pipe(); err != nil {
 			return cannotServe(err)
 		}
 	}
-	s.server.Stdout, s.server.Stderr = tee(s.pipes[0][0], teeOut), tee(s.pipes[1][0], teeErr)
+	s.server.Stdout, s.server.Stderr = tee(s.output[0], teeOut), tee(s.output[1], teeErr)
 	s.restore = sync.OnceFunc(func() {
 		os.Stdout, os.Stderr = stdout, stderr
-		for _, pipe := range s.pipes {
-			_ = pipe[1].Close()
-		}
+		_ = w[0].Close()
+		_ = w[1].Close()
 	})
 	s.server.release = s.restore
-	os.Stdout, os.Stderr = s.pipes[0][1], s.pipes[1][1]
+	os.Stdout, os.Stderr = w[0], w[1]
 	return nil
 }
 
-// spare reports an error if there is no descriptor for the host's connection,
-// for which the host would wait in vain.
-func spare() error {
-	f, err := os.Open(os.DevNull)
-	if err == nil {
-		_ = f.Close()
-	}
-	if shortage(err) == "" { // that it can be opened is not needed
-		return nil
-	}
-	return cannotServe(err)
-}
-
-func cannotServe(err error) error { return fmt.Errorf("plugin: cannot serve: %w", hinted(err)) }
+func cannotServe(err error) error { return fmt.Errorf("plugin: cannot serve: %w", err) }
 
 func tee(r io.Reader, w io.Writer) io.Reader {
 	if w == nil {
@@ -448,7 +413,7 @@ func tee(r io.Reader, w io.Writer) io.Reader {
 
 // serve accepts connections until close closes the listener and waits.
 func (s *serving) serve() {
-	s.server.conns.Go(func() { s.server.Serve(s.listener) })
+	s.server.serving.Go(func() { s.server.Serve(s.listener) })
 }
 
 // close ends the serving: what was printed is sent, the sessions end, and the
@@ -458,12 +423,8 @@ func (s *serving) close() {
 	s.server.flush()
 	s.server.close()
 	s.restore()
-	for _, pipe := range s.pipes {
-		for _, end := range pipe {
-			if end != nil {
-				_ = end.Close()
-			}
-		}
+	for _, r := range s.output {
+		_ = r.Close()
 	}
 }
 

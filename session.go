@@ -6,10 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"math"
 	"net"
-	"slices"
-	"strings"
+	"net/rpc"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,11 +28,8 @@ const (
 	// lastTimeout is how long a connection that takes nothing more is read, and
 	// how long the ends of streams may take to be written at the end.
 	lastTimeout = 250 * time.Millisecond
-	// maxStreams is how many streams there may be at a time. The other side can
-	// open them, and leave them open here by not closing its end.
+	// maxStreams is how many streams there may be at a time.
 	maxStreams = 1 << 16
-	// maxPings is how many pings may wait for their answers to be written.
-	maxPings = 1 << 14
 )
 
 // session is one connection: a yamux session, what runs on it, and why it ended.
@@ -41,54 +38,33 @@ type session struct {
 	frames  *frameConn // what mux runs on
 	host    bool       // this side is the host's
 	logger  hclog.Logger
-	whyLost func() error // why the connection was lost; may take a moment to find out
+	whyLost func() error // why the connection ended; may take a moment to find out
 
 	calls  context.Context // ends when methods that are served here should stop
 	cancel context.CancelFunc
 	ending atomic.Bool // this side has asked the other to end, or will now
 
-	requests, responses sync.Pool // of *gobReader, from streams that have ended
-
-	mu      sync.Mutex // guards closing and fault, and adding to the rest
-	closing bool       // this side has ended the session
-	fault   error      // what the other side has done to have it ended here
-	running sync.WaitGroup
-	ends    sync.WaitGroup // streams whose end is being written
+	running group // closed when this side ends the session
+	ends    group // streams whose end is being written
 }
 
 // newSession begins a session on conn. Methods are served on it until ctx
-// ends. If why is not nil it tells why the connection was lost, or nil if it
-// was meant to end.
-func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func() error) (*session, error) {
-	s := &session{host: host, logger: newNotes(logger), frames: &frameConn{conn: conn, flows: make(map[uint32]*flow)}}
+// ends. If why is not nil it tells why the connection ended; heard is whether
+// anything had been received.
+func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func(heard bool) error) (*session, error) {
+	s := &session{host: host, logger: logger, frames: &frameConn{conn: conn, flows: make(map[uint32]*flow)}}
 	s.calls, s.cancel = context.WithCancel(ctx)
 	s.whyLost = sync.OnceValue(func() error {
-		s.mu.Lock()
-		fault := s.fault
-		s.mu.Unlock()
-		if fault != nil {
-			return fault
+		switch {
+		case why != nil:
+			return &lostError{why(s.frames.heard.Load())}
+		case s.ending.Load():
+			return fmt.Errorf("plugin: the connection was closed: %w", rpc.ErrShutdown)
 		}
-		if why == nil {
-			return &lostError{errors.New("plugin: the connection was lost")}
-		}
-		if err := why(); err != nil {
-			return &lostError{err}
-		}
-		return nil
+		return &lostError{errors.New("plugin: the connection was lost")}
 	})
 	if b, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
 		_ = b.SetWriteBuffer(socketBuffer) // slower without, no more
-	}
-	var below io.ReadWriteCloser = s.frames
-	if a, ok := conn.(addresses); ok {
-		below = struct {
-			*frameConn
-			addresses
-		}{s.frames, a}
-	}
-	if host && logger.IsTrace() {
-		s.frames.trace = make(frameTrace, 1000)
 	}
 	config := &yamux.Config{
 		AcceptBacklog: 256, // what go-plugin has: more would be refused there
@@ -100,28 +76,20 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		StreamOpenTimeout:      0,
 		StreamCloseTimeout:     0,
 		MaxStreamWindowSize:    streamWindow,
-		Logger:                 muxLogger{s},
+		// What matters in yamux's messages is in the errors of calls and streams.
+		Logger: log.New(&lineWriter{max: maxJoined, emit: func(line []byte, _ int) { logger.Debug(string(line)) }}, "", 0),
 	}
 	var err error
 	if host {
-		s.mux, err = yamux.Client(below, config)
+		s.mux, err = yamux.Client(s.frames, config)
 	} else {
-		s.mux, err = yamux.Server(below, config)
+		s.mux, err = yamux.Server(s.frames, config)
 	}
 	if err != nil {
 		_ = conn.Close()
 		return nil, err
 	}
-	if s.frames.trace != nil {
-		go s.frames.trace.log(s.logger, s.ended()) // ends with the session
-	}
 	return s, nil
-}
-
-// addresses are what yamux passes on of a connection.
-type addresses interface {
-	LocalAddr() net.Addr
-	RemoteAddr() net.Addr
 }
 
 // lostError is what every call and stream gets when the connection was lost.
@@ -130,65 +98,108 @@ type lostError struct{ cause error }
 func (e *lostError) Error() string   { return e.cause.Error() }
 func (e *lostError) Unwrap() []error { return []error{e.cause, io.ErrUnexpectedEOF} }
 
-// muxLogger takes yamux's messages. They are for those who debug this package:
-// what matters in them comes out as the error of a call or stream.
-type muxLogger struct{ s *session }
+// group is what is under way, until it is closed.
+type group struct {
+	mu     sync.Mutex // guards closed, and adding to the rest
+	closed bool
+	sync.WaitGroup
+}
 
-func (l muxLogger) Print(v ...any)   { l.Printf("%s", fmt.Sprint(v...)) }
-func (l muxLogger) Println(v ...any) { l.Printf("%s", fmt.Sprint(v...)) }
-func (l muxLogger) Printf(format string, v ...any) {
-	if !l.s.ending.Load() {
-		l.s.logger.Debug(strings.TrimSpace(fmt.Sprintf(format, v...)))
+// enter reports whether there is one more, which must call Done.
+func (g *group) enter() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.closed {
+		g.Add(1)
 	}
+	return !g.closed
+}
+
+func (g *group) close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.closed = true
+}
+
+func (g *group) isClosed() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.closed
+}
+
+// allDone returns a channel that is closed when all of the group is done.
+func (g *group) allDone() <-chan struct{} {
+	done := make(chan struct{})
+	go func() { // ends with the group
+		g.Wait()
+		close(done)
+	}()
+	return done
 }
 
 // spawn runs f in a goroutine that close waits for. It reports false, and does
 // nothing, if the session is being closed. f must end when the session does.
 func (s *session) spawn(f func()) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closing {
+	if !s.running.enter() {
 		return false
 	}
-	s.running.Go(f)
+	go func() {
+		defer s.running.Done()
+		f()
+	}()
 	return true
-}
-
-func (s *session) isClosing() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.closing
 }
 
 // close ends the session and waits for its goroutines, except one that is
 // inside the caller's own code: a GobEncode, say.
 func (s *session) close() {
 	s.ending.Store(true)
-	s.mu.Lock()
-	s.closing = true
-	s.mu.Unlock()
+	s.running.close()
+	s.ends.close()
 	s.cancel()
-	ends := allDone(&s.ends)
+	ends := s.ends.allDone()
 	waitFor(lastTimeout, ends)
 	// Readers of yamux's streams spin between the beginning of a Close and the
 	// end of receiving. So receiving is ended first, if the connection lets it.
 	_ = s.frames.Close()
-	select {
-	case <-s.mux.CloseChan():
-	case <-time.After(lastTimeout):
-	}
+	waitFor(lastTimeout, s.ended())
 	_ = s.mux.Close()
-	waitFor(reapTimeout, ends, allDone(&s.running))
+	waitFor(reapTimeout, ends, s.running.allDone())
 }
 
-// allDone returns a channel that is closed when all of a group is done.
-func allDone(group *sync.WaitGroup) chan struct{} {
-	done := make(chan struct{})
-	go func() { // ends with the group
-		group.Wait()
-		close(done)
-	}()
-	return done
+// once does something once, for all who ask.
+type once[T any] struct {
+	begun atomic.Bool
+	done  chan struct{} // closed when v and err are set
+	v     T
+	err   error
+}
+
+func newOnce[T any]() *once[T] { return &once[T]{done: make(chan struct{})} }
+
+// do runs f for the first caller. The others wait for its result, or for the
+// end of ctx.
+func (o *once[T]) do(ctx context.Context, f func() (T, error)) (v T, err error) {
+	if o.begun.CompareAndSwap(false, true) {
+		defer close(o.done)
+		o.err = errors.New("plugin: the host's own code panicked") // if f does
+		o.v, o.err = f()
+		return o.v, o.err
+	}
+	select {
+	case <-o.done:
+		return o.v, o.err
+	case <-ctx.Done():
+		return v, fmt.Errorf("plugin: waiting for another call: %w", contextError(ctx))
+	}
+}
+
+// result returns what f has returned, or the zero value before.
+func (o *once[T]) result() (v T) {
+	if isClosed(o.done) {
+		return o.v
+	}
+	return v
 }
 
 // ended is closed when the session has ended, from whichever side.
@@ -196,18 +207,17 @@ func (s *session) ended() <-chan struct{} { return s.mux.CloseChan() }
 
 // explain returns err, or why the connection was lost if that is the cause.
 func (s *session) explain(err error) error {
-	if err == nil || !s.mux.IsClosed() || s.isClosing() {
+	if err == nil || !s.mux.IsClosed() {
 		return err
 	}
-	if lost := s.whyLost(); lost != nil {
-		return lost
-	}
-	return err
+	return s.whyLost()
 }
 
-// serve serves calls on a stream until the caller hangs up.
-func (s *session) serve(st *stream, services map[string]*service) {
-	if err := newRPCServer(st, services, s.logger, s.host, &s.requests).serve(s.calls); err != io.EOF {
+// serve serves calls on a stream until the caller hangs up. The contexts of
+// methods end with ctx.
+func (s *session) serve(ctx context.Context, st *stream, svc *service) {
+	services := map[string]*service{"Plugin": svc}
+	if err := newRPCServer(st, services, s.logger, s.host).serve(ctx); err != io.EOF {
 		s.logger.Debug("an RPC stream ended", "error", err)
 	}
 }
@@ -238,7 +248,7 @@ func (st *stream) Write(p []byte) (n int, err error) {
 		sent, err = st.session.frames.sendData(st.StreamID(), st.flow, p[n:])
 		n += sent
 		switch {
-		case st.over():
+		case st.session.mux.IsClosed():
 			err = yamux.ErrSessionShutdown
 		case sent == 0 && err == nil:
 			err = st.waitWindow()
@@ -266,23 +276,22 @@ func (st *stream) waitWindow() error {
 // connection takes it.
 func (st *stream) Close() error {
 	st.session.frames.finish(st.flow)
-	s := st.session
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.closing {
+	if ends := &st.session.ends; ends.enter() {
 		// Ends when that is written, or with the session.
-		s.ends.Go(func() { _ = st.Stream.Close() })
+		go func() {
+			defer ends.Done()
+			_ = st.Stream.Close()
+		}()
 	}
 	return nil
 }
 
 // abort closes conn and ends a Read or Write that is waiting on it.
-func abort(conn io.Closer) error {
-	err := conn.Close()
+func abort(conn io.ReadWriteCloser) {
+	_ = conn.Close()
 	if d, ok := conn.(interface{ SetDeadline(time.Time) error }); ok {
 		_ = d.SetDeadline(time.Unix(1, 0))
 	}
-	return err
 }
 
 // SetDeadline sets the deadlines of Read and Write.
@@ -298,9 +307,6 @@ func (st *stream) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-// over reports whether the session has ended.
-func (st *stream) over() bool { return st.session.mux.IsClosed() }
-
 // open returns a new stream, which the other side has yet to be told of.
 func (s *session) open() (*stream, error) {
 	st, err := s.mux.OpenStream()
@@ -310,26 +316,18 @@ func (s *session) open() (*stream, error) {
 	return s.stream(st), nil
 }
 
-// accept returns the next stream that the other side opens, which it has yet
-// to be told of. One with a number of this side's ends the session: yamux would
-// forget it when that number is given out here, and whoever reads from it would
-// never learn of the end.
+// accept returns the next stream that the peer opens. One with a number of this
+// side's ends the session, because yamux would forget it when that number is
+// given out here; so does one too many.
 func (s *session) accept() (*stream, error) {
 	st, err := s.mux.AcceptStream()
 	if err != nil {
 		return nil, err
 	}
-	if odd := st.StreamID()%2 == 1; odd == s.host {
-		err = fmt.Errorf("plugin: the other side opened stream %d, whose number is not its own", st.StreamID())
-	} else if s.mux.NumStreams() > maxStreams {
-		err = fmt.Errorf("plugin: there are more than %d streams", maxStreams)
-	}
-	if err != nil {
-		s.mu.Lock()
-		s.fault = &lostError{err}
-		s.mu.Unlock()
-		_ = s.mux.Close()
-		return nil, err
+	if odd := st.StreamID()%2 == 1; odd == s.host || s.mux.NumStreams() > maxStreams {
+		s.logger.Debug("the peer opened a stream that is not allowed", "stream", st.StreamID())
+		_ = s.frames.Close()
+		return nil, yamux.ErrInvalidMsgType
 	}
 	return s.stream(st), nil
 }
@@ -350,15 +348,14 @@ func (s *session) stream(st *yamux.Stream) *stream {
 // a bound from then on.
 type frameConn struct {
 	conn  io.ReadWriteCloser
-	trace frameTrace // nil if nobody looks
+	heard atomic.Bool // something has been received
 
-	writing sync.Mutex // serialises writers; guards the fields below and flow.held
+	writing sync.Mutex // serialises writers; guards the fields below
 	broken  bool       // nothing can be written any more
 	frame   []byte     // what is written next, to be used again
 
-	mu    sync.Mutex // guards flows, the rest of each flow, and pings
+	mu    sync.Mutex // guards flows and each flow
 	flows map[uint32]*flow
-	pings int // of the other side, which have not been answered
 
 	// What of a frame has been read. There is one reader.
 	header [frameHeader]byte
@@ -375,7 +372,6 @@ type flow struct {
 	sent     bool          // the other side has been told so
 	reset    bool          // the stream was broken off
 	changed  chan struct{} // holds something when one of these has changed
-	held     []byte        // the frame that opens the stream, until there is another
 }
 
 const (
@@ -384,10 +380,8 @@ const (
 
 	frameData   = 0
 	frameWindow = 1
-	framePing   = 2
 
 	flagSYN = 1
-	flagACK = 2
 	flagFIN = 4
 	flagRST = 8
 )
@@ -395,6 +389,9 @@ const (
 // Read reads for yamux.
 func (c *frameConn) Read(p []byte) (int, error) {
 	n, err := c.conn.Read(p)
+	if n > 0 {
+		c.heard.Store(true)
+	}
 	for b := p[:n]; len(b) > 0; {
 		if c.body > 0 {
 			inside := min(c.body, uint32(len(b)))
@@ -407,11 +404,7 @@ func (c *frameConn) Read(p []byte) (int, error) {
 		b = b[more:]
 		if c.have == frameHeader {
 			c.have = 0
-			c.trace.add(c.header[:], true)
 			c.pass(c.header[:], true)
-			if c.header[1] == framePing && c.unanswered() > maxPings {
-				return 0, errors.New("plugin: the other side sends pings and takes no answers")
-			}
 			if c.header[1] == frameData {
 				c.body = binary.BigEndian.Uint32(c.header[8:])
 			}
@@ -420,42 +413,25 @@ func (c *frameConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write writes a frame of yamux's own, which has no body. One that opens a
-// stream waits for the next of that stream, to save the other side a read.
+// Write writes a frame of yamux's own, which has no body.
 func (c *frameConn) Write(p []byte) (int, error) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
-	c.trace.add(p, false)
-	f := c.pass(p, false)
-	switch flags := binary.BigEndian.Uint16(p[2:]); {
-	case f == nil:
-		c.send(p, nil)
-	case flags == flagSYN || flags == flagACK:
-		f.held = slices.Clone(p)
-	default:
-		c.frame = append(append(c.frame[:0], f.held...), p...)
-		f.held = nil
-		c.send(c.frame, nil)
-	}
+	c.pass(p, false)
+	c.send(p, nil)
 	return len(p), nil
 }
 
 func (c *frameConn) Close() error { return c.conn.Close() }
 
-// pass takes account of a frame, and returns the flow that it belongs to.
-func (c *frameConn) pass(header []byte, received bool) *flow {
+// pass takes account of a frame.
+func (c *frameConn) pass(header []byte, received bool) {
 	flags := binary.BigEndian.Uint16(header[2:])
 	id := binary.BigEndian.Uint32(header[4:])
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if header[1] > frameWindow { // a ping, or the end of the session
-		switch {
-		case header[1] == framePing && received && flags&flagSYN != 0:
-			c.pings++ // yamux has a goroutine for each
-		case header[1] == framePing && !received && flags&flagACK != 0:
-			c.pings--
-		}
-		return nil
+		return
 	}
 	f := c.flows[id]
 	if f == nil && flags&flagSYN != 0 {
@@ -463,7 +439,7 @@ func (c *frameConn) pass(header []byte, received bool) *flow {
 		c.flows[id] = f
 	}
 	if f == nil || received && header[1] == frameData && flags == 0 {
-		return f
+		return
 	}
 	if received && header[1] == frameWindow {
 		f.window += binary.BigEndian.Uint32(header[8:])
@@ -475,13 +451,6 @@ func (c *frameConn) pass(header []byte, received bool) *flow {
 		delete(c.flows, id)
 	}
 	f.signal()
-	return f
-}
-
-func (c *frameConn) unanswered() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.pings
 }
 
 // hasEnded reports whether the other side has said that it sends no more.
@@ -543,11 +512,9 @@ func (c *frameConn) sendData(id uint32, f *flow, p []byte) (int, error) {
 	if n == 0 {
 		return 0, err
 	}
-	c.frame = append(append(c.frame[:0], f.held...), 0, frameData, 0, 0)
+	c.frame = append(c.frame[:0], 0, frameData, 0, 0)
 	c.frame = binary.BigEndian.AppendUint32(c.frame, id)
 	c.frame = binary.BigEndian.AppendUint32(c.frame, uint32(n))
-	c.trace.add(c.frame[len(f.held):], false)
-	f.held = nil
 	if n <= maxJoined {
 		c.frame = append(c.frame, p[:n]...)
 		c.send(c.frame, nil)
@@ -555,20 +522,6 @@ func (c *frameConn) sendData(id uint32, f *flow, p []byte) (int, error) {
 		c.send(c.frame, p[:n])
 	}
 	return n, nil
-}
-
-// announce tells the other side of streams; so does the first Write of one.
-func (c *frameConn) announce(streams ...*stream) {
-	c.writing.Lock()
-	defer c.writing.Unlock()
-	c.frame = c.frame[:0]
-	for _, st := range streams {
-		c.frame = append(c.frame, st.flow.held...)
-		st.flow.held = nil
-	}
-	if len(c.frame) > 0 {
-		c.send(c.frame, nil)
-	}
 }
 
 // send writes a frame, in one system call where there is one for two pieces.
@@ -591,5 +544,28 @@ func (c *frameConn) send(header, body []byte) {
 	d, ok := c.conn.(interface{ SetReadDeadline(time.Time) error })
 	if !ok || d.SetReadDeadline(time.Now().Add(lastTimeout)) != nil {
 		_ = c.conn.Close()
+	}
+}
+
+// waitFor waits until all channels are closed, but not longer than that.
+func waitFor(timeout time.Duration, chans ...<-chan struct{}) bool {
+	late := time.NewTimer(timeout)
+	defer late.Stop()
+	for _, ch := range chans {
+		select {
+		case <-ch:
+		case <-late.C:
+			return false
+		}
+	}
+	return true
+}
+
+func isClosed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
 	}
 }
