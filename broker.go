@@ -266,6 +266,11 @@ func (b *MuxBroker) service(v any) *service {
 // serving ends when the peer closes its client, or with the connection.
 func (b *MuxBroker) ServeRPC(v any) (id uint32, stop func()) {
 	svc := b.service(v)
+	return b.serve(svc, &svc.calls)
+}
+
+// serve serves svc to the peer. stop waits for the uses of what it serves.
+func (b *MuxBroker) serve(svc *service, uses *group) (id uint32, stop func()) {
 	id = b.NextId()
 	ctx, cancel := context.WithCancelCause(b.session.calls)
 	b.session.spawn(func() {
@@ -285,9 +290,10 @@ func (b *MuxBroker) ServeRPC(v any) (id uint32, stop func()) {
 		}()
 	})
 	return id, func() {
-		cancel(errStopped)
 		svc.calls.close()
-		svc.calls.Wait()
+		uses.close()
+		cancel(errStopped)
+		uses.Wait()
 	}
 }
 
@@ -314,7 +320,8 @@ func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
 // returned, r is not read any more, and the peer's Read fails with an error that
 // says so: it does not return io.EOF unless r did.
 func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
-	return b.ServeRPC(&readerService{b, r})
+	l := &lent{use: r.Read}
+	return b.serve(b.service(&readerService{b, l}), &l.uses)
 }
 
 // DialReader returns a reader for what the peer serves with ServeReader. It
@@ -334,7 +341,8 @@ func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
 // w fails, the peer is told. w is not closed. stop ends that, as the stop of
 // ServeReader does: after it has returned, w is not written to any more.
 func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
-	return b.ServeRPC(&writerService{b, w})
+	l := &lent{use: w.Write}
+	return b.serve(b.service(&writerService{b, l}), &l.uses)
 }
 
 // DialWriter returns a writer for what the peer serves with ServeWriter. An
@@ -351,6 +359,23 @@ func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
 	b.session.spawn(func() { <-p.done; abort(p.conn) })
 	return pipeWriter{p}, nil
 }
+
+// lent is a reader or writer of the caller's. Waiting for its uses does not wait
+// for the stream, whose peer may take nothing.
+type lent struct {
+	use  func([]byte) (int, error) // Read or Write
+	uses group                     // closed when it is taken back
+}
+
+func (l *lent) Read(p []byte) (int, error) {
+	if !l.uses.enter() {
+		return 0, errStopped
+	}
+	defer l.uses.Done()
+	return l.use(p)
+}
+
+func (l *lent) Write(p []byte) (int, error) { return l.Read(p) }
 
 type readerService struct {
 	broker *MuxBroker

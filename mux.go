@@ -350,13 +350,6 @@ func (s *RPCServer) flush() {
 	})
 }
 
-// close ends all sessions and waits for what Serve has started.
-func (s *RPCServer) close() {
-	s.begin()
-	s.endConns()
-	s.serving.Wait()
-}
-
 // output sends what the plugin prints to the host that connected last. What
 // is printed before the first one connects waits for it; what is printed when
 // none is connected any more is dropped, so that it cannot stop the plugin.

@@ -262,6 +262,7 @@ func serveTest(config *ServeConfig) {
 	env := map[string]string{EnvUnixSocketDir: os.Getenv(EnvUnixSocketDir)}
 	s, err := newServing(config, env, logger)
 	if err == nil {
+		defer s.server.serving.Wait()
 		defer s.close()
 		if test.SyncStdio {
 			err = s.capture(os.Stdout, os.Stderr)
@@ -416,12 +417,13 @@ func (s *serving) serve() {
 	s.server.serving.Go(func() { s.server.Serve(s.listener) })
 }
 
-// close ends the serving: what was printed is sent, the sessions end, and the
-// process has its own stdout and stderr again.
+// close ends the serving: what was printed is sent, and the process has its own
+// stdout and stderr again. The connections are closed, too, but it does not wait
+// for that: the process is about to exit.
 func (s *serving) close() {
 	s.unlisten()
 	s.server.flush()
-	s.server.close()
+	s.server.endConns()
 	s.restore()
 	for _, r := range s.output {
 		_ = r.Close()
