@@ -804,7 +804,7 @@ func TestCrash(t *testing.T) {
 			first, p := start(t, cfg)
 			second, other := start(t, attachTo(first.ReattachConfig()))
 			test, idle := dispense(t, p), dispense(t, p)
-			mustCall[struct{}](t, test.Client, "Print", Output{Raw: strings.Repeat("a line\n", 3000) + "last words\n"})
+			mustCall[struct{}](t, test.Client, "Print", Output{Raw: strings.Repeat(strings.Repeat("x", 99)+"\n", 100) + "last words\n"})
 			inFirst, inSecond := test.block(t, 4), dispense(t, other).block(t, 2)
 			explains := func(err error, child bool) {
 				t.Helper()
