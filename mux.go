@@ -84,18 +84,13 @@ func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 		// bound. It ends with the stream.
 		go func() {
 			defer close(c.copied[i])
-			c.copyOutput(dst, c.output[i])
+			_, _ = io.Copy(&forgiving{dst}, c.output[i])
+			if lines, ok := dst.(*lineWriter); ok {
+				_ = lines.Close()
+			}
 		}()
 	}
 	return nil
-}
-
-func (c *RPCClient) copyOutput(dst io.Writer, src io.Reader) {
-	if lines, ok := dst.(*lineWriter); ok {
-		defer lines.Close()
-	}
-	// It never fails, so this ends with the stream.
-	_, _ = io.Copy(&forgiving{dst}, struct{ io.Reader }{src})
 }
 
 // Dispense asks the plugin for an instance of the plugin with that name, and
@@ -379,7 +374,7 @@ func (o *output) attach(st *stream) {
 	o.start.Do(func() {
 		go func() { // ends with src, which Serve closes; another reader is its owner's
 			defer close(o.done)
-			_, _ = io.Copy(o, struct{ io.Reader }{o.src})
+			_, _ = io.Copy(o, o.src)
 		}()
 	})
 }

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -238,10 +239,7 @@ func serveTest(config *ServeConfig) {
 	if test.CloseCh != nil {
 		defer close(test.CloseCh)
 	}
-	ctx := test.Context
-	if ctx == nil {
-		ctx = context.Background()
-	}
+	ctx := cmp.Or(test.Context, context.Background())
 	logger := config.Logger
 	if logger == nil {
 		logger = hclog.Default().Named("plugin")
