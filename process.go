@@ -394,6 +394,16 @@ func (p *process) awaitHandshake(ctx context.Context, timeout time.Duration) (h 
 	return parseHandshake(line)
 }
 
+// AttachedRunner is a running plugin that a host has found by its own means.
+type AttachedRunner interface {
+	// Wait waits for the plugin to exit.
+	Wait(context.Context) error
+	// Kill ends the plugin.
+	Kill(context.Context) error
+	// ID identifies the plugin.
+	ID() string
+}
+
 // ReattachConfig describes a plugin that runs, for a host that has not started
 // it. Get one from [Client.ReattachConfig] or [ServeTestConfig].
 type ReattachConfig struct {
@@ -407,6 +417,8 @@ type ReattachConfig struct {
 	// Pid is its process. If that process is not the plugin at Addr, it is
 	// never signalled; nor is it on Windows, where that cannot be known.
 	Pid int
+	// ReattachFunc, if not nil, finds the process instead of Pid.
+	ReattachFunc func() (AttachedRunner, error)
 	// Test says that the plugin runs in test mode: Kill only disconnects.
 	Test bool
 }
