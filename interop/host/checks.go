@@ -402,7 +402,7 @@ func crash(h *host) {
 	h.must((<-idle.Done).Error != nil, "another call returns well though the plugin crashed")
 	h.await("Exited is true", c.Exited)
 	h.must(protocol.Ping() != nil, "Ping returns well after the crash")
-	h.must(strings.Contains(h.log.String(), "crash on demand"), "the log does not have the panic")
+	h.await("the log has the panic", func() bool { return strings.Contains(h.log.String(), "crash on demand") })
 	c.Kill()
 }
 
