@@ -228,8 +228,10 @@ func (greeter) Greet(name string, out *string) error { *out = "welcome, " + name
 
 func serveGoPluginRPC(t *testing.T) {
 	_, w := goPlugin(t)
+	id, stop := w.broker.ServeRPC(greeter{})
+	defer stop()
 	var got string
-	ok(t, w.Call("Plugin.CallBack", w.broker.ServeRPC(greeter{}), &got))
+	ok(t, w.Call("Plugin.CallBack", id, &got))
 	must(t, got == "welcome, the plugin", "the answer is %q", got)
 }
 
@@ -273,8 +275,12 @@ func dialGoPluginStream(t *testing.T) {
 
 func serveGoPluginStream(t *testing.T) {
 	_, w := goPlugin(t)
+	reader, stopReading := w.broker.ServeReader(strings.NewReader("text"))
+	defer stopReading()
+	writer, stopWriting := w.broker.ServeWriter(io.Discard)
+	defer stopWriting()
 	// The plugin makes an RPC client of each, which cannot succeed.
-	for _, id := range []uint32{w.broker.ServeReader(strings.NewReader("text")), w.broker.ServeWriter(io.Discard)} {
+	for _, id := range []uint32{reader, writer} {
 		ok(t, fails(w.Call("Plugin.CallBack", id, new(string))))
 	}
 	w.sound(t)
