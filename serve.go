@@ -161,7 +161,7 @@ func serve(config *ServeConfig) error {
 			removePrivate(env[EnvUnixSocketDir]) // which the host would have done
 		}
 	}()
-	if err := s.capture(nil, nil); err != nil {
+	if err := s.capture(io.Discard, io.Discard); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(stdout, s.handshake.String()+"\n"); err != nil {
@@ -368,8 +368,7 @@ func (s *serving) unlisten() {
 	removePrivate(s.dir)
 }
 
-// capture makes what the process prints go to the host, and to the writers
-// that are not nil.
+// capture makes what the process prints go to the host, and to the writers.
 func (s *serving) capture(teeOut, teeErr io.Writer) (err error) {
 	stdout, stderr := os.Stdout, os.Stderr
 	var w [2]*os.File
@@ -378,7 +377,7 @@ func (s *serving) capture(teeOut, teeErr io.Writer) (err error) {
 			return cannotServe(err)
 		}
 	}
-	s.server.Stdout, s.server.Stderr = tee(s.output[0], teeOut), tee(s.output[1], teeErr)
+	s.server.Stdout, s.server.Stderr = io.TeeReader(s.output[0], teeOut), io.TeeReader(s.output[1], teeErr)
 	s.restore = sync.OnceFunc(func() {
 		os.Stdout, os.Stderr = stdout, stderr
 		_ = w[0].Close()
@@ -390,13 +389,6 @@ func (s *serving) capture(teeOut, teeErr io.Writer) (err error) {
 }
 
 func cannotServe(err error) error { return fmt.Errorf("plugin: cannot serve: %w", err) }
-
-func tee(r io.Reader, w io.Writer) io.Reader {
-	if w == nil {
-		return r
-	}
-	return io.TeeReader(r, w)
-}
 
 // serve accepts connections until close closes the listener and waits.
 func (s *serving) serve() {
