@@ -283,14 +283,19 @@ func findProcess(rc *ReattachConfig, logger hclog.Logger) (*stranger, error) {
 }
 
 // alive reports whether there is such a process. On Windows, where FindProcess
-// tells, it is true.
+// tells, it is true. A zombie is dead, though its parent may never reap it.
 func alive(pid int) bool {
 	p, err := os.FindProcess(pid)
 	if err != nil {
 		return false
 	}
 	defer p.Release()
-	return runtime.GOOS == "windows" || p.Signal(syscall.Signal(0)) == nil
+	if runtime.GOOS == "windows" {
+		return true
+	}
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, state, _ := bytes.Cut(stat, []byte(") "))
+	return p.Signal(syscall.Signal(0)) == nil && !bytes.HasPrefix(state, []byte("Z"))
 }
 
 // ID returns the pid.
@@ -317,7 +322,7 @@ func (p *stranger) Wait(ctx context.Context) error {
 	if runtime.GOOS == "windows" {
 		_, _ = p.process.Wait() // it cannot be interrupted
 	} else {
-		for p.process.Signal(syscall.Signal(0)) == nil && !waitFor(pollInterval, ctx.Done()) {
+		for alive(p.pid) && !waitFor(pollInterval, ctx.Done()) {
 		}
 		_ = p.process.Release()
 	}

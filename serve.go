@@ -195,8 +195,17 @@ func takeEnvironment(cookie string) map[string]string {
 // lives as long as the process, because the host may go while main finishes.
 func watchHost(host hostInfo, dir string) <-chan struct{} {
 	orphaned := make(chan struct{})
+	var pipe *os.File
+	if host.watch == watchPipe {
+		// A process in between may have closed it and used its number again.
+		pipe = os.NewFile(uintptr(host.fd), "lifeline")
+		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
+			foreign = pipe
+			return orphaned
+		}
+	}
 	go func() {
-		if waitHost(host) {
+		if waitHost(host, pipe) {
 			close(orphaned)
 			time.Sleep(orphanTimeout)
 			removePrivate(dir)
@@ -206,21 +215,15 @@ func watchHost(host hostInfo, dir string) <-chan struct{} {
 	return orphaned
 }
 
-// foreign is the file that waitHost found instead of a pipe. A file that
+// foreign is the file that watchHost found instead of a pipe. A file that
 // nothing refers to would be closed.
 var foreign *os.File
 
 // waitHost waits for the end of the host. It returns false if the host is not to
 // be watched, as those of go-plugin, or has detached the plugin.
-func waitHost(host hostInfo) bool {
+func waitHost(host hostInfo, pipe *os.File) bool {
 	switch host.watch {
 	case watchPipe:
-		// A process in between may have closed it and used its number again.
-		pipe := os.NewFile(uintptr(host.fd), "lifeline")
-		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
-			foreign = pipe
-			return false
-		}
 		_, err := pipe.Read(make([]byte, 1))
 		return err == io.EOF
 	case watchPid:
