@@ -52,7 +52,7 @@ const (
 //
 // When the other side is gone, a call that was in flight fails with an error
 // in which errors.Is finds io.ErrUnexpectedEOF and, on the host, errors.As
-// finds an [*ExitError]; a later one fails with [rpc.ErrShutdown].
+// finds an [*ExitError]; a later one fails so, too, or with [rpc.ErrShutdown].
 //
 // A context that cannot end costs nothing. Any *rpc.Client will do, but the
 // errors and the cancelling need one that this package made: the one given to
