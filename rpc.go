@@ -324,8 +324,9 @@ type service struct {
 
 // method is one method of a service.
 type method struct {
-	fn        reflect.Value
-	context   bool // it takes a context first
+	fn        func(in []reflect.Value) error // in are receiver, maybe context, argument, reply
+	context   bool                           // it takes a context first
+	ignores   bool                           // it accepts any argument and ignores it
 	arg, into reflect.Type
 }
 
@@ -336,8 +337,11 @@ var (
 
 // newService finds the methods of rcvr that can be called: those that
 // net/rpc's documentation describes, and the same with a context first. It
-// fails if there is none.
+// fails if there is none. A *service is one already.
 func newService(rcvr any) (*service, error) {
+	if s, ok := rcvr.(*service); ok {
+		return s, nil
+	}
 	if rcvr == nil {
 		return nil, errors.New("there is nothing to serve: the receiver is nil")
 	}
@@ -368,7 +372,10 @@ func newService(rcvr any) (*service, error) {
 // newMethod returns m as one that can be called, or says what is wrong with it.
 func newMethod(m reflect.Method) (fit *method, why string) {
 	t := m.Type
-	fit = &method{fn: m.Func}
+	fit = &method{fn: func(in []reflect.Value) error {
+		err, _ := m.Func.Call(in)[0].Interface().(error)
+		return err
+	}}
 	in := 1 // behind the receiver
 	if t.NumIn() > in && t.In(in) == typeOfContext {
 		fit.context = true
@@ -430,6 +437,7 @@ var (
 	errCanceled   = fmt.Errorf("plugin: the caller gave the call up: %w", context.Canceled)
 	errTimedOut   = fmt.Errorf("plugin: the caller gave the call up: %w", context.DeadlineExceeded)
 	errCallerGone = errors.New("plugin: the caller is gone")
+	errExited     = errors.New("plugin: the method called runtime.Goexit")
 	errStopped    = errors.New("plugin: the peer has stopped serving this")
 )
 
@@ -475,7 +483,7 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 type inCall struct {
 	service *service
 	method  *method
-	in      []reflect.Value // what the method is called with: receiver, maybe context, argument, reply
+	in      []reflect.Value // what method.fn is called with
 	cancel  context.CancelCauseFunc
 }
 
@@ -488,7 +496,11 @@ func (s *rpcServer) prepare(ctx context.Context, req *header) (*inCall, error) {
 		return nil, err
 	}
 	arg, reply := reflect.New(m.arg), reflect.New(m.into)
-	if err := s.w.decode(arg.Interface()); err != nil {
+	into := arg.Interface()
+	if m.ignores {
+		into = nil
+	}
+	if err := s.w.decode(into); err != nil {
 		return nil, fmt.Errorf("plugin: %s takes a %v, and what was sent cannot be read into that: %w", req.ServiceMethod, m.arg, err)
 	}
 	switch m.into.Kind() {
@@ -546,8 +558,15 @@ func (s *rpcServer) call(req *header, c *inCall) {
 			c.cancel(nil)
 		}()
 	}
-	err := s.invoke(req, c)
-	s.respond(req, c.in[len(c.in)-1].Interface(), err)
+	err := errExited
+	// Also runs if the method calls runtime.Goexit, as t.Fatal does. A panic in a
+	// plugin ends the process and is not answered.
+	defer func() {
+		if err != errExited || s.catch {
+			s.respond(req, c.in[len(c.in)-1].Interface(), err)
+		}
+	}()
+	err = s.invoke(req, c)
 }
 
 // invoke runs a method. In the host, a panic must not be the end of the
@@ -571,8 +590,7 @@ func (s *rpcServer) invoke(req *header, c *inCall) (err error) {
 			}
 		}()
 	}
-	err, _ = c.method.fn.Call(c.in)[0].Interface().(error)
-	return err
+	return c.method.fn(c.in)
 }
 
 // respond answers one call. If the reply cannot be sent, an error that says so
