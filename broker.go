@@ -276,14 +276,27 @@ func (b *MuxBroker) service(v any) *service {
 // serving ends when the peer closes its client, or with the connection.
 func (b *MuxBroker) ServeRPC(v any) (id uint32, stop func()) {
 	svc := b.service(v)
-	id, _, stop = b.serve(svc, &svc.calls, brokerTimeout)
-	return id, stop
+	l := b.serve(svc, &svc.calls, brokerTimeout)
+	return l.id, l.stop
 }
 
-// serve serves svc to the peer, if that dials it in time. serving ends with it.
-// stop waits for the uses of what it serves.
-func (b *MuxBroker) serve(svc *service, uses *group, timeout time.Duration) (id uint32, serving context.Context, stop func()) {
-	id = b.NextId()
+// loan is what is served to the peer under a number.
+type loan struct {
+	id    uint32
+	ctx   context.Context // ends with the serving
+	uses  *group          // calls, or Reads or Writes, that are running
+	end   func()          // ends the serving, and begins no more uses
+	reads bool            // it is a reader
+}
+
+func (l *loan) stop() {
+	l.end()
+	l.uses.Wait()
+}
+
+// serve serves svc to the peer, if that dials it in time.
+func (b *MuxBroker) serve(svc *service, uses *group, timeout time.Duration) *loan {
+	id := b.NextId()
 	ctx, cancel := context.WithCancelCause(b.session.calls)
 	b.session.spawn(func() {
 		dialling, expire := context.WithTimeout(ctx, timeout)
@@ -301,12 +314,11 @@ func (b *MuxBroker) serve(svc *service, uses *group, timeout time.Duration) (id 
 			b.session.serve(ctx, st, svc)
 		}()
 	})
-	return id, ctx, func() {
+	return &loan{id: id, ctx: ctx, uses: uses, end: func() {
 		svc.calls.close()
 		uses.close()
 		cancel(errStopped)
-		uses.Wait()
-	}
+	}}
 }
 
 // DialRPC returns a client for what the peer serves as id with ServeRPC or
@@ -338,7 +350,8 @@ func (b *MuxBroker) dialRPC(ctx context.Context, id uint32) (*rpc.Client, error)
 // returned, r is not read any more, and the peer's Read fails with an error that
 // says so: it does not return io.EOF unless r did.
 func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
-	return b.serveStream("Read", r.Read, brokerTimeout, nil)
+	l := b.serveStream("Read", r.Read, brokerTimeout, nil)
+	return l.id, l.stop
 }
 
 // DialReader returns a reader for what the peer serves with ServeReader. It
@@ -358,7 +371,8 @@ func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
 // w fails, the peer is told. w is not closed. stop ends that, as the stop of
 // ServeReader does: after it has returned, w is not written to any more.
 func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
-	return b.serveStream("Write", w.Write, brokerTimeout, nil)
+	l := b.serveStream("Write", w.Write, brokerTimeout, nil)
+	return l.id, l.stop
 }
 
 // DialWriter returns a writer for what the peer serves with ServeWriter. An
@@ -393,8 +407,8 @@ func (l *lent) Write(p []byte) (int, error) { return l.Read(p) }
 
 // serveStream serves a reader or writer by the name of its method, "Read" or "Write". closer, if
 // it is not nil, is called when the peer closes its end, and at the end.
-func (b *MuxBroker) serveStream(name string, use func([]byte) (int, error), timeout time.Duration, closer func() error) (id uint32, stop func()) {
-	l := &lent{use: use}
+func (b *MuxBroker) serveStream(name string, use func([]byte) (int, error), timeout time.Duration, closer func() error) *loan {
+	lent := &lent{use: use}
 	flow := func(ctx context.Context, arg, _ reflect.Value) (err error) {
 		conn, err := b.DialContext(ctx, uint32(arg.Uint()))
 		if err != nil {
@@ -404,9 +418,9 @@ func (b *MuxBroker) serveStream(name string, use func([]byte) (int, error), time
 		defer conn.Close()
 		defer context.AfterFunc(ctx, func() { abort(conn) })()
 		var w io.Writer = conn
-		var r io.Reader = l
+		var r io.Reader = lent
 		if name == "Write" {
-			w, r = l, conn
+			w, r = lent, conn
 		}
 		_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, 64<<10))
 		return err
@@ -416,19 +430,20 @@ func (b *MuxBroker) serveStream(name string, use func([]byte) (int, error), time
 			return nil
 		}
 		defer recoverTo(&err)
-		l.uses.close()
-		waitFor(readTimeout, l.uses.allDone())
+		lent.uses.close()
+		waitFor(readTimeout, lent.uses.allDone())
 		return closer()
 	})
 	nothing := reflect.TypeFor[struct{}]()
-	id, serving, stop := b.serve(&service{methods: map[string]*method{
+	l := b.serve(&service{methods: map[string]*method{
 		name:    {call: flow, context: true, arg: reflect.TypeFor[uint32](), into: nothing},
 		"Close": {call: func(context.Context, reflect.Value, reflect.Value) error { return end() }, arg: nothing, into: nothing},
-	}}, &l.uses, timeout)
+	}}, &lent.uses, timeout)
+	l.reads = name == "Read"
 	if closer != nil {
-		context.AfterFunc(serving, func() { _ = end() })
+		context.AfterFunc(l.ctx, func() { _ = end() })
 	}
-	return id, stop
+	return l
 }
 
 // pipe is the end of a reader or writer that was dialled.

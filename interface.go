@@ -11,8 +11,6 @@ import (
 	"net/rpc"
 	"reflect"
 	"slices"
-	"strings"
-	"sync"
 	"time"
 )
 
@@ -125,7 +123,7 @@ func For[T any](impl T, client func(*Remote) T) Plugin {
 	p := &interfacePlugin[T]{impl, client, make(map[string]*shape)}
 	for i := range t.NumMethod() {
 		m := t.Method(i)
-		s, err := newShape(m.Name, m.Type, nil)
+		s, err := newShape(m.Type, nil)
 		if err != nil || !m.IsExported() {
 			panic(fmt.Sprintf("plugin: For[%v]: method %s: %v", t, m.Name, cmp.Or(err, errUnexported)))
 		}
@@ -190,6 +188,7 @@ func Invoke[R any](ctx context.Context, r *Remote, method string, args ...any) (
 	return result, err
 }
 
+// invoke checks the arguments, sends them and returns the result.
 func (r *Remote) invoke(ctx context.Context, result reflect.Type, method string, args []any) (v reflect.Value, err error) {
 	if ctx == nil || r == nil {
 		return v, errors.New("plugin: Invoke was called with a nil context or Remote")
@@ -197,24 +196,41 @@ func (r *Remote) invoke(ctx context.Context, result reflect.Type, method string,
 	s := r.shapes[method]
 	switch {
 	case s == nil:
-		return v, fmt.Errorf("plugin: Invoke: there is no method %q; there are %s", method, strings.Join(sortedKeys(r.shapes), ", "))
+		return v, fmt.Errorf("plugin: Invoke: there is no method %q; there are %s", method, nameList(r.shapes))
 	case s.result.Type != result:
 		return v, fmt.Errorf("plugin: Invoke: the result of %s is a %v and not a %v", method, s.result, result)
 	case len(s.params) != len(args):
 		return v, fmt.Errorf("plugin: Invoke: %s takes %d arguments behind the context and not %d", method, len(s.params), len(args))
 	}
-	values := make([]reflect.Value, len(args))
+	var loans []*loan
+	defer func() { endLoans(loans) }()
+	sent, reply := reflect.New(s.sent), reflect.New(s.result.sent)
 	for i, arg := range args {
-		switch t := s.params[i].Type; {
-		case arg == nil && slices.Contains(nillable, t.Kind()):
-			values[i] = reflect.Zero(t)
-		case arg != nil && reflect.TypeOf(arg).AssignableTo(t):
-			values[i] = reflect.ValueOf(arg)
-		default:
-			return v, fmt.Errorf("plugin: Invoke: argument %d of %s is a %T and not a %v", i+1, method, arg, t)
+		p, to, x := s.params[i], s.field(sent.Elem(), i), reflect.ValueOf(arg)
+		switch {
+		case arg == nil && slices.Contains(nillable, p.Kind()):
+		case arg == nil || !x.Type().AssignableTo(p.Type):
+			return v, fmt.Errorf("plugin: Invoke: argument %d of %s is a %T and not a %v", i+1, method, arg, p)
+		case p.sent == p.Type:
+			to.Set(x)
+		case p.function == nil || !x.IsNil():
+			l := p.lend(r.broker, x, untilStopped, nil)
+			loans = append(loans, l)
+			to.SetUint(uint64(l.id))
 		}
 	}
-	return s.call(ctx, r.broker, r.client, values)
+	if err = checkNil(sent.Elem()); err != nil {
+		return v, err
+	}
+	into := reply.Interface()
+	if s.result.Type == typeOfNothing {
+		into = nil // accepts any reply
+	}
+	if err = Call(ctx, r.client, "Plugin."+method, sent.Interface(), into); err != nil {
+		return v, err
+	}
+	v, _, err = s.result.take(ctx, r.broker, reply.Elem())
+	return v, err
 }
 
 var (
@@ -227,9 +243,9 @@ var (
 
 // shape is the form of a method, or of a function that is a parameter.
 type shape struct {
-	name    string // as it is called
-	context bool   // it takes a context first
+	context bool // it takes a context first
 	params  []value
+	lends   bool         // a parameter or the result is a stream or function
 	sent    reflect.Type // what is sent for params
 	result  value        // a struct{} for none
 }
@@ -244,8 +260,8 @@ type value struct {
 
 // newShape returns the shape of a function type, or an error that says why it cannot
 // be called. The types outer have it as a parameter.
-func newShape(name string, t reflect.Type, outer []reflect.Type) (_ *shape, err error) {
-	s := &shape{name: "Plugin." + name, result: value{Type: typeOfNothing, sent: typeOfNothing}}
+func newShape(t reflect.Type, outer []reflect.Type) (_ *shape, err error) {
+	s := &shape{result: value{Type: typeOfNothing, sent: typeOfNothing}}
 	n := t.NumOut()
 	switch {
 	case n < 1 || n > 2 || t.Out(n-1) != typeOfError || t.IsVariadic():
@@ -254,6 +270,7 @@ func newShape(name string, t reflect.Type, outer []reflect.Type) (_ *shape, err 
 		return nil, fmt.Errorf("the function type %v contains itself", t)
 	case n == 2:
 		s.result, err = newValue(t.Out(0), resultStreams, nil)
+		s.lends = s.result.stream != ""
 	}
 	var fields []reflect.StructField
 	for i := range t.NumIn() {
@@ -264,6 +281,7 @@ func newShape(name string, t reflect.Type, outer []reflect.Type) (_ *shape, err 
 		p, unfit := newValue(t.In(i), paramStreams, append(outer, t))
 		err = cmp.Or(err, unfit)
 		s.params = append(s.params, p)
+		s.lends = s.lends || p.sent != p.Type
 		fields = append(fields, reflect.StructField{Name: fmt.Sprintf("A%d", len(fields)), Type: p.sent})
 	}
 	if s.sent = reflect.StructOf(fields); len(fields) == 1 {
@@ -281,9 +299,9 @@ func newValue(t reflect.Type, streams, outer []reflect.Type) (v value, err error
 		v.sent, v.stream = typeOfNumber, []string{"Read", "Write"}[i]
 	case t.Kind() == reflect.Func && outer != nil:
 		v.sent = typeOfNumber
-		v.function, err = newShape("Call", t, outer)
+		v.function, err = newShape(t, outer)
 	case t == typeOfContext || t == typeOfError:
-		err = fmt.Errorf("a context must be the first parameter, and an error the last result")
+		err = errors.New("a context must be the first parameter, and an error the last result")
 	case t.Kind() == reflect.Interface && t.PkgPath() == "io":
 		err = fmt.Errorf("%v cannot be sent, but one of %v can", t, streams)
 	default:
@@ -298,8 +316,7 @@ func checkGob(t reflect.Type) (err error) {
 	defer recoverTo(&err)
 	var buf bytes.Buffer
 	list := reflect.New(reflect.SliceOf(t))
-	err = gob.NewEncoder(&buf).EncodeValue(list.Elem())
-	return cmp.Or(err, gob.NewDecoder(&buf).DecodeValue(list))
+	return cmp.Or(gob.NewEncoder(&buf).EncodeValue(list.Elem()), gob.NewDecoder(&buf).DecodeValue(list))
 }
 
 // checkNil returns an error for a nil pointer: gob would send a zero value for it.
@@ -320,68 +337,32 @@ func (s *shape) field(sent reflect.Value, i int) reflect.Value {
 	return sent.Field(i)
 }
 
-// call calls what c serves with this shape, and returns its result.
-func (s *shape) call(ctx context.Context, b *MuxBroker, c *rpc.Client, args []reflect.Value) (result reflect.Value, err error) {
-	var stops []func()
-	defer func() { stopAll(stops) }()
-	sent := reflect.New(s.sent)
-	for i, p := range s.params {
-		v, stop := p.lend(b, args[i], untilStopped, nil)
-		s.field(sent.Elem(), i).Set(v)
-		if stop != nil {
-			stops = append(stops, stop)
-		}
-	}
-	if err = checkNil(sent.Elem()); err != nil {
-		return result, err
-	}
-	reply := reflect.New(s.result.sent)
-	into := reply.Interface()
-	if s.result.Type == typeOfNothing {
-		into = nil
-	}
-	if err = Call(ctx, c, s.name, sent.Interface(), into); err != nil {
-		return result, err
-	}
-	result, _, err = s.result.take(ctx, b, reply.Elem())
-	return result, err
-}
-
-// stopAll ends the serving of arguments.
-func stopAll(stops []func()) {
-	if len(stops) == 0 {
-		return
-	}
-	var all sync.WaitGroup
-	for _, stop := range stops {
-		all.Go(stop)
-	}
-	all.Wait()
-}
-
-// lend returns what is sent for x. If that is a number, stop ends the serving; at
-// the end, closer is called.
-func (v *value) lend(b *MuxBroker, x reflect.Value, timeout time.Duration, closer func() error) (_ reflect.Value, stop func()) {
-	if v.sent == v.Type {
-		return x, nil
-	}
-	var id uint32
-	switch arg := x.Interface(); {
-	case arg == nil || v.function != nil && x.IsNil():
-	case v.function != nil:
+// lend serves x, which is a stream or function, to the peer. closer is called when a
+// stream is closed or its serving ends.
+func (v *value) lend(b *MuxBroker, x reflect.Value, timeout time.Duration, closer func() error) *loan {
+	if v.function != nil {
 		svc := &service{methods: map[string]*method{"Call": v.function.serve(b, x)}}
-		id, _, stop = b.serve(svc, &svc.calls, timeout)
-	case v.stream == "Write":
-		id, stop = b.serveStream("Write", arg.(io.Writer).Write, timeout, closer)
-	default:
-		n, wait := b.serveStream("Read", arg.(io.Reader).Read, timeout, closer)
-		id, stop = n, func() {
-			done := make(chan struct{})
-			go func() { wait(); close(done) }() // ends when a Read that is running returns
-			waitFor(readTimeout, done)
+		return b.serve(svc, &svc.calls, timeout)
+	}
+	if v.stream == "Write" {
+		return b.serveStream("Write", x.Interface().(io.Writer).Write, timeout, closer)
+	}
+	return b.serveStream("Read", x.Interface().(io.Reader).Read, timeout, closer)
+}
+
+// endLoans ends the serving of arguments. It waits for a Write or callback that is
+// running, and until readTimeout for a Read.
+func endLoans(loans []*loan) {
+	for _, l := range loans {
+		l.end()
+	}
+	for _, l := range loans {
+		if l.reads {
+			waitFor(readTimeout, l.uses.allDone())
+		} else {
+			l.uses.Wait()
 		}
 	}
-	return reflect.ValueOf(id), stop
 }
 
 // take returns the value for which x was sent. closer, if not nil, ends its use.
@@ -395,17 +376,13 @@ func (v *value) take(ctx context.Context, b *MuxBroker, x reflect.Value) (_ refl
 		c, err := b.dialRPC(ctx, uint32(x.Uint()))
 		return v.function.proxy(ctx, b, c, v.Type), c, err
 	}
-	owned := slices.Contains(resultStreams, v.Type)
-	closer, err = b.dialStream(ctx, uint32(x.Uint()), v.stream, owned)
+	closer, err = b.dialStream(ctx, uint32(x.Uint()), v.stream, slices.Contains(resultStreams, v.Type))
 	return reflect.ValueOf(closer), closer, err
 }
 
 // serve returns a method that calls f, which has this shape.
 func (s *shape) serve(b *MuxBroker, f reflect.Value) *method {
-	m := &method{context: s.context || s.result.stream != "", ignores: len(s.params) == 0, arg: s.sent, into: s.result.sent}
-	for _, p := range s.params {
-		m.context = m.context || p.sent != p.Type
-	}
+	m := &method{context: s.context || s.lends, ignores: len(s.params) == 0, arg: s.sent, into: s.result.sent}
 	m.call = func(ctx context.Context, sent, reply reflect.Value) error {
 		if s.result.stream != "" {
 			return s.runStream(ctx, b, f, sent, reply.Elem())
@@ -484,23 +461,28 @@ func (s *shape) runStream(call context.Context, b *MuxBroker, f, sent, id reflec
 		_ = closer.Close()
 		return cmp.Or(err, context.Cause(call))
 	}
-	n, _ := s.result.lend(b, out[0], brokerTimeout, func() error {
+	l := s.result.lend(b, out[0], brokerTimeout, func() error {
 		defer cancel(nil)
 		return closer.Close()
 	})
-	id.Set(n)
+	id.SetUint(uint64(l.id))
 	return nil
 }
 
 // proxy returns a function of type t that calls the peer's. ctx is that of the method
 // which it is passed to.
 func (s *shape) proxy(ctx context.Context, b *MuxBroker, c *rpc.Client, t reflect.Type) reflect.Value {
+	r := &Remote{b, c, map[string]*shape{"Call": s}}
 	return reflect.MakeFunc(t, func(in []reflect.Value) []reflect.Value {
 		ctx := ctx
 		if s.context {
 			ctx, in = in[0].Interface().(context.Context), in[1:]
 		}
-		result, err := s.call(ctx, b, c, in)
+		args := make([]any, len(in))
+		for i, v := range in {
+			args[i] = v.Interface()
+		}
+		result, err := r.invoke(ctx, s.result.Type, "Call", args)
 		if err != nil {
 			result = reflect.Zero(s.result.Type)
 		}
