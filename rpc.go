@@ -292,7 +292,6 @@ func (c *clientCodec) Close() error {
 
 // service is a receiver whose methods can be called.
 type service struct {
-	rcvr    reflect.Value
 	methods map[string]*method
 	unfit   map[string]string // exported methods that cannot be called, and why
 	err     error             // why none can be called, told to every caller
@@ -301,9 +300,9 @@ type service struct {
 
 // method is one method of a service.
 type method struct {
-	fn        func(in []reflect.Value) error // in are receiver, maybe context, argument, reply
-	context   bool                           // it takes a context first
-	ignores   bool                           // it accepts any argument and ignores it
+	call      func(ctx context.Context, arg, reply reflect.Value) error
+	context   bool // it needs its own context
+	ignores   bool // it accepts any argument and ignores it
 	arg, into reflect.Type
 }
 
@@ -322,16 +321,17 @@ func newService(rcvr any) (*service, error) {
 	if rcvr == nil {
 		return nil, errors.New("there is nothing to serve: the receiver is nil")
 	}
-	s := &service{rcvr: reflect.ValueOf(rcvr), methods: make(map[string]*method), unfit: make(map[string]string)}
-	t := s.rcvr.Type()
+	s := &service{methods: make(map[string]*method), unfit: make(map[string]string)}
+	v := reflect.ValueOf(rcvr)
+	t := v.Type()
 	for i := range t.NumMethod() {
-		m := t.Method(i)
-		fit, why := newMethod(m)
+		name := t.Method(i).Name
+		fit, why := newMethod(v.Method(i))
 		if why != "" {
-			s.unfit[m.Name] = why
+			s.unfit[name] = why
 			continue
 		}
-		s.methods[m.Name] = fit
+		s.methods[name] = fit
 	}
 	if len(s.methods) > 0 {
 		return s, nil
@@ -346,15 +346,12 @@ func newService(rcvr any) (*service, error) {
 	return nil, errors.New(text)
 }
 
-// newMethod returns m as one that can be called, or says what is wrong with it.
-func newMethod(m reflect.Method) (fit *method, why string) {
-	t := m.Type
-	fit = &method{fn: func(in []reflect.Value) error {
-		err, _ := m.Func.Call(in)[0].Interface().(error)
-		return err
-	}}
-	in := 1 // behind the receiver
-	if t.NumIn() > in && t.In(in) == typeOfContext {
+// newMethod returns the method f, or says why it cannot be called.
+func newMethod(f reflect.Value) (fit *method, why string) {
+	t := f.Type()
+	fit = &method{}
+	in := 0
+	if t.NumIn() > 0 && t.In(0) == typeOfContext {
 		fit.context = true
 		in++
 	}
@@ -371,6 +368,14 @@ func newMethod(m reflect.Method) (fit *method, why string) {
 		return nil, fmt.Sprintf("its reply's type, %v, is not exported", t.In(in+1))
 	}
 	fit.arg, fit.into = t.In(in), t.In(in+1).Elem()
+	fit.call = func(ctx context.Context, arg, reply reflect.Value) error {
+		args := []reflect.Value{arg, reply}
+		if fit.context {
+			args = []reflect.Value{reflect.ValueOf(ctx), arg, reply}
+		}
+		err, _ := f.Call(args)[0].Interface().(error)
+		return err
+	}
 	return fit, ""
 }
 
@@ -458,10 +463,11 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 
 // inCall is a call that has arrived.
 type inCall struct {
-	service *service
-	method  *method
-	in      []reflect.Value // what method.fn is called with
-	cancel  context.CancelCauseFunc
+	service    *service
+	method     *method
+	ctx        context.Context
+	arg, reply reflect.Value
+	cancel     context.CancelCauseFunc // nil if it has no context of its own
 }
 
 // prepare finds the method and reads its argument. A method that takes a
@@ -486,13 +492,12 @@ func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*inCall, err
 	case reflect.Slice:
 		reply.Elem().Set(reflect.MakeSlice(m.into, 0, 0))
 	}
-	c := &inCall{service: svc, method: m, in: []reflect.Value{svc.rcvr, arg.Elem(), reply}}
+	c := &inCall{service: svc, method: m, ctx: ctx, arg: arg.Elem(), reply: reply}
 	if m.context {
-		ctx, c.cancel = context.WithCancelCause(ctx)
+		c.ctx, c.cancel = context.WithCancelCause(ctx)
 		s.mu.Lock()
 		s.cancels[req.Seq] = c.cancel
 		s.mu.Unlock()
-		c.in = []reflect.Value{svc.rcvr, reflect.ValueOf(ctx), arg.Elem(), reply}
 	}
 	return c, nil
 }
@@ -540,7 +545,7 @@ func (s *rpcServer) call(req *rpc.Request, c *inCall) {
 	// plugin ends the process and is not answered.
 	defer func() {
 		if err != errExited || s.catch {
-			s.respond(req, c.in[len(c.in)-1].Interface(), err)
+			s.respond(req, c.reply.Interface(), err)
 		}
 	}()
 	err = s.invoke(req, c)
@@ -567,7 +572,7 @@ func (s *rpcServer) invoke(req *rpc.Request, c *inCall) (err error) {
 			}
 		}()
 	}
-	return c.method.fn(c.in)
+	return c.method.call(c.ctx, c.arg, c.reply)
 }
 
 // respond answers one call. If the reply cannot be sent, an error that says so
