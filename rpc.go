@@ -386,20 +386,6 @@ func exportedOrBuiltin(t reflect.Type) bool {
 	return token.IsExported(t.Name()) || t.PkgPath() == ""
 }
 
-// find returns the method with that name, or says why there is none.
-func (s *service) find(full, name string) (*method, error) {
-	if s.err != nil {
-		return nil, fmt.Errorf("plugin: %s cannot be called: %w", full, s.err)
-	}
-	if m := s.methods[name]; m != nil {
-		return m, nil
-	}
-	if why := s.unfit[name]; why != "" {
-		return nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, why)
-	}
-	return nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, nameList(s.methods))
-}
-
 // rpcServer serves the calls that arrive on one stream.
 type rpcServer struct {
 	w        *wire
@@ -502,17 +488,24 @@ func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*inCall, err
 	return c, nil
 }
 
+// find returns the method with that name, or says why there is none.
 func (s *rpcServer) find(full string) (*service, *method, error) {
 	dot := strings.LastIndex(full, ".")
-	if dot < 0 {
+	name := full[dot+1:]
+	svc := s.services[full[:max(dot, 0)]]
+	switch {
+	case dot < 0:
 		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s: call it Plugin.%s", full, full)
-	}
-	svc := s.services[full[:dot]]
-	if svc == nil {
+	case svc == nil:
 		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, nameList(s.services))
+	case svc.err != nil:
+		return nil, nil, fmt.Errorf("plugin: %s cannot be called: %w", full, svc.err)
+	case svc.unfit[name] != "":
+		return nil, nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, svc.unfit[name])
+	case svc.methods[name] == nil:
+		return nil, nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, nameList(svc.methods))
 	}
-	m, err := svc.find(full, full[dot+1:])
-	return svc, m, err
+	return svc, svc.methods[name], nil
 }
 
 // cancel ends the context of a call, if there is still such a call.
