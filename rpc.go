@@ -391,14 +391,12 @@ type rpcServer struct {
 	w        *wire
 	services map[string]*service
 	logger   hclog.Logger
-	catch    bool // a panic in a method is an error of that call
-
-	mu      sync.Mutex // guards cancels
-	cancels map[uint64]context.CancelCauseFunc
+	catch    bool     // a panic in a method is an error of that call
+	cancels  sync.Map // of calls with a context: the sequence number to its cancel
 }
 
 func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool) *rpcServer {
-	return &rpcServer{w: newWire(conn, response{}), services: services, logger: logger, catch: catch, cancels: make(map[uint64]context.CancelCauseFunc)}
+	return &rpcServer{w: newWire(conn, response{}), services: services, logger: logger, catch: catch}
 }
 
 var (
@@ -453,7 +451,7 @@ type inCall struct {
 	method     *method
 	ctx        context.Context
 	arg, reply reflect.Value
-	cancel     context.CancelCauseFunc // nil if it has no context of its own
+	cancel     context.CancelCauseFunc
 }
 
 // prepare finds the method and reads its argument. A method that takes a
@@ -478,12 +476,10 @@ func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*inCall, err
 	case reflect.Slice:
 		reply.Elem().Set(reflect.MakeSlice(m.into, 0, 0))
 	}
-	c := &inCall{service: svc, method: m, ctx: ctx, arg: arg.Elem(), reply: reply}
+	c := &inCall{svc, m, ctx, arg.Elem(), reply, func(error) {}}
 	if m.context {
 		c.ctx, c.cancel = context.WithCancelCause(ctx)
-		s.mu.Lock()
-		s.cancels[req.Seq] = c.cancel
-		s.mu.Unlock()
+		s.cancels.Store(req.Seq, c.cancel)
 	}
 	return c, nil
 }
@@ -515,57 +511,38 @@ func (s *rpcServer) cancel(seq uint64) {
 	if s.w.decode(&deadline) == nil && deadline {
 		cause = errTimedOut
 	}
-	s.mu.Lock()
-	cancel := s.cancels[seq]
-	s.mu.Unlock()
-	if cancel != nil {
-		cancel(cause)
+	if cancel, ok := s.cancels.Load(seq); ok {
+		cancel.(context.CancelCauseFunc)(cause)
 	}
 }
 
-// call runs a method and answers.
+// call runs a method and answers. In the host, a panic must not be the end of the
+// process; in a plugin it must be, so that its host learns of it and nobody goes
+// on with what the method may have left half done.
 func (s *rpcServer) call(req *rpc.Request, c *inCall) {
-	if c.method.context {
-		defer func() {
-			s.mu.Lock()
-			delete(s.cancels, req.Seq)
-			s.mu.Unlock()
-			c.cancel(nil)
-		}()
+	if !c.service.calls.enter() {
+		s.respond(req, nil, errStopped)
+		return
 	}
 	err := errExited
-	// Also runs if the method calls runtime.Goexit, as t.Fatal does. A panic in a
-	// plugin ends the process and is not answered.
-	defer func() {
-		if err != errExited || s.catch {
-			s.respond(req, c.reply.Interface(), err)
-		}
-	}()
-	err = s.invoke(req, c)
-}
-
-// invoke runs a method. In the host, a panic must not be the end of the
-// process; in a plugin it must be, so that its host learns of it and nobody
-// goes on with what the method may have left half done.
-func (s *rpcServer) invoke(req *rpc.Request, c *inCall) (err error) {
-	if !c.service.calls.enter() {
-		return errStopped
-	}
-	defer func() {
-		if c.service.calls.isClosed() {
-			err = errStopped
-		}
-		c.service.calls.Done()
-	}()
-	if s.catch {
-		defer func() {
+	defer func() { // also if the method calls runtime.Goexit, as t.Fatal does
+		if s.catch {
 			if p := recover(); p != nil {
 				s.logger.Error("a method that a plugin called panicked", "method", req.ServiceMethod, "panic", p, "trace", string(debug.Stack()))
 				err = fmt.Errorf("plugin: %s panicked: %v", req.ServiceMethod, p)
 			}
-		}()
-	}
-	return c.method.call(c.ctx, c.arg, c.reply)
+		}
+		if c.service.calls.isClosed() {
+			err = errStopped
+		}
+		c.service.calls.Done()
+		if err != errExited || s.catch { // it may be a panic, which is not answered
+			s.respond(req, c.reply.Interface(), err)
+		}
+		s.cancels.Delete(req.Seq)
+		c.cancel(nil)
+	}()
+	err = c.method.call(c.ctx, c.arg, c.reply)
 }
 
 // respond answers one call. If the reply cannot be sent, an error that says so
