@@ -308,14 +308,14 @@ func (c *Client) watch(p AttachedRunner) {
 	if !errors.As(err, &exit) {
 		exit = &ExitError{Path: c.name, Err: err}
 	}
-	level := hclog.Error
+	level, reason := hclog.Error, any(exit)
 	switch {
 	case c.wasAsked() || c.starting.err != nil:
-		level = hclog.Debug
+		level, reason = hclog.Debug, exit.State
 	case exit.State != nil && exit.State.Success():
 		level = hclog.Info
 	}
-	c.logger.Log(level, "the process has ended", "plugin", c.name, "pid", p.ID(), "reason", exit)
+	c.logger.Log(level, "the process has ended", "plugin", c.name, "pid", p.ID(), "reason", reason)
 	c.finish(exit)
 }
 

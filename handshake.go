@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/ecdsa"
@@ -21,7 +22,6 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -123,8 +123,11 @@ func (h handshake) String() string {
 	return line
 }
 
-// handshakeStart matches the beginning of a handshake in a plugin's stdout.
-var handshakeStart = regexp.MustCompile(`^\d+\|`)
+// isHandshake reports whether a line is a handshake: it begins with digits and a bar.
+func isHandshake(line []byte) bool {
+	rest := bytes.TrimLeft(line, "0123456789")
+	return len(rest) < len(line) && bytes.HasPrefix(rest, []byte{'|'})
+}
 
 // parseHandshake parses the handshake of a plugin. It ignores unknown fields at the
 // end.

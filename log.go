@@ -174,22 +174,24 @@ func parseLevel(text string) hclog.Level {
 	return min(max(hclog.Info+hclog.Level(l>>2), hclog.Trace), hclog.Error) // slog's are four apart
 }
 
-var (
-	// levelPrefix is a level in brackets, maybe behind the date and time of
-	// package log, or what slog's default handler writes.
-	levelPrefix = regexp.MustCompile(`^(?:\d{4}/\d\d/\d\d )?(?:\d\d:\d\d:\d\d(?:\.\d+)? )?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?|` +
-		`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d(?:\.\d+)? ((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `)
-	// slogText is how a line of slog's TextHandler begins.
-	slogText = regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) (?:source=\S+ )?msg=`)
-)
+// levelPatterns are made when they are needed, which is in hosts alone. The first
+// is a level in brackets, maybe behind the date and time of package log, or what
+// slog's default handler writes; the second is how its TextHandler begins a line.
+var levelPatterns = sync.OnceValue(func() [2]*regexp.Regexp {
+	return [2]*regexp.Regexp{
+		regexp.MustCompile(`^(?:\d{4}/\d\d/\d\d )?(?:\d\d:\d\d:\d\d(?:\.\d+)? )?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?|` +
+			`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d(?:\.\d+)? ((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `),
+		regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) (?:source=\S+ )?msg=`),
+	}
+})
 
 // textLevel returns the level that is written at the front of a line, and the
 // line without a prefix that says no more than the record will.
 func textLevel(line []byte) (hclog.Level, []byte) {
-	if m := levelPrefix.FindSubmatch(line); m != nil {
+	if m := levelPatterns()[0].FindSubmatch(line); m != nil {
 		return parseLevel(string(m[1]) + string(m[2])), line[len(m[0]):]
 	}
-	if m := slogText.FindSubmatch(line); m != nil {
+	if m := levelPatterns()[1].FindSubmatch(line); m != nil {
 		return parseLevel(string(m[1])), line
 	}
 	return hclog.NoLevel, line

@@ -98,15 +98,12 @@ func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 // with its type. It fails for a name that either side does not know, if Server
 // or Client fails, panics or returns nothing, and if the connection is lost.
 // Otherwise it waits for as long as Server takes.
-func (c *RPCClient) Dispense(name string) (any, error) {
-	v, err := c.dispense(name)
-	if err != nil {
-		return nil, fmt.Errorf("plugin %q cannot be dispensed: %w", name, err)
-	}
-	return v, nil
-}
-
-func (c *RPCClient) dispense(name string) (any, error) {
+func (c *RPCClient) Dispense(name string) (v any, err error) {
+	defer func() {
+		if err != nil {
+			v, err = nil, fmt.Errorf("plugin %q cannot be dispensed: %w", name, err)
+		}
+	}()
 	p := c.plugins[name]
 	if p == nil {
 		return nil, fmt.Errorf("the host knows no such plugin; ClientConfig.Plugins has %s", nameList(c.plugins))
@@ -115,29 +112,23 @@ func (c *RPCClient) dispense(name string) (any, error) {
 	if err := Call(context.Background(), c.control, "Dispenser.Dispense", name, &id); err != nil {
 		return nil, err
 	}
-	conn, err := c.broker.Dial(id)
+	client, err := c.broker.DialRPC(id)
 	if err != nil {
 		return nil, err
 	}
-	client := newRPCClient(conn, c.session.spawn)
-	v, err := build(func() (any, error) { return p.Client(c.broker, client) })
-	if err != nil {
+	if v, err = notNil(p.Client(c.broker, client)); err != nil {
 		_ = client.Close()
-		return nil, fmt.Errorf("its Client %w", err)
+		return nil, fmt.Errorf("its Client failed: %w", err)
 	}
 	return v, nil
 }
 
-// build calls a Plugin's Client or Server method.
-func build(f func() (any, error)) (any, error) {
-	v, err := f()
-	if err != nil {
-		return nil, fmt.Errorf("failed: %w", err)
+// notNil is what a Plugin's Client or Server returned, unless that is nothing.
+func notNil(v any, err error) (any, error) {
+	if v == nil && err == nil {
+		err = errors.New("it returned nil")
 	}
-	if v == nil {
-		return nil, errors.New("returned nil")
-	}
-	return v, nil
+	return v, err
 }
 
 // Ping asks the plugin for a sign of life. It fails if the connection is lost,
@@ -440,9 +431,9 @@ func (d *dispenseService) Dispense(name string, id *uint32) error {
 	if p == nil {
 		return fmt.Errorf("the plugin knows no such plugin; ServeConfig.Plugins has %s", nameList(d.plugins))
 	}
-	v, err := build(func() (any, error) { return p.Server(d.broker) })
+	v, err := notNil(p.Server(d.broker))
 	if err != nil {
-		return fmt.Errorf("its Server %w", err)
+		return fmt.Errorf("its Server failed: %w", err)
 	}
 	svc, err := newService(v)
 	if err != nil {

@@ -194,7 +194,7 @@ func (p *child) stdoutLine(line []byte, left int) {
 	switch {
 	case p.found:
 		p.logger.Debug(text)
-	case handshakeStart.Match(line):
+	case isHandshake(line):
 		p.found = true
 		p.handshakes <- string(line)
 	case text != "":

@@ -386,33 +386,17 @@ func exportedOrBuiltin(t reflect.Type) bool {
 	return token.IsExported(t.Name()) || t.PkgPath() == ""
 }
 
-// find returns the method with that name, or says why there is none.
-func (s *service) find(full, name string) (*method, error) {
-	if s.err != nil {
-		return nil, fmt.Errorf("plugin: %s cannot be called: %w", full, s.err)
-	}
-	if m := s.methods[name]; m != nil {
-		return m, nil
-	}
-	if why := s.unfit[name]; why != "" {
-		return nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, why)
-	}
-	return nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, nameList(s.methods))
-}
-
 // rpcServer serves the calls that arrive on one stream.
 type rpcServer struct {
 	w        *wire
 	services map[string]*service
 	logger   hclog.Logger
-	catch    bool // a panic in a method is an error of that call
-
-	mu      sync.Mutex // guards cancels
-	cancels map[uint64]context.CancelCauseFunc
+	catch    bool     // a panic in a method is an error of that call
+	cancels  sync.Map // of calls with a context: the sequence number to its cancel
 }
 
 func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool) *rpcServer {
-	return &rpcServer{w: newWire(conn, response{}), services: services, logger: logger, catch: catch, cancels: make(map[uint64]context.CancelCauseFunc)}
+	return &rpcServer{w: newWire(conn, response{}), services: services, logger: logger, catch: catch}
 }
 
 var (
@@ -467,7 +451,7 @@ type inCall struct {
 	method     *method
 	ctx        context.Context
 	arg, reply reflect.Value
-	cancel     context.CancelCauseFunc // nil if it has no context of its own
+	cancel     context.CancelCauseFunc
 }
 
 // prepare finds the method and reads its argument. A method that takes a
@@ -492,27 +476,32 @@ func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*inCall, err
 	case reflect.Slice:
 		reply.Elem().Set(reflect.MakeSlice(m.into, 0, 0))
 	}
-	c := &inCall{service: svc, method: m, ctx: ctx, arg: arg.Elem(), reply: reply}
+	c := &inCall{svc, m, ctx, arg.Elem(), reply, func(error) {}}
 	if m.context {
 		c.ctx, c.cancel = context.WithCancelCause(ctx)
-		s.mu.Lock()
-		s.cancels[req.Seq] = c.cancel
-		s.mu.Unlock()
+		s.cancels.Store(req.Seq, c.cancel)
 	}
 	return c, nil
 }
 
+// find returns the method with that name, or says why there is none.
 func (s *rpcServer) find(full string) (*service, *method, error) {
 	dot := strings.LastIndex(full, ".")
-	if dot < 0 {
+	name := full[dot+1:]
+	svc := s.services[full[:max(dot, 0)]]
+	switch {
+	case dot < 0:
 		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s: call it Plugin.%s", full, full)
-	}
-	svc := s.services[full[:dot]]
-	if svc == nil {
+	case svc == nil:
 		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, nameList(s.services))
+	case svc.err != nil:
+		return nil, nil, fmt.Errorf("plugin: %s cannot be called: %w", full, svc.err)
+	case svc.unfit[name] != "":
+		return nil, nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, svc.unfit[name])
+	case svc.methods[name] == nil:
+		return nil, nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, nameList(svc.methods))
 	}
-	m, err := svc.find(full, full[dot+1:])
-	return svc, m, err
+	return svc, svc.methods[name], nil
 }
 
 // cancel ends the context of a call, if there is still such a call.
@@ -522,57 +511,38 @@ func (s *rpcServer) cancel(seq uint64) {
 	if s.w.decode(&deadline) == nil && deadline {
 		cause = errTimedOut
 	}
-	s.mu.Lock()
-	cancel := s.cancels[seq]
-	s.mu.Unlock()
-	if cancel != nil {
-		cancel(cause)
+	if cancel, ok := s.cancels.Load(seq); ok {
+		cancel.(context.CancelCauseFunc)(cause)
 	}
 }
 
-// call runs a method and answers.
+// call runs a method and answers. In the host, a panic must not be the end of the
+// process; in a plugin it must be, so that its host learns of it and nobody goes
+// on with what the method may have left half done.
 func (s *rpcServer) call(req *rpc.Request, c *inCall) {
-	if c.method.context {
-		defer func() {
-			s.mu.Lock()
-			delete(s.cancels, req.Seq)
-			s.mu.Unlock()
-			c.cancel(nil)
-		}()
+	if !c.service.calls.enter() {
+		s.respond(req, nil, errStopped)
+		return
 	}
 	err := errExited
-	// Also runs if the method calls runtime.Goexit, as t.Fatal does. A panic in a
-	// plugin ends the process and is not answered.
-	defer func() {
-		if err != errExited || s.catch {
-			s.respond(req, c.reply.Interface(), err)
-		}
-	}()
-	err = s.invoke(req, c)
-}
-
-// invoke runs a method. In the host, a panic must not be the end of the
-// process; in a plugin it must be, so that its host learns of it and nobody
-// goes on with what the method may have left half done.
-func (s *rpcServer) invoke(req *rpc.Request, c *inCall) (err error) {
-	if !c.service.calls.enter() {
-		return errStopped
-	}
-	defer func() {
-		if c.service.calls.isClosed() {
-			err = errStopped
-		}
-		c.service.calls.Done()
-	}()
-	if s.catch {
-		defer func() {
+	defer func() { // also if the method calls runtime.Goexit, as t.Fatal does
+		if s.catch {
 			if p := recover(); p != nil {
 				s.logger.Error("a method that a plugin called panicked", "method", req.ServiceMethod, "panic", p, "trace", string(debug.Stack()))
 				err = fmt.Errorf("plugin: %s panicked: %v", req.ServiceMethod, p)
 			}
-		}()
-	}
-	return c.method.call(c.ctx, c.arg, c.reply)
+		}
+		if c.service.calls.isClosed() {
+			err = errStopped
+		}
+		c.service.calls.Done()
+		if err != errExited || s.catch { // it may be a panic, which is not answered
+			s.respond(req, c.reply.Interface(), err)
+		}
+		s.cancels.Delete(req.Seq)
+		c.cancel(nil)
+	}()
+	err = c.method.call(c.ctx, c.arg, c.reply)
 }
 
 // respond answers one call. If the reply cannot be sent, an error that says so

@@ -468,13 +468,10 @@ func TestRPCConn(t TestingT) (*rpc.Client, *rpc.Server) {
 func TestPluginRPCConn(t TestingT, plugins map[string]Plugin, opts *TestOptions) (*RPCClient, *RPCServer) {
 	t.Helper()
 	clientConn, serverConn := TestConn(t)
-	server := &RPCServer{Plugins: plugins}
-	if opts != nil && opts.ServerStdout != nil {
-		server.Stdout = opts.ServerStdout
+	if opts == nil {
+		opts = &TestOptions{}
 	}
-	if opts != nil && opts.ServerStderr != nil {
-		server.Stderr = opts.ServerStderr
-	}
+	server := &RPCServer{Plugins: plugins, Stdout: opts.ServerStdout, Stderr: opts.ServerStderr}
 	go server.ServeConn(serverConn) // ends with the connection
 	client, err := NewRPCClient(clientConn, plugins)
 	if err != nil {
