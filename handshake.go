@@ -298,18 +298,18 @@ func giveToGroup(path, group string, mode os.FileMode) error {
 func listenTCP(minPort, maxPort string) (net.Listener, error) {
 	low, _ := strconv.ParseUint(minPort, 10, 16)
 	high, _ := strconv.ParseUint(maxPort, 10, 16)
-	err := fmt.Errorf("no port from %d to %d is free", low, high)
 	if high > 0 {
 		low = max(low, 1) // 0 is any port
 	}
-	for port := low; port <= max(low, high); port++ {
-		listener, listenErr := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if listenErr == nil {
+	for port := low; ; port++ {
+		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
 			return listener, nil
 		}
-		err = fmt.Errorf("no port from %d to %d is free: %w", low, high, listenErr)
+		if port >= high {
+			return nil, fmt.Errorf("no port from %d to %d is free: %w", low, high, err)
+		}
 	}
-	return nil, err
 }
 
 // removePrivate removes the directory that the host made for the socket.

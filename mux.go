@@ -257,7 +257,7 @@ func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 }
 
 func (s *RPCServer) serveSession(sess *session) error {
-	control, err := sess.accept()
+	st, err := sess.accept()
 	if err != nil {
 		return err
 	}
@@ -271,16 +271,10 @@ func (s *RPCServer) serveSession(sess *session) error {
 	broker := newMuxBroker(sess)
 	// Ends with the session.
 	sess.spawn(func() { defer sess.cancel(); broker.Run() })
-	server := newRPCServer(control, nil, s.logger, false)
-	server.services = make(map[string]*service)
-	for name, rcvr := range map[string]any{
-		"Control":   &controlService{s, server},
-		"Dispenser": &dispenseService{s.Plugins, broker},
-	} {
-		if server.services[name], err = newService(rcvr); err != nil {
-			return err
-		}
-	}
+	server := newRPCServer(st, nil, s.logger, false)
+	control, _ := newService(&controlService{s, server})
+	dispenser, _ := newService(&dispenseService{s.Plugins, broker})
+	server.services = map[string]*service{"Control": control, "Dispenser": dispenser}
 	return server.serve(context.Background())
 }
 

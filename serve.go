@@ -368,7 +368,7 @@ func (s *serving) unlisten() {
 	removePrivate(s.dir)
 }
 
-// capture makes what the process prints go to the host, and to the writers.
+// capture sends the output of the process to the host, and copies it to the writers.
 func (s *serving) capture(teeOut, teeErr io.Writer) (err error) {
 	stdout, stderr := os.Stdout, os.Stderr
 	var w [2]*os.File

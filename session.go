@@ -70,11 +70,8 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		AcceptBacklog: 256, // what go-plugin has: more would be refused there
 		// A process that is stopped is not lost: as long as it lives, nothing
 		// here runs out of time.
-		EnableKeepAlive:        false,
 		KeepAliveInterval:      math.MaxInt64,
 		ConnectionWriteTimeout: math.MaxInt64,
-		StreamOpenTimeout:      0,
-		StreamCloseTimeout:     0,
 		MaxStreamWindowSize:    streamWindow,
 		// What matters in yamux's messages is in the errors of calls and streams.
 		Logger: log.New(&lineWriter{max: maxJoined, emit: func(line []byte, _ int) { s.debug(string(line)) }}, "", 0),
