@@ -135,7 +135,7 @@ func start[T any](name string, p plugin.Plugin) (T, *plugin.Client) {
 	return v, client
 }
 
-// GreeterPlugin makes the two ends of a Greeter. Only the plugin sets Impl.
+// GreeterPlugin has an Impl in the plugin.
 type GreeterPlugin struct{ Impl Greeter }
 
 func (p GreeterPlugin) Server(*plugin.MuxBroker) (any, error) {
@@ -146,7 +146,7 @@ func (GreeterPlugin) Client(_ *plugin.MuxBroker, c *rpc.Client) (any, error) {
 	return &GreeterRPC{c}, nil
 }
 
-// GreeterRPC is the Greeter in the host.
+// GreeterRPC runs in the host.
 type GreeterRPC struct{ client *rpc.Client }
 
 func (g *GreeterRPC) Greet(ctx context.Context, name string) (greeting string, err error) {
@@ -154,7 +154,7 @@ func (g *GreeterRPC) Greet(ctx context.Context, name string) (greeting string, e
 	return greeting, err
 }
 
-// GreeterRPCServer answers its calls in the plugin.
+// GreeterRPCServer runs in the plugin.
 type GreeterRPCServer struct{ impl Greeter }
 
 func (s *GreeterRPCServer) Greet(ctx context.Context, name string, greeting *string) (err error) {
