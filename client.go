@@ -153,7 +153,7 @@ type Client struct {
 	end        context.CancelCauseFunc
 	watching   context.Context // ends when Kill does not wait for the process any more
 	abandon    context.CancelFunc
-	starting   *once[ready]
+	starting   *once[handshake]
 	connecting *once[*RPCClient]
 	gone       chan struct{} // closed when the process has ended
 	done       chan struct{} // closed when its output has ended too
@@ -162,12 +162,6 @@ type Client struct {
 	proc  AttachedRunner
 	asked bool  // Kill was called while the plugin ran
 	err   error // how the plugin ended, or nil if asked; constant when done is closed
-}
-
-// ready is a plugin that accepts connections.
-type ready struct {
-	handshake
-	tls *tls.Config // nil for none
 }
 
 var errKilled = errors.New("plugin: Kill was called")
@@ -190,7 +184,7 @@ func CleanupClients() {
 // the plugin is no longer needed, or [CleanupClients] if config has Managed set.
 func NewClient(config *ClientConfig) *Client {
 	c := &Client{
-		config: *config, starting: newOnce[ready](), connecting: newOnce[*RPCClient](),
+		config: *config, starting: newOnce[handshake](), connecting: newOnce[*RPCClient](),
 		gone: make(chan struct{}), done: make(chan struct{}),
 	}
 	cfg := &c.config
@@ -234,25 +228,25 @@ func (c *Client) Start() (net.Addr, error) { return c.StartContext(context.Backg
 // [ErrChecksumsDoNotMatch], [ErrSecureConfigNoChecksum], [ErrSecureConfigNoHash] and
 // [ErrSecureConfigAndReattach] are not wrapped.
 func (c *Client) StartContext(ctx context.Context) (net.Addr, error) {
-	r, err := c.starting.do(ctx, func() (ready, error) {
+	h, err := c.starting.do(ctx, func() (handshake, error) {
 		ctx, cancel := context.WithCancelCause(ctx)
 		defer cancel(nil)
 		defer context.AfterFunc(c.life, func() { cancel(errKilled) })()
-		r, err := c.start(ctx)
+		h, err := c.start(ctx)
 		if err != nil {
 			c.finish(nil)
 		}
-		return r, err
+		return h, err
 	})
-	return r.addr, err
+	return h.addr, err
 }
 
-func (c *Client) start(ctx context.Context) (r ready, err error) {
+func (c *Client) start(ctx context.Context) (h handshake, err error) {
 	if c.life.Err() != nil {
-		return r, errKilled
+		return h, errKilled
 	}
 	if err := c.config.validate(); err != nil {
-		return r, err
+		return h, err
 	}
 	if c.config.Reattach != nil {
 		return c.reattach(ctx)
@@ -261,12 +255,11 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 	p, err := launch(&c.config, c.logger, versionList(c.sets))
 	if err == nil {
 		c.own(p)
-		var h handshake
 		if h, err = p.awaitHandshake(ctx, c.config.StartTimeout); err == nil {
-			r, err = c.accept(h, p)
+			h.tls, err = c.accept(h, p)
 		}
 		if err == nil {
-			return r, nil
+			return h, nil
 		}
 		if err != errNoHandshake {
 			_ = p.Kill(ctx)
@@ -278,11 +271,11 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 	}
 	switch err {
 	case ErrSecureConfigNoChecksum, ErrSecureConfigNoHash, ErrChecksumsDoNotMatch:
-		return ready{}, err
+		return handshake{}, err
 	}
 	failed.Err = err
 	failed.hint = startHint(failed, &c.config)
-	return ready{}, failed
+	return handshake{}, failed
 }
 
 // own makes p the process of the client and watches it.
@@ -319,37 +312,37 @@ func (c *Client) watch(p AttachedRunner) {
 	c.finish(exit)
 }
 
-// accept checks whether this host can use a plugin with that handshake.
-func (c *Client) accept(h handshake, p *child) (r ready, err error) {
+// accept checks whether this host can use a plugin with that handshake, and returns the
+// TLS configuration for it.
+func (c *Client) accept(h handshake, p *child) (*tls.Config, error) {
 	if h.protocol == ProtocolGRPC {
-		return r, errors.New("it speaks gRPC, and this library speaks net/rpc alone: the plugin must be served with this library, or with the net/rpc half of go-plugin")
+		return nil, errors.New("it speaks gRPC, and this library speaks net/rpc alone: the plugin must be served with this library, or with the net/rpc half of go-plugin")
 	}
 	if h.protocol != ProtocolNetRPC || !slices.Contains(c.config.AllowedProtocols, h.protocol) {
-		return r, fmt.Errorf("it speaks the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
+		return nil, fmt.Errorf("it speaks the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
 	}
 	if _, known := c.sets[h.version]; !known {
-		return r, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
+		return nil, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
 	}
-	r = ready{h, c.config.TLSConfig}
-	if c.config.AutoMTLS {
-		if len(h.cert) == 0 {
-			return r, errors.New("it has not answered with a certificate, as AutoMTLS needs: was it served with a ServeConfig.TLSProvider?")
-		}
-		cert, err := x509.ParseCertificate(h.cert)
-		if err != nil {
-			return r, fmt.Errorf("its certificate cannot be read: %w", err)
-		}
-		pool := x509.NewCertPool()
-		pool.AddCert(cert)
-		r.tls = mutualTLS(p.cert, pool)
+	if !c.config.AutoMTLS {
+		return c.config.TLSConfig, nil
 	}
-	return r, nil
+	if len(h.cert) == 0 {
+		return nil, errors.New("it has not answered with a certificate, as AutoMTLS needs: was it served with a ServeConfig.TLSProvider?")
+	}
+	cert, err := x509.ParseCertificate(h.cert)
+	if err != nil {
+		return nil, fmt.Errorf("its certificate cannot be read: %w", err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(cert)
+	return mutualTLS(p.cert, pool), nil
 }
 
-// reattach finds a plugin that is running.
-func (c *Client) reattach(ctx context.Context) (r ready, err error) {
+// reattach finds the plugin that runs already.
+func (c *Client) reattach(ctx context.Context) (h handshake, err error) {
 	rc := c.config.Reattach
-	h := handshake{version: rc.ProtocolVersion, addr: rc.Addr, protocol: cmp.Or(rc.Protocol, ProtocolNetRPC)}
+	h = handshake{version: rc.ProtocolVersion, addr: rc.Addr, protocol: cmp.Or(rc.Protocol, ProtocolNetRPC)}
 	if c.sets[h.version] == nil && h.version == 0 && len(c.sets) == 1 {
 		h.version = sortedKeys(c.sets)[0] // go-plugin's configs do not tell
 	}
@@ -358,21 +351,21 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 			err = fmt.Errorf("plugin: reattaching: %w", err)
 		}
 	}()
-	if r, err = c.accept(h, nil); err != nil {
-		return ready{}, err
+	if h.tls, err = c.accept(h, nil); err != nil {
+		return handshake{}, err
 	}
 	conn, err := new(net.Dialer).DialContext(ctx, rc.Addr.Network(), rc.Addr.String())
 	switch {
 	case ctx.Err() != nil:
-		return ready{}, contextError(ctx)
+		return handshake{}, contextError(ctx)
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
-		return ready{}, ErrProcessNotFound
+		return handshake{}, ErrProcessNotFound
 	case err != nil: // says nothing about the plugin
-		return ready{}, err
+		return handshake{}, err
 	}
 	_ = conn.Close()
 	if rc.Test {
-		return r, nil
+		return h, nil
 	}
 	find := rc.ReattachFunc
 	if find == nil {
@@ -380,10 +373,10 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 	}
 	p, err := find()
 	if err != nil {
-		return ready{}, err
+		return handshake{}, err
 	}
 	c.own(p)
-	return r, nil
+	return h, nil
 }
 
 // Client starts the plugin, if it has not been started, and connects to it. Later calls
@@ -421,13 +414,13 @@ func (c *Client) connect(ctx context.Context) (*RPCClient, error) {
 }
 
 func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
-	r := c.starting.result()
-	conn, err := new(net.Dialer).DialContext(ctx, r.addr.Network(), r.addr.String())
+	h := c.starting.result()
+	conn, err := new(net.Dialer).DialContext(ctx, h.addr.Network(), h.addr.String())
 	if err != nil {
 		return nil, err
 	}
-	if r.tls != nil {
-		secure := tls.Client(conn, r.tls)
+	if h.tls != nil {
+		secure := tls.Client(conn, h.tls)
 		if err := secure.HandshakeContext(ctx); err != nil {
 			_ = conn.Close()
 			if err == io.EOF {
@@ -437,11 +430,11 @@ func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
 		}
 		conn = secure
 	}
-	rc, err := newConnection(conn, c.sets[r.version], c.logger, c.whyLost)
+	rc, err := newConnection(conn, c.sets[h.version], c.logger, c.whyLost)
 	if err != nil {
 		return nil, err
 	}
-	rc.flushes = r.flushes
+	rc.flushes = h.flushes
 	return rc, rc.SyncStreams(c.orLog(c.config.SyncStdout), c.orLog(c.config.SyncStderr))
 }
 
@@ -508,7 +501,7 @@ func (c *Client) Kill() {
 		return
 	}
 	c.end(errKilled)
-	_, startErr := c.starting.do(context.Background(), func() (ready, error) { return ready{}, errKilled })
+	_, startErr := c.starting.do(context.Background(), func() (handshake, error) { return handshake{}, errKilled })
 	c.mu.Lock()
 	p := c.proc
 	c.asked = c.asked || p != nil && !isClosed(c.gone)
@@ -597,8 +590,8 @@ func (c *Client) NegotiatedVersion() int { return c.starting.result().version }
 // or nil before Start. It detaches the plugin, as ClientConfig.Detach does; on Windows,
 // only Detach does. To get the pid without detaching, use ID.
 func (c *Client) ReattachConfig() *ReattachConfig {
-	r := c.starting.result()
-	if r.addr == nil {
+	h := c.starting.result()
+	if h.addr == nil {
 		return nil
 	}
 	if c.config.Reattach != nil {
@@ -607,5 +600,5 @@ func (c *Client) ReattachConfig() *ReattachConfig {
 	}
 	p := c.process().(*child)
 	p.detach()
-	return &ReattachConfig{Protocol: r.protocol, ProtocolVersion: r.version, Addr: r.addr, Pid: p.cmd.Process.Pid}
+	return &ReattachConfig{Protocol: h.protocol, ProtocolVersion: h.version, Addr: h.addr, Pid: p.cmd.Process.Pid}
 }

@@ -107,7 +107,9 @@ type handshake struct {
 	addr     net.Addr
 	protocol Protocol
 	cert     []byte // DER; empty without AutoMTLS
-	flushes  bool   // the plugin sends its output before it answers Quit; in go-plugin it does not
+	flushes  bool   // the plugin sends its output before it answers Quit, as this library's do
+
+	tls *tls.Config // with which the host connects; not part of the line
 }
 
 // flushesField is the seventh field of the handshake if flushes is set. It is not sent

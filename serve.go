@@ -198,7 +198,7 @@ func watchHost(host hostInfo, dir string) <-chan struct{} {
 		// A process in between may have closed it and reused the descriptor.
 		pipe = os.NewFile(uintptr(host.fd), "lifeline")
 		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
-			foreign = pipe
+			foreign = append(foreign, pipe)
 			return orphaned
 		}
 	}
@@ -213,8 +213,9 @@ func watchHost(host hostInfo, dir string) <-chan struct{} {
 	return orphaned
 }
 
-// foreign is the file that watchHost found instead of a pipe. The reference keeps it open.
-var foreign *os.File
+// foreign is the file that watchHost found instead of a pipe. It is kept because
+// a file that nothing refers to is closed.
+var foreign []*os.File
 
 // waitHost waits until the host is gone. It returns false if the host has detached the
 // plugin or uses go-plugin.
