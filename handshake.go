@@ -107,7 +107,7 @@ type handshake struct {
 	addr     net.Addr
 	protocol Protocol
 	cert     []byte // DER; empty without AutoMTLS
-	flushes  bool   // the plugin sends its output before it answers Quit, as this library's do
+	flushes  bool   // the plugin sends its output before it answers Quit; false for go-plugin
 
 	tls *tls.Config // with which the host connects; not part of the line
 }

@@ -213,8 +213,8 @@ func watchHost(host hostInfo, dir string) <-chan struct{} {
 	return orphaned
 }
 
-// foreign is the file that watchHost found instead of a pipe. It is kept because
-// a file that nothing refers to is closed.
+// foreign has the files that watchHost found instead of a pipe. References keep them
+// open.
 var foreign []*os.File
 
 // waitHost waits until the host is gone. It returns false if the host has detached the
