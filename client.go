@@ -141,8 +141,8 @@ func (c *ClientConfig) validate() error {
 	return nil
 }
 
-// Client starts the process of a plugin, connects to it and kills it. Use one Client
-// for each process. All methods may be called concurrently.
+// Client starts the process of a plugin, connects to it and kills it. [NewClient] returns
+// one, for one process. All methods may be called concurrently.
 type Client struct {
 	config ClientConfig
 	name   string // of the plugin, for errors

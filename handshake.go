@@ -376,7 +376,7 @@ func environment(config *ClientConfig, handshake []string) []string {
 type StartError struct {
 	// Path is the path of the plugin's binary.
 	Path string
-	// State is how the process ended, or nil if it did not start or was killed.
+	// State is how the process ended, or nil if it did not end by itself.
 	State *os.ProcessState
 	// Stdout is the end of the output to stdout before a handshake, at most 8 KiB.
 	Stdout string

@@ -141,7 +141,7 @@ func (c *RPCClient) ping(ctx context.Context) error {
 
 // Close asks the plugin to quit, waits up to two seconds for its output, and closes the
 // connection. It returns an error if the plugin does not answer. Later calls return the
-// same. Close does not wait for the process: see [Client.Kill].
+// same error. Close does not wait for the process: see [Client.Kill].
 func (c *RPCClient) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 	defer cancel()
@@ -184,8 +184,8 @@ func (c *RPCClient) waitOutput(ctx context.Context) {
 }
 
 // RPCServer is the plugin's end: it serves plugins on connections from hosts. Most
-// programs use [Serve]. The fields must not be changed after the first use. The methods
-// may be called concurrently.
+// programs use [Serve]. The zero RPCServer has no plugins. The fields must not be changed
+// after the first use. The methods may be called concurrently.
 type RPCServer struct {
 	// Plugins are the plugins that can be dispensed.
 	Plugins map[string]Plugin

@@ -344,15 +344,15 @@ func (p *stranger) Wait(ctx context.Context) error {
 type SecureConfig struct {
 	// Checksum is the expected checksum.
 	Checksum []byte
-	// Hash computes it. An example is sha256.New().
+	// Hash computes the checksum, such as sha256.New().
 	Hash hash.Hash
 }
 
 var hashMu sync.Mutex // guards every Hash
 
-// Check reports whether the file has the expected checksum. It returns
-// [ErrSecureConfigNoChecksum], [ErrSecureConfigNoHash], or an error of reading the
-// file.
+// Check reports whether a file has the expected checksum. It returns
+// [ErrSecureConfigNoChecksum], [ErrSecureConfigNoHash], or an error of reading the file.
+// Another checksum is not an error.
 func (s *SecureConfig) Check(filePath string) (bool, error) {
 	f, err := s.open(filePath)
 	if err == ErrChecksumsDoNotMatch {

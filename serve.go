@@ -70,17 +70,18 @@ type ServeTestConfig struct {
 	// CloseCh, if not nil, is closed when Serve returns.
 	CloseCh chan<- struct{}
 
-	// SyncStdio copies the output of the process to the host. Serve replaces
+	// SyncStdio sends the output of the process to the host too. Serve replaces
 	// os.Stdout and os.Stderr while it runs.
 	SyncStdio bool
 }
 
 // Serve serves plugins to the host that started this process. The main function of a
-// plugin calls it. Serve returns when the host asks the plugin to quit, when the host is
-// gone, and on SIGTERM and SIGHUP. SIGINT is left to the host. Then main should return:
-// the process ends after ClientConfig.KillTimeout, or 1.5 seconds if the host is gone.
+// plugin calls it, once. Serve returns when the host asks the plugin to quit, when the host
+// is gone, and on SIGTERM and SIGHUP. Then main should return: the process is ended after
+// ClientConfig.KillTimeout, or after 1.5 seconds if the host is gone. SIGINT is left to the
+// host.
 //
-// While Serve runs, os.Stdout and os.Stderr are copied to the host; outside Serve, they
+// While Serve runs, output to os.Stdout and os.Stderr goes to the host; outside Serve, they
 // behave normally. Serve removes the variables of the handshake from the environment, so
 // that child processes do not inherit them.
 //
