@@ -157,6 +157,6 @@ func runHost(out io.Writer) error {
 		}
 	}
 	greeting, err = greeter.Greet(context.Background(), "Gopher")
-	fmt.Fprintf(out, "The plugin runs again as process %s: %s %v\n", client.ID(), greeting, err)
+	fmt.Fprintf(out, "The plugin runs again as process %s, and returns: %s %v\n", client.ID(), greeting, err)
 	return nil
 }

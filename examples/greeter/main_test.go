@@ -36,12 +36,12 @@ func TestHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"returns: Hello, Gopher! <nil>",
+		"A call returns: Hello, Gopher! <nil>",
 		"Greeted: 2",
 		`"Hello, Ada!\nHello, Grace!\n" <nil>`,
 		"deadline",
 		"panic: there is no name",
-		"again",
+		", and returns: Hello, Gopher! <nil>",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the host does not print %q:\n%s", want, &out)
