@@ -37,7 +37,8 @@ import (
 //
 // If impl is of another type than T, T must be written: For[Filter](upper{}, …).
 // T may be generic and may embed interfaces. Only the methods of T can be called,
-// whatever other methods impl has. Dispense fails if impl is nil in the plugin.
+// whatever other methods impl has. Dispense fails if impl is nil in the plugin. What it
+// returns can be used until the connection ends.
 //
 // # Methods
 //
