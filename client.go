@@ -316,10 +316,10 @@ func (c *Client) watch(p AttachedRunner) {
 // TLS configuration for it.
 func (c *Client) accept(h handshake, p *child) (*tls.Config, error) {
 	if h.protocol == ProtocolGRPC {
-		return nil, errors.New("it speaks gRPC, and this library speaks net/rpc alone: the plugin must be served with this library, or with the net/rpc half of go-plugin")
+		return nil, errors.New("it uses gRPC, and this library only net/rpc: the plugin must be served with this library, or with the net/rpc half of go-plugin")
 	}
 	if h.protocol != ProtocolNetRPC || !slices.Contains(c.config.AllowedProtocols, h.protocol) {
-		return nil, fmt.Errorf("it speaks the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
+		return nil, fmt.Errorf("it uses the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
 	}
 	if _, known := c.sets[h.version]; !known {
 		return nil, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}

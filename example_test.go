@@ -283,7 +283,7 @@ func ExampleCall() {
 	fmt.Println(why, err)
 	// Output:
 	// host: context deadline exceeded
-	// plugin: the caller gave the call up: context deadline exceeded <nil>
+	// plugin: the caller cancelled the call: context deadline exceeded <nil>
 }
 
 // Numberer is the client in the host of a NumbererServer in the plugin.

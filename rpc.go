@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"go/token"
 	"io"
 	"net/rpc"
 	"reflect"
@@ -354,10 +353,6 @@ func newMethod(f reflect.Value) (fit *method, why string) {
 		return nil, "it does not return exactly an error"
 	case t.In(in+1).Kind() != reflect.Pointer:
 		return nil, fmt.Sprintf("its reply, a %v, is not a pointer", t.In(in+1))
-	case !exportedOrBuiltin(t.In(in)):
-		return nil, fmt.Sprintf("its argument's type, %v, is not exported", t.In(in))
-	case !exportedOrBuiltin(t.In(in + 1)):
-		return nil, fmt.Sprintf("its reply's type, %v, is not exported", t.In(in+1))
 	}
 	fit.arg, fit.into = t.In(in), t.In(in+1).Elem()
 	fit.call = func(ctx context.Context, arg, reply reflect.Value) error {
@@ -369,13 +364,6 @@ func newMethod(f reflect.Value) (fit *method, why string) {
 		return err
 	}
 	return fit, ""
-}
-
-func exportedOrBuiltin(t reflect.Type) bool {
-	for t.Kind() == reflect.Pointer {
-		t = t.Elem()
-	}
-	return token.IsExported(t.Name()) || t.PkgPath() == ""
 }
 
 // rpcServer answers the calls on one stream.
@@ -392,8 +380,8 @@ func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger 
 }
 
 var (
-	errCanceled   = fmt.Errorf("plugin: the caller gave the call up: %w", context.Canceled)
-	errTimedOut   = fmt.Errorf("plugin: the caller gave the call up: %w", context.DeadlineExceeded)
+	errCanceled   = fmt.Errorf("plugin: the caller cancelled the call: %w", context.Canceled)
+	errTimedOut   = fmt.Errorf("plugin: the caller cancelled the call: %w", context.DeadlineExceeded)
 	errCallerGone = errors.New("plugin: the caller is gone")
 	errExited     = errors.New("plugin: the method called runtime.Goexit")
 	errStopped    = errors.New("plugin: the peer has stopped serving this")
@@ -491,7 +479,7 @@ func (s *rpcServer) find(full string) (*service, *method, error) {
 	case svc.unfit[name] != "":
 		return nil, nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, svc.unfit[name])
 	case svc.methods[name] == nil:
-		return nil, nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, nameList(svc.methods))
+		return nil, nil, fmt.Errorf("rpc: can't find method %s; there are %s. The peer may be older: see HandshakeConfig.ProtocolVersion", full, nameList(svc.methods))
 	}
 	return svc, svc.methods[name], nil
 }
