@@ -423,15 +423,7 @@ func (d *dispenseService) Dispense(name string, id *uint32) error {
 	if err != nil {
 		return fmt.Errorf("its Server returned what cannot be served: %w", err)
 	}
-	*id = d.broker.NextId()
-	sess := d.broker.session
-	dispensed := *id
-	sess.spawn(func() {
-		// Without a limit: the host dials at once, unless it is stopped or gone.
-		st, err := d.broker.accept(context.Background(), dispensed)
-		if err == nil {
-			sess.serve(sess.calls, st, svc)
-		}
-	})
+	// Without a limit: the host dials at once, unless it is stopped or gone.
+	*id = d.broker.serve(svc, &svc.calls, untilStopped).id
 	return nil
 }
