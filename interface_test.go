@@ -1,0 +1,1347 @@
+package plugin
+
+import (
+	"bytes"
+	"context"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/rpc"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// ---- An interface, its implementation and its client ----
+
+// Kit has methods of all forms. The generic and the standard interface in it are
+// embedded.
+type Kit interface {
+	io.Closer
+	Echoer[any]
+	Echoer2[*Point]
+
+	Add(a, b int) (int, error)
+	Greet(ctx context.Context, name string) (string, error)
+	Several(p *Point, n *int, m map[string]int, s []int) (string, error)
+	Fail(how string) (string, error)
+
+	Copy(ctx context.Context, in io.Reader, out io.Writer, limit int64) (int64, error)
+	Ignore(out io.Writer, text string, times int) error
+	Call(f func(context.Context, int) (string, error), n int) (string, error)
+	Nest(f Nested) (string, error)
+	Which(r io.Reader, w io.Writer, f func() error) (string, error)
+	Keep(r io.Reader, w io.Writer, f func() error) error
+	Kept() ([]string, error)
+
+	Open(ctx context.Context, how string) (io.ReadCloser, error)
+	Create(ctx context.Context, how string) (io.WriteCloser, error)
+	Await(ctx context.Context, event string) error
+}
+
+type Echoer[T any] interface{ Echo(T) (T, error) }
+
+type Echoer2[T any] interface{ Point(T) (T, error) }
+
+type Point struct{ X, Y int }
+
+// Nested is a function of functions and streams.
+type Nested func(ctx context.Context, in io.Reader, back func(text string) (io.ReadCloser, error)) (io.WriteCloser, error)
+
+// kit implements Kit. Events tells a test what has happened in the plugin.
+type kit struct {
+	mu     sync.Mutex // guards the fields below
+	events map[string]chan struct{}
+	kept   func() []string
+}
+
+func (k *kit) event(name string) chan struct{} {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.events == nil {
+		k.events = make(map[string]chan struct{})
+	}
+	if k.events[name] == nil {
+		k.events[name] = make(chan struct{}, 100)
+	}
+	return k.events[name]
+}
+
+func (k *kit) Await(ctx context.Context, event string) error {
+	select {
+	case <-k.event(event):
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for %s: %w", event, context.Cause(ctx))
+	}
+}
+
+func (k *kit) Close() error                 { k.event("closed") <- struct{}{}; return nil }
+func (*kit) Echo(v any) (any, error)        { return v, nil }
+func (*kit) Point(p *Point) (*Point, error) { return p, nil }
+func (*kit) Add(a, b int) (int, error)      { return a + b, nil }
+func (*kit) Secret() error                  { return nil }
+
+func (*kit) Greet(ctx context.Context, name string) (string, error) {
+	return "Hello, " + name, ctx.Err()
+}
+
+func (*kit) Several(p *Point, n *int, m map[string]int, s []int) (string, error) {
+	return fmt.Sprint(p, n, len(m), len(s)), nil
+}
+
+func (*kit) Fail(how string) (string, error) {
+	switch how {
+	case "panic":
+		panic("boom")
+	case "nil":
+		return "", nil
+	}
+	return "not to be seen", fmt.Errorf("failing: %w", testErrors[how])
+}
+
+func (k *kit) Copy(ctx context.Context, in io.Reader, out io.Writer, limit int64) (int64, error) {
+	n, err := io.CopyN(out, in, limit)
+	if err == io.EOF {
+		err = nil
+	}
+	return n, err
+}
+
+// Ignore writes and ignores errors.
+func (*kit) Ignore(out io.Writer, text string, times int) error {
+	for range times {
+		_, _ = io.WriteString(out, text)
+	}
+	return nil
+}
+
+func (*kit) Call(f func(context.Context, int) (string, error), n int) (string, error) {
+	return f(context.Background(), n)
+}
+
+// Nest reads from in and from what back returns, and writes both to what f returns.
+func (*kit) Nest(f Nested) (string, error) {
+	done := make(chan struct{})
+	w, err := f(context.Background(), strings.NewReader("from the plugin"), func(text string) (io.ReadCloser, error) {
+		return closing{strings.NewReader(text), nil, func() error { close(done); return nil }}, nil
+	})
+	if err != nil {
+		return "", err
+	}
+	<-done
+	if _, err := io.WriteString(w, "the end"); err != nil {
+		return "", err
+	}
+	return "nested", w.Close()
+}
+
+func (*kit) Which(r io.Reader, w io.Writer, f func() error) (string, error) {
+	return fmt.Sprint(r == nil, w == nil, f == nil), nil
+}
+
+func (k *kit) Keep(r io.Reader, w io.Writer, f func() error) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.kept = func() []string {
+		_, errR := r.Read(make([]byte, 1))
+		_, errW := w.Write([]byte("late"))
+		return []string{fmt.Sprint(errR), fmt.Sprint(errW), fmt.Sprint(f())}
+	}
+	return nil
+}
+
+func (k *kit) Kept() ([]string, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.kept(), nil
+}
+
+// closing is a stream with a Close.
+type closing struct {
+	io.Reader
+	io.Writer
+	close func() error
+}
+
+func (c closing) Close() error { return c.close() }
+
+// stream returns a stream that reports its end, and the end of its context, as
+// events.
+func (k *kit) stream(ctx context.Context, how string) closing {
+	context.AfterFunc(ctx, func() { k.event("context of " + how) <- struct{}{} })
+	reader := io.Reader(strings.NewReader("content"))
+	if how == "endless" {
+		reader = readerFunc(func(p []byte) (int, error) { return len(p), nil })
+	}
+	return closing{reader, writerFunc(func(p []byte) (int, error) {
+		k.event("written " + string(p)) <- struct{}{}
+		return len(p), nil
+	}), func() error {
+		k.event("closed " + how) <- struct{}{}
+		if how == "bad" {
+			return fmt.Errorf("closing: %w", fs.ErrExist)
+		}
+		return nil
+	}}
+}
+
+func (k *kit) Open(ctx context.Context, how string) (io.ReadCloser, error) {
+	switch how {
+	case "nil":
+		return nil, nil
+	case "failing":
+		return k.stream(ctx, how), fs.ErrPermission
+	}
+	return k.stream(ctx, how), nil
+}
+
+func (k *kit) Create(ctx context.Context, how string) (io.WriteCloser, error) {
+	return k.stream(ctx, how), nil
+}
+
+// kitClient is a Kit whose methods tests call with Invoke.
+type kitClient struct {
+	Kit
+	remote *Remote
+}
+
+func kitPlugin(impl Kit) Plugin {
+	return For(impl, func(r *Remote) Kit { return kitClient{remote: r} })
+}
+
+func init() {
+	gob.Register(Point{})
+	modes["kit"] = func() {
+		servePlugin(func(c *ServeConfig) { c.Plugins = PluginSet{"kit": kitPlugin(new(kit)), "none": kitPlugin(nil)} })
+	}
+}
+
+// startKit starts a plugin and returns its Kit.
+func startKit(t testing.TB) (*Client, ClientProtocol, *Remote) {
+	t.Helper()
+	cfg := config("kit")
+	cfg.Plugins = PluginSet{"kit": kitPlugin(nil), "none": kitPlugin(nil)}
+	c, p := start(t, cfg)
+	return c, p, dispenseKit(t, p)
+}
+
+func dispenseKit(t testing.TB, p ClientProtocol) *Remote {
+	t.Helper()
+	k, err := Dispense[Kit](p, "kit")
+	check(t, err)
+	return k.(kitClient).remote
+}
+
+// localKit is startKit in this process.
+func localKit(t testing.TB) (*RPCClient, *kit, *Remote) {
+	t.Helper()
+	k := new(kit)
+	host, _ := TestPluginRPCConn(t, PluginSet{"kit": kitPlugin(k)}, nil)
+	return host, k, dispenseKit(t, host)
+}
+
+// invoke calls a method and fails the test if there is an error.
+func invoke[R any](t testing.TB, r *Remote, method string, args ...any) R {
+	t.Helper()
+	v, err := Invoke[R](boundedContext(t), r, method, args...)
+	if err != nil {
+		t.Errorf("%s: %v", method, err)
+	}
+	return v
+}
+
+// ---- What For accepts ----
+
+type (
+	recursive func(recursive) error
+	mutual    func(func(mutual) error) error
+	hidden    struct{ x int }
+	tree      struct {
+		V        any
+		Children map[string]*tree
+	}
+	halfGob struct{ x int }
+	// picky cannot encode its zero value.
+	picky struct{ V int }
+)
+
+func (halfGob) GobEncode() ([]byte, error) { return nil, nil }
+
+func (p picky) GobEncode() ([]byte, error) {
+	if p.V == 0 {
+		return nil, errWrong
+	}
+	return []byte{byte(p.V)}, nil
+}
+
+func (p *picky) GobDecode(data []byte) error { p.V = int(data[0]); return nil }
+
+func TestForPanics(t *testing.T) {
+	for _, test := range []struct {
+		f    func() Plugin
+		says string
+	}{
+		{func() Plugin { return For(&kit{}, nil) }, "interface"},
+		{func() Plugin { return For[any](nil, nil) }, "interface"},
+		{func() Plugin { return For[interface{ mine() error }](nil, nil) }, "mine: it is not exported"},
+		{func() Plugin { return For[interface{ M(...int) error }](nil, nil) }, "M: variadic"},
+		{func() Plugin { return For[interface{ M() }](nil, nil) }, "M: error"},
+		{func() Plugin { return For[interface{ M() int }](nil, nil) }, "M: error"},
+		{func() Plugin { return For[interface{ M() (int, string, error) }](nil, nil) }, "M: error"},
+		{func() Plugin {
+			return For[interface {
+				M(int, context.Context) error
+			}](nil, nil)
+		}, "M: context"},
+		{func() Plugin {
+			return For[interface {
+				M() (context.Context, error)
+			}](nil, nil)
+		}, "M: context"},
+		{func() Plugin { return For[interface{ M(error) error }](nil, nil) }, "M: error"},
+		{func() Plugin { return For[interface{ M() (error, error) }](nil, nil) }, "M: error"},
+		{func() Plugin { return For[interface{ M() (func() error, error) }](nil, nil) }, "M: func"},
+		{func() Plugin {
+			return For[interface {
+				M(func(...int) error) error
+			}](nil, nil)
+		}, "M: variadic"},
+		{func() Plugin { return For[interface{ M(func(int) int) error }](nil, nil) }, "M: error"},
+		{func() Plugin {
+			return For[interface {
+				M(func() (io.Reader, error)) error
+			}](nil, nil)
+		}, "M: io.Reader"},
+		{func() Plugin { return For[interface{ M(recursive) error }](nil, nil) }, "M: recursive"},
+		{func() Plugin { return For[interface{ M(int, mutual) error }](nil, nil) }, "M: mutual"},
+		{func() Plugin { return For[interface{ M(io.ReadCloser) error }](nil, nil) }, "M: io.ReadCloser"},
+		{func() Plugin { return For[interface{ M(io.Seeker) error }](nil, nil) }, "M: io.Seeker"},
+		{func() Plugin { return For[interface{ M() (io.Reader, error) }](nil, nil) }, "M: io.Reader"},
+		{func() Plugin { return For[interface{ M(chan int) error }](nil, nil) }, "M: chan"},
+		{func() Plugin { return For[interface{ M([]func()) error }](nil, nil) }, "M: func"},
+		{func() Plugin { return For[interface{ M(hidden) error }](nil, nil) }, "M: hidden"},
+		{func() Plugin {
+			return For[interface {
+				M() (map[string]**hidden, error)
+			}](nil, nil)
+		}, "M: hidden"},
+		{func() Plugin {
+			return For[interface {
+				M(struct{ P *hidden }) error
+			}](nil, nil)
+		}, "M: hidden"},
+		{func() Plugin { return For[interface{ M(halfGob) error }](nil, nil) }, "M: halfGob"},
+	} {
+		said := func() (said any) {
+			defer func() { said = recover() }()
+			return test.f()
+		}()
+		method, word, _ := strings.Cut(test.says, ": ")
+		if text, ok := said.(string); !ok || !strings.Contains(text, method) || !strings.Contains(text, word) {
+			t.Errorf("For does not panic with %q: %v", test.says, said)
+		}
+	}
+}
+
+func TestForAccepts(t *testing.T) {
+	type Stack[T any] interface {
+		io.Closer
+		Push(context.Context, T, ...func()) error
+	}
+	_ = Stack[int](nil) // has a variadic method
+	For[interface {
+		M(tree, *tree, []*tree) (**tree, error)
+	}](nil, nil)
+	For[interface {
+		M(picky, *picky) (picky, error)
+	}](nil, nil)
+	For[interface {
+		M(struct{}, time.Time, any, fmt.Stringer) error
+	}](nil, nil)
+	For[interface {
+		M(http func(io.Reader, func(io.Writer) error) (io.WriteCloser, error)) error
+	}](nil, nil)
+	For[Echoer[map[Point][]byte]](nil, nil)
+	For(Kit(nil), func(r *Remote) Kit { return nil })
+}
+
+func TestInvokeChecks(t *testing.T) {
+	host, _, r := localKit(t)
+	check(t, host.Close()) // what is sent fails with rpc.ErrShutdown
+	ctx := context.Background()
+	call := func(r *Remote, method string, args ...any) error {
+		_, err := Invoke[int](ctx, r, method, args...)
+		return err
+	}
+	var noContext context.Context
+	_, errNoContext := Invoke[int](noContext, r, "Add", 1, 2)
+	_, errResult := Invoke[string](ctx, r, "Add", 1, 2)
+	_, errNoResult := Invoke[struct{}](ctx, r, "Add", 1, 2)
+	_, errWantsNone := Invoke[any](ctx, r, "Close")
+	_, errFunc := Invoke[string](ctx, r, "Which", nil, nil, func() {})
+	_, errWriter := Invoke[string](ctx, r, "Which", nil, strings.NewReader(""), nil)
+	for what, err := range map[string]error{
+		"a nil Remote":           call(nil, "Add", 1, 2),
+		"the zero Remote":        call(new(Remote), "Add", 1, 2),
+		"a nil context":          errNoContext,
+		"an unknown method":      call(r, "Subtract", 1, 2),
+		"a method of impl alone": call(r, "Secret"),
+		"another result":         errResult,
+		"no result":              errNoResult,
+		"a result where is none": errWantsNone,
+		"too few arguments":      call(r, "Add", 1),
+		"too many arguments":     call(r, "Add", 1, 2, 3),
+		"another type":           call(r, "Add", 1, "2"),
+		"a convertible type":     call(r, "Add", 1, int64(2)),
+		"nil for an int":         call(r, "Add", 1, nil),
+		"another function":       errFunc,
+		"a reader for a writer":  errWriter,
+	} {
+		if err == nil || errors.Is(err, rpc.ErrShutdown) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := call(r, "Add", 1, 2); !errors.Is(err, rpc.ErrShutdown) {
+		t.Errorf("a right call: %v", err)
+	}
+}
+
+// ---- Values ----
+
+func TestInterface(t *testing.T) {
+	leavesNothing(t)
+	c, p, r := startKit(t)
+	if got := invoke[int](t, r, "Add", 1, 2); got != 3 {
+		t.Errorf("1 + 2 is %d", got)
+	}
+	if got := invoke[string](t, r, "Greet", "Gopher"); got != "Hello, Gopher" {
+		t.Errorf("the greeting is %q", got)
+	}
+	invoke[struct{}](t, r, "Close")
+	invoke[struct{}](t, r, "Await", "closed")
+	_, err := Dispense[Kit](p, "none")
+	errorSays(t, err, "Kit", "implementation")
+	ctx, cancel := context.WithTimeoutCause(context.Background(), time.Millisecond, errWrong)
+	defer cancel()
+	if _, err := Invoke[struct{}](ctx, r, "Await", "nothing"); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, errWrong) {
+		t.Errorf("a call that takes too long: %v", err)
+	}
+	for how, want := range testErrors {
+		got, err := Invoke[string](context.Background(), r, "Fail", how)
+		if !errors.Is(err, want) || got != "" {
+			t.Errorf("the error %s is %v; the result with it %q", how, err, got)
+		}
+	}
+	_, err = Invoke[string](context.Background(), r, "Fail", "panic")
+	var exit *ExitError
+	if !errors.As(err, &exit) || !strings.Contains(exit.Panic, "boom") {
+		t.Errorf("a panic in a method: %v", err)
+	}
+	<-c.Done()
+	if _, err := Invoke[int](context.Background(), r, "Add", 1, 2); !errors.Is(err, rpc.ErrShutdown) {
+		t.Errorf("a call after the end: %v", err)
+	}
+}
+
+// What gob does not keep is as the documentation says.
+func TestNils(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	for _, p := range []*Point{{}, {1, 2}} {
+		if got := invoke[*Point](t, r, "Point", p); got == nil || *got != *p {
+			t.Errorf("%v arrives as %v", p, got)
+		}
+	}
+	for _, p := range []any{nil, (*Point)(nil)} {
+		_, err := Invoke[*Point](boundedContext(t), r, "Point", p)
+		errorSays(t, err, "nil *plugin.Point")
+	}
+	for _, v := range []any{nil, 0, "", Point{}, Point{1, 2}} {
+		if got := invoke[any](t, r, "Echo", v); got != v {
+			t.Errorf("%#v arrives as %#v", v, got)
+		}
+	}
+	_, err := Invoke[any](boundedContext(t), r, "Echo", (*Point)(nil))
+	errorSays(t, err, "nil")
+	_, err = Invoke[any](boundedContext(t), r, "Echo", hidden{})
+	errorSays(t, err, "Register")
+	zero, one := 0, 1
+	for _, test := range []struct {
+		args []any
+		want string
+	}{
+		{[]any{nil, nil, nil, nil}, "<nil> <nil> 0 0"},
+		{[]any{(*Point)(nil), &zero, map[string]int{}, []int{}}, "<nil> <nil> 0 0"},
+		{[]any{&Point{}, nil, map[string]int{"": 0}, []int{0}}, "&{0 0} <nil> 1 1"},
+	} {
+		if got := invoke[string](t, r, "Several", test.args...); got != test.want {
+			t.Errorf("%v arrives as %v", test.want, got)
+		}
+	}
+	if got := invoke[string](t, r, "Several", nil, &one, nil, nil); strings.HasPrefix(got, "<nil> <nil>") {
+		t.Errorf("a pointer to 1 arrives as nil: %s", got)
+	}
+	if got := invoke[string](t, r, "Which", nil, nil, nil); got != "true true true" {
+		t.Errorf("nil arrives as nil: %s", got)
+	}
+	if got := invoke[string](t, r, "Which", nil, io.Writer(nil), (func() error)(nil)); got != "true true true" {
+		t.Errorf("nil of its type arrives as nil: %s", got)
+	}
+	if got := invoke[string](t, r, "Which", strings.NewReader(""), io.Discard, func() error { return nil }); got != "false false false" {
+		t.Errorf("what is not nil arrives as nil: %s", got)
+	}
+	if got := invoke[io.ReadCloser](t, r, "Open", "nil"); got != nil {
+		t.Errorf("a nil stream arrives as %v", got)
+	}
+}
+
+// A nil pointer as the result is an error of that call.
+func TestNilResult(t *testing.T) {
+	host, _ := TestPluginRPCConn(t, PluginSet{"p": For[Echoer2[*Point]](nilPoint{}, func(r *Remote) Echoer2[*Point] { return pointClient{remote: r} })}, nil)
+	e, err := Dispense[Echoer2[*Point]](host, "p")
+	check(t, err)
+	_, err = Invoke[*Point](boundedContext(t), e.(pointClient).remote, "Point", &Point{})
+	errorSays(t, err, "nil *plugin.Point")
+}
+
+type nilPoint struct{}
+
+func (nilPoint) Point(*Point) (*Point, error) { return nil, nil }
+
+type pointClient struct {
+	Echoer2[*Point]
+	remote *Remote
+}
+
+// ---- Readers, writers and callbacks ----
+
+func TestArguments(t *testing.T) {
+	leavesNothing(t)
+	_, _, r := startKit(t)
+	data := noise(3_000_000, 1)
+	var back bytes.Buffer
+	n := invoke[int64](t, r, "Copy", bytes.NewReader(data), &back, int64(1<<40))
+	if n != int64(len(data)) || !bytes.Equal(back.Bytes(), data) {
+		t.Errorf("%d of %d bytes were copied, and %d came back", n, len(data), back.Len())
+	}
+	// Errors keep their identity, whatever they come from.
+	failing := func([]byte) (int, error) { return 0, fs.ErrPermission }
+	_, errRead := Invoke[int64](boundedContext(t), r, "Copy", readerFunc(failing), io.Discard, int64(9))
+	_, errWrite := Invoke[int64](boundedContext(t), r, "Copy", bytes.NewReader(data), writerFunc(failing), int64(1<<40))
+	_, errCall := Invoke[string](boundedContext(t), r, "Call", func(context.Context, int) (string, error) { return "x", fs.ErrPermission }, 1)
+	for _, err := range []error{errRead, errWrite, errCall} {
+		if !errors.Is(err, fs.ErrPermission) {
+			t.Errorf("the error is %v", err)
+		}
+	}
+	got := invoke[string](t, r, "Call", func(_ context.Context, n int) (string, error) {
+		return fmt.Sprint(n, invoke[int](t, r, "Add", n, n)), nil // calls the plugin again
+	}, 21)
+	if got != "21 42" {
+		t.Errorf("the callback returned %q", got)
+	}
+	// Calls, their streams and callbacks are concurrent.
+	callers(t, 20, func(i int) {
+		data := noise(100_000+i, uint64(i))
+		var back bytes.Buffer
+		invoke[int64](t, r, "Copy", bytes.NewReader(data), &back, int64(1<<40))
+		if !bytes.Equal(back.Bytes(), data) {
+			t.Errorf("caller %d got other bytes", i)
+		}
+		got := invoke[string](t, r, "Call", func(_ context.Context, n int) (string, error) { return fmt.Sprint(n), nil }, i)
+		if got != fmt.Sprint(i) {
+			t.Errorf("caller %d got the callback of %s", i, got)
+		}
+	})
+}
+
+// Functions take functions and streams, and return streams.
+func TestNestedFunctions(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	var written, read syncBuffer
+	closed := make(chan struct{})
+	got := invoke[string](t, r, "Nest", Nested(func(ctx context.Context, in io.Reader, back func(string) (io.ReadCloser, error)) (io.WriteCloser, error) {
+		_, err := io.Copy(&read, in)
+		check(t, err)
+		more, err := back(" and back")
+		check(t, err)
+		_, err = io.Copy(&read, more)
+		check(t, err)
+		check(t, more.Close())
+		context.AfterFunc(ctx, func() { close(closed) })
+		return closing{nil, &written, func() error { return nil }}, nil
+	}))
+	if got != "nested" || read.String() != "from the plugin and back" || written.String() != "the end" {
+		t.Errorf("%q, read %q, written %q", got, read.String(), written.String())
+	}
+	receive(t, "the end of a callback's context with its stream", closed)
+}
+
+// A panic or Goexit in a callback, reader or writer is an error there, and nowhere
+// else.
+func TestBrokenArguments(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	for what, broken := range map[string]func(){"panic": func() { panic("boom") }, "exit": runtime.Goexit} {
+		use := func([]byte) (int, error) { broken(); return 0, nil }
+		_, errCall := Invoke[string](boundedContext(t), r, "Call", func(context.Context, int) (string, error) { broken(); return "", nil }, 1)
+		_, errRead := Invoke[int64](boundedContext(t), r, "Copy", readerFunc(use), io.Discard, int64(9))
+		_, errWrite := Invoke[int64](boundedContext(t), r, "Copy", strings.NewReader("some"), writerFunc(use), int64(9))
+		for _, err := range []error{errCall, errRead, errWrite} {
+			if err == nil || errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+	}
+	invoke[int](t, r, "Add", 1, 2)
+}
+
+// All that a method wrote is in the writer; a failure that it has not seen is the
+// error of Invoke, and one that it has seen is not.
+func TestWriterOfCall(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	var back syncBuffer
+	slow := writerFunc(func(p []byte) (int, error) {
+		time.Sleep(time.Millisecond)
+		return back.Write(p)
+	})
+	text := strings.Repeat("x", 1000)
+	invoke[struct{}](t, r, "Ignore", slow, text, 100)
+	if n := len(back.String()); n != 100_000 {
+		t.Errorf("%d bytes arrived", n)
+	}
+	failing := writerFunc(func(p []byte) (int, error) { return 0, fs.ErrNotExist })
+	if _, err := Invoke[struct{}](boundedContext(t), r, "Ignore", failing, "x", 1); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the failure of the last Write: %v", err)
+	}
+	// So much does not fit, so that a Write of the method returns the error.
+	if _, err := Invoke[struct{}](boundedContext(t), r, "Ignore", failing, strings.Repeat("x", 4<<20), 2); err != nil {
+		t.Errorf("a failure that the method ignored: %v", err)
+	}
+}
+
+// A reader is read ahead, but not far.
+func TestReadAhead(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	var read atomic.Int64
+	endless := readerFunc(func(p []byte) (int, error) { read.Add(int64(len(p))); return len(p), nil })
+	if n := invoke[int64](t, r, "Copy", endless, io.Discard, int64(10)); n != 10 {
+		t.Errorf("%d bytes were copied", n)
+	}
+	n := read.Load()
+	if limit := int64(streamWindow + 64<<10); n > limit {
+		t.Errorf("%d bytes were read for 10", n)
+	}
+	invoke[int](t, r, "Add", 1, 2)
+	if now := read.Load(); now != n {
+		t.Errorf("%d bytes more were read after Invoke returned", now-n)
+	}
+}
+
+// What a method keeps fails when it has returned.
+func TestKeptArguments(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	var uses atomic.Int64
+	use := func([]byte) (int, error) { uses.Add(1); return 0, io.EOF }
+	invoke[struct{}](t, r, "Keep", readerFunc(use), writerFunc(use), func() error { uses.Add(1); return nil })
+	before := uses.Load()
+	for i, err := range invoke[[]string](t, r, "Kept") {
+		if err == "<nil>" || err == "EOF" {
+			t.Errorf("argument %d that was kept: %s", i, err)
+		}
+	}
+	if n := uses.Load(); n != before {
+		t.Errorf("arguments were used %d times after the end", n-before)
+	}
+}
+
+// Invoke waits for a Write and a callback, but not for a Read, and none begins when
+// it has returned.
+func TestEndOfCall(t *testing.T) {
+	leavesNothing(t)
+	_, _, r := startKit(t)
+	for _, what := range []string{"Write", "callback"} {
+		ctx, cancel := context.WithCancel(context.Background())
+		began, release := make(chan struct{}, 100), make(chan struct{})
+		var running, uses atomic.Int64
+		use := func() {
+			running.Add(1)
+			defer running.Add(-1)
+			uses.Add(1)
+			began <- struct{}{}
+			<-release
+		}
+		ended := async(func() error {
+			var err error
+			if what == "Write" {
+				w := writerFunc(func(p []byte) (int, error) { use(); return len(p), nil })
+				_, err = Invoke[int64](ctx, r, "Copy", bytes.NewReader(noise(1<<20, 1)), w, int64(1<<20))
+			} else {
+				_, err = Invoke[string](ctx, r, "Call", func(context.Context, int) (string, error) { use(); return "", nil }, 1)
+			}
+			if n := running.Load(); n != 0 {
+				t.Errorf("%s: %d are running when Invoke returns", what, n)
+			}
+			return err
+		})
+		receive(t, "a "+what, began)
+		cancel()
+		select {
+		case err := <-ended:
+			t.Errorf("%s: Invoke does not wait: %v", what, err)
+		case <-time.After(2 * readTimeout):
+		}
+		close(release)
+		if err := receive(t, "the end of Invoke", ended); !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v", what, err)
+		}
+		n := uses.Load()
+		invoke[int](t, r, "Add", 1, 2)
+		if now := uses.Load(); now != n || n != 1 {
+			t.Errorf("%s: %d uses, %d of them after Invoke returned", what, now, now-n)
+		}
+	}
+	// A Read that does not return, of a call that has returned or was cancelled.
+	for _, limit := range []int64{0, 9} {
+		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+		defer cancel()
+		release := make(chan struct{})
+		var reads atomic.Int64
+		blocked := readerFunc(func(p []byte) (int, error) { reads.Add(1); <-release; return 0, nil })
+		within(t, "Invoke with a Read that blocks", 0, func() {
+			if _, err := Invoke[int64](ctx, r, "Copy", blocked, io.Discard, limit); limit > 0 && !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("a call that was cancelled: %v", err)
+			}
+		})
+		n := reads.Load()
+		close(release)
+		invoke[int](t, r, "Add", 1, 2)
+		if now := reads.Load(); now != n || n > 1 {
+			t.Errorf("the reader was read %d times, %d of them after Invoke returned", now, now-n)
+		}
+	}
+}
+
+// A callback whose context ends lets Invoke return.
+func TestContextOfCallback(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	_, err := Invoke[string](ctx, r, "Call", func(ctx context.Context, _ int) (string, error) {
+		cancel()
+		<-ctx.Done()
+		return "", ctx.Err()
+	}, 1)
+	if !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
+// ---- Results that are streams ----
+
+func TestResults(t *testing.T) {
+	leavesNothing(t)
+	_, _, r := startKit(t)
+	for _, how := range []string{"good", "bad"} {
+		for _, method := range []string{"Open", "Create"} {
+			ctx, cancel := context.WithCancel(context.Background())
+			var s io.Closer
+			var err error
+			if method == "Open" {
+				s, err = Invoke[io.ReadCloser](ctx, r, method, how)
+			} else {
+				s, err = Invoke[io.WriteCloser](ctx, r, method, how)
+			}
+			check(t, err)
+			cancel() // does not touch it
+			if rd, ok := s.(io.Reader); ok {
+				if data, err := io.ReadAll(rd); string(data) != "content" || err != nil {
+					t.Errorf("read %q: %v", data, err)
+				}
+			} else {
+				_, err := io.WriteString(s.(io.Writer), how)
+				check(t, err)
+				invoke[struct{}](t, r, "Await", "written "+how)
+			}
+			if err := s.Close(); errors.Is(err, fs.ErrExist) != (how == "bad") || (err == nil) != (how == "good") {
+				t.Errorf("closing what %s returned, %s: %v", method, how, err)
+			}
+			invoke[struct{}](t, r, "Await", "closed "+how)
+			invoke[struct{}](t, r, "Await", "context of "+how)
+		}
+	}
+	// One that nobody reads to its end.
+	s := invoke[io.ReadCloser](t, r, "Open", "endless")
+	_, err := io.ReadFull(s, make([]byte, 1<<20))
+	check(t, err)
+	within(t, "closing early", 0, func() { check(t, s.Close()) })
+	invoke[struct{}](t, r, "Await", "closed endless")
+	if _, err := s.Read(make([]byte, 1)); !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("Read after Close: %v", err)
+	}
+	// One with an error.
+	if s, err := Invoke[io.ReadCloser](boundedContext(t), r, "Open", "failing"); s != nil || !errors.Is(err, fs.ErrPermission) {
+		t.Errorf("a stream with an error: %v, %v", s, err)
+	}
+	invoke[struct{}](t, r, "Await", "closed failing")
+	invoke[struct{}](t, r, "Await", "context of failing")
+}
+
+// A stream that is not taken is closed, and so is one whose connection ends.
+func TestForgottenResults(t *testing.T) {
+	t.Parallel()
+	host, k, r := localKit(t)
+	var id uint32
+	check(t, Call(boundedContext(t), r.client, "Plugin.Open", "forgotten", &id))
+	s := invoke[io.WriteCloser](t, r, "Create", "cut")
+	check(t, k.Await(boundedContext(t), "closed forgotten"))
+	check(t, k.Await(boundedContext(t), "context of forgotten"))
+	if len(k.event("closed cut")) > 0 {
+		t.Error("a stream that was taken is closed")
+	}
+	check(t, host.Close())
+	check(t, k.Await(boundedContext(t), "closed cut"))
+	check(t, k.Await(boundedContext(t), "context of cut"))
+	if err := s.Close(); err == nil {
+		t.Error("closing a stream that was cut is no error")
+	}
+}
+
+// A stream that is cut does not seem complete.
+func TestCutResults(t *testing.T) {
+	t.Parallel()
+	for _, end := range []string{"Kill", "killed"} {
+		c, _, r := startKit(t)
+		s := invoke[io.ReadCloser](t, r, "Open", "endless")
+		errs := async(func() error { _, err := io.Copy(io.Discard, s); return err })
+		if end == "Kill" {
+			c.Kill()
+		} else {
+			_, _ = Invoke[string](boundedContext(t), r, "Fail", "panic")
+		}
+		err := receive(t, "the end of a stream", errs)
+		if err == nil || errors.As(err, new(*ExitError)) != (end == "killed") {
+			t.Errorf("%s: %v", end, err)
+		}
+		_ = s.Close()
+	}
+}
+
+// ---- The wire ----
+
+// kitStub answers some methods of Kit as it would be written for net/rpc.
+type kitStub struct{}
+
+type addArgs = struct{ A0, A1 int }
+
+func (kitStub) Add(args addArgs, sum *int) error          { *sum = args.A0 + args.A1; return nil }
+func (kitStub) Greet(name string, greeting *string) error { *greeting = "Hello, " + name; return nil }
+func (kitStub) Point(p *Point, reply *Point) error        { *reply = *p; return nil }
+func (kitStub) Echo(v any, reply *any) error              { *reply = v; return nil }
+func (kitStub) Close(struct{}, *struct{}) error           { return nil }
+func (kitStub) Which(args struct{ A0, A1, A2 uint32 }, reply *string) error {
+	*reply = fmt.Sprint(args.A0 == 0, args.A1 == 0, args.A2 == 0)
+	return nil
+}
+
+// tapped records both directions of a connection.
+type tapped struct {
+	net.Conn
+	read, written syncBuffer
+}
+
+func (c *tapped) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	_, _ = c.read.Write(p[:n])
+	return n, err
+}
+
+func (c *tapped) Write(p []byte) (int, error) {
+	_, _ = c.written.Write(p)
+	return c.Conn.Write(p)
+}
+
+// bodies returns the bodies of the requests or responses in a stream, as they were
+// sent: each second of the gob messages that define no type.
+func bodies(stream string) (bodies []string) {
+	for header := true; len(stream) > 0; {
+		size, skip := int(stream[0]), 1
+		if size > 127 {
+			skip = 1 + 256 - size
+			size = 0
+			for _, b := range []byte(stream[1:skip]) {
+				size = size<<8 | int(b)
+			}
+		}
+		message := stream[skip : skip+size]
+		stream = stream[skip+size:]
+		id := message[0]
+		if id > 127 {
+			id = message[256-int(id)] // its last byte has the sign
+		}
+		if id&1 == 1 {
+			continue // the definition of a type
+		}
+		if !header {
+			bodies = append(bodies, message)
+		}
+		header = !header
+	}
+	return bodies
+}
+
+// What is sent is what net/rpc sends, byte for byte.
+func TestInterfaceOnWire(t *testing.T) {
+	none, text := any(nil), any("text")
+	for _, test := range []struct {
+		method string
+		args   []any
+		sent   any
+		reply  any // a pointer
+	}{
+		{"Add", []any{1, 2}, addArgs{1, 2}, new(int)},
+		{"Add", []any{0, 0}, addArgs{}, new(int)},
+		{"Greet", []any{"Gopher"}, "Gopher", new(string)},
+		{"Point", []any{&Point{1, 2}}, Point{1, 2}, new(*Point)},
+		{"Point", []any{&Point{}}, &Point{}, new(*Point)},
+		{"Echo", []any{"text"}, &text, new(any)},
+		{"Echo", []any{nil}, &none, new(any)},
+		{"Close", nil, struct{}{}, new(struct{})},
+		{"Which", []any{nil, nil, nil}, struct{ A0, A1, A2 uint32 }{}, new(string)},
+	} {
+		// What net/rpc sends on both ends.
+		client, server := TestConn(t)
+		want := &tapped{Conn: client}
+		serveStub(t, server)
+		check(t, rpc.NewClient(want).Call("Plugin."+test.method, test.sent, test.reply))
+
+		// What Invoke sends.
+		_, c, st := rawPlugin(t)
+		requests := &tapped{Conn: st}
+		serveStub(t, requests)
+		k, err := kitPlugin(nil).Client(c.broker, c.Client)
+		check(t, err)
+		result := reflect.TypeOf(test.reply).Elem()
+		got, err := k.(kitClient).remote.invoke(boundedContext(t), result, test.method, test.args)
+		check(t, err)
+		if want := reflect.ValueOf(test.reply).Elem().Interface(); !reflect.DeepEqual(got.Interface(), want) {
+			t.Errorf("%s(%v) returns %v and not %v", test.method, test.args, got, want)
+		}
+
+		// What a plugin answers.
+		svc, err := kitPlugin(new(kit)).Server(nil)
+		check(t, err)
+		_, _, host := rawHost(t, svc)
+		replies := &tapped{Conn: host}
+		check(t, rpc.NewClient(replies).Call("Plugin."+test.method, test.sent, test.reply))
+
+		check(t, c.Close())
+		for what, pair := range map[string][2]string{
+			"request": {requests.read.String(), want.written.String()},
+			"reply":   {replies.read.String(), want.read.String()},
+		} {
+			if got, want := bodies(pair[0]), bodies(pair[1]); len(want) != 1 || !reflect.DeepEqual(got, want) {
+				t.Errorf("the %s of %s(%v) is %x and not %x", what, test.method, test.args, got, want)
+			}
+		}
+	}
+}
+
+// serveStub serves a kitStub with net/rpc.
+func serveStub(t testing.TB, conn io.ReadWriteCloser) {
+	t.Helper()
+	s := rpc.NewServer()
+	check(t, s.RegisterName("Plugin", kitStub{}))
+	go s.ServeConn(conn) // ends with the connection
+}
+
+// handKit serves some methods of Kit as they would be written by hand.
+type handKit struct{ broker *MuxBroker }
+
+type copyArgs = struct {
+	A0, A1 uint32
+	A2     int64
+}
+
+func (k handKit) Copy(args copyArgs, n *int64) error {
+	in, err := k.broker.DialReader(args.A0)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := k.broker.DialWriter(args.A1)
+	if err != nil {
+		return err
+	}
+	*n, err = io.Copy(out, io.LimitReader(in, args.A2))
+	return errors.Join(err, out.Close())
+}
+
+func (k handKit) Call(args struct {
+	A0 uint32
+	A1 int
+}, reply *string) error {
+	c, err := k.broker.DialRPC(args.A0)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return c.Call("Plugin.Call", args.A1, reply)
+}
+
+func (k handKit) Open(how string, id *uint32) error {
+	*id, _ = k.broker.ServeReader(strings.NewReader(how))
+	return nil
+}
+
+func (k handKit) Create(how string, id *uint32) error {
+	*id, _ = k.broker.ServeWriter(io.Discard)
+	return nil
+}
+
+// Close is written as in go-plugin's examples.
+func (k handKit) Close(args any, reply *any) error { return nil }
+
+// Await has another argument than the interface.
+func (k handKit) Await(event struct{}, _ *any) error { return nil }
+
+// Invoke calls methods that were written by hand, which have no context.
+func TestInvokeOfHandWritten(t *testing.T) {
+	host, _ := TestPluginRPCConn(t, PluginSet{"kit": handPlugin{kitPlugin(nil)}}, nil)
+	r := dispenseKit(t, host)
+	data := noise(300_000, 1)
+	var back bytes.Buffer
+	if n := invoke[int64](t, r, "Copy", bytes.NewReader(data), &back, int64(1<<40)); n != 300_000 || !bytes.Equal(back.Bytes(), data) {
+		t.Errorf("%d bytes were copied, %d came back", n, back.Len())
+	}
+	got := invoke[string](t, r, "Call", func(_ context.Context, n int) (string, error) { return fmt.Sprint(n), nil }, 42)
+	if got != "42" {
+		t.Errorf("the callback returned %q", got)
+	}
+	s := invoke[io.ReadCloser](t, r, "Open", "content")
+	if data, err := io.ReadAll(s); string(data) != "content" || err != nil {
+		t.Errorf("read %q: %v", data, err)
+	}
+	check(t, s.Close())
+	check(t, invoke[io.WriteCloser](t, r, "Create", "").Close())
+	_, err := Invoke[struct{}](boundedContext(t), r, "Await", "text")
+	errorSays(t, err, "struct")
+	_, err = Invoke[int](boundedContext(t), r, "Add", 1, 2)
+	errorSays(t, err, "Add")
+	invoke[int64](t, r, "Copy", bytes.NewReader(data), io.Discard, int64(1))
+}
+
+type handPlugin struct{ Plugin }
+
+func (handPlugin) Server(b *MuxBroker) (any, error) { return handKit{b}, nil }
+
+// A client that was written by hand calls methods of an interface.
+func TestHandWrittenCalls(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	call := func(method string, args, reply any) {
+		t.Helper()
+		check(t, Call(boundedContext(t), r.client, "Plugin."+method, args, reply))
+	}
+	var sum int
+	call("Add", struct{ A0 int }{5}, &sum) // without the last parameter
+	if sum != 5 {
+		t.Errorf("5 and nothing is %d", sum)
+	}
+	call("Add", struct{ A2, A1, A0 int }{7, 2, 1}, &sum) // with one more
+	if sum != 3 {
+		t.Errorf("1 + 2 is %d", sum)
+	}
+	for _, args := range []any{new(any), struct{}{}, true, "text", []any{nil}, map[string]any{"x": nil}, Point{}} {
+		check(t, r.client.Call("Plugin.Close", args, nil))
+	}
+	var back bytes.Buffer
+	in, stopReader := r.broker.ServeReader(strings.NewReader("content"))
+	defer stopReader()
+	out, stopWriter := r.broker.ServeWriter(&back)
+	defer stopWriter()
+	var n int64
+	call("Copy", copyArgs{in, out, 5}, &n)
+	if n != 5 || back.String() != "conte" {
+		t.Errorf("%d bytes were copied: %q", n, back.String())
+	}
+	f, stop := r.broker.ServeRPC(handCallback{})
+	defer stop()
+	var reply string
+	call("Call", struct {
+		A0 uint32
+		A1 int
+	}{f, 42}, &reply)
+	if reply != "called with 42" {
+		t.Errorf("the callback returned %q", reply)
+	}
+	var id uint32
+	call("Open", "good", &id)
+	s, err := r.broker.DialReader(id)
+	check(t, err)
+	if data, err := io.ReadAll(s); string(data) != "content" || err != nil {
+		t.Errorf("read %q: %v", data, err)
+	}
+	check(t, s.Close())
+	call("Await", "closed good", nil)
+	call("Open", "nil", &id)
+	if id != 0 {
+		t.Errorf("the number of nil is %d", id)
+	}
+	// Numbers that are not served.
+	for _, args := range []copyArgs{{7, 7, 1}, {out, in, 1}} {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if err := Call(ctx, r.client, "Plugin.Copy", args, &n); err == nil {
+			t.Errorf("copying %v is no error", args)
+		}
+	}
+	invoke[int](t, r, "Add", 1, 2)
+}
+
+type handCallback struct{}
+
+func (handCallback) Call(n int, reply *string) error {
+	*reply = fmt.Sprint("called with ", n)
+	return nil
+}
+
+// ---- All shapes ----
+
+// shaper makes types and values of bytes.
+type shaper struct{ data []byte }
+
+func (s *shaper) next(n int) int {
+	if len(s.data) == 0 {
+		return 0
+	}
+	b := s.data[0]
+	s.data = s.data[1:]
+	return int(b) % n
+}
+
+var shapeTypes = []reflect.Type{
+	reflect.TypeFor[bool](), reflect.TypeFor[int](), reflect.TypeFor[int8](), reflect.TypeFor[uint64](), reflect.TypeFor[float64](),
+	reflect.TypeFor[complex128](), reflect.TypeFor[string](), reflect.TypeFor[[]byte](), reflect.TypeFor[any](), reflect.TypeFor[Point](),
+	reflect.TypeFor[tree](), reflect.TypeFor[picky](), reflect.TypeFor[struct{}](), reflect.TypeFor[time.Time](),
+}
+
+// typ returns a type that gob can encode.
+func (s *shaper) typ(depth int) reflect.Type {
+	n := s.next(len(shapeTypes) + 5)
+	if depth == 0 && n >= len(shapeTypes) {
+		n = 1
+	}
+	switch n - len(shapeTypes) {
+	case 0:
+		return reflect.PointerTo(s.typ(depth - 1))
+	case 1:
+		return reflect.SliceOf(s.typ(depth - 1))
+	case 2:
+		return reflect.MapOf(reflect.TypeFor[string](), s.typ(depth-1))
+	case 3:
+		return reflect.ArrayOf(s.next(3), s.typ(depth-1))
+	case 4:
+		return reflect.StructOf([]reflect.StructField{{Name: "F", Type: s.typ(depth - 1)}, {Name: "G", Type: s.typ(depth - 1)}})
+	}
+	return shapeTypes[n]
+}
+
+// fill sets v to some value.
+func (s *shaper) fill(v reflect.Value, depth int) {
+	n := s.next(4)
+	switch v.Kind() {
+	case reflect.Bool:
+		v.SetBool(n > 1)
+	case reflect.Int, reflect.Int8:
+		v.SetInt(int64(n - 1))
+	case reflect.Uint8, reflect.Uint64:
+		v.SetUint(uint64(n))
+	case reflect.Float64:
+		v.SetFloat(float64(n) / 3)
+	case reflect.Complex128:
+		v.SetComplex(complex(float64(n), 1))
+	case reflect.String:
+		v.SetString(strings.Repeat("x", n))
+	case reflect.Interface:
+		values := []any{nil, 1, "x", Point{1, 0}, &Point{}, []string{"not registered"}, (*Point)(nil)}
+		if x := values[s.next(len(values))]; x != nil {
+			v.Set(reflect.ValueOf(x))
+		}
+	case reflect.Pointer:
+		if n > 0 {
+			v.Set(reflect.New(v.Type().Elem()))
+			s.fill(v.Elem(), depth)
+		}
+	case reflect.Slice:
+		if n > 0 {
+			v.Set(reflect.MakeSlice(v.Type(), n-1, n))
+		}
+		for i := range v.Len() {
+			s.fill(v.Index(i), depth)
+		}
+	case reflect.Array:
+		for i := range v.Len() {
+			s.fill(v.Index(i), depth)
+		}
+	case reflect.Map:
+		if n > 0 && depth > 0 {
+			v.Set(reflect.MakeMap(v.Type()))
+			x := reflect.New(v.Type().Elem()).Elem()
+			s.fill(x, depth-1)
+			v.SetMapIndex(reflect.ValueOf("key").Convert(v.Type().Key()), x)
+		}
+	case reflect.Struct:
+		for i := range v.NumField() {
+			if v.Field(i).CanSet() {
+				s.fill(v.Field(i), depth)
+			}
+		}
+	}
+}
+
+// throughGob returns v as it arrives if it is all that is sent.
+func throughGob(v reflect.Value) (_ reflect.Value, err error) {
+	defer recoverTo(&err)
+	if err := checkNil(v); err != nil {
+		return v, err
+	}
+	p := reflect.New(v.Type())
+	p.Elem().Set(v)
+	to := reflect.New(v.Type())
+	var buf bytes.Buffer
+	if err := gob.NewEncoder(&buf).EncodeValue(p); err != nil {
+		return v, err
+	}
+	return to.Elem(), gob.NewDecoder(&buf).DecodeValue(to)
+}
+
+// A function with any parameters sees what gob makes of them, and a failure is that
+// of one call.
+func FuzzInvoke(f *testing.F) {
+	for seed := range uint64(100) {
+		f.Add(noise(200, seed))
+	}
+	_, here, there := local(f)
+	f.Fuzz(func(t *testing.T, data []byte) { fuzzInvoke(t, here.broker, there.broker, &shaper{data}) })
+}
+
+func fuzzInvoke(t *testing.T, here, there *MuxBroker, from *shaper) {
+	var in []reflect.Type
+	out := []reflect.Type{typeOfError}
+	withContext := from.next(2)
+	if withContext == 1 {
+		in = append(in, typeOfContext)
+	}
+	callback := func(n int) (int, error) { return n + 1, nil }
+	passed := append(slices.Clone(paramStreams), reflect.TypeOf(callback))
+	returned := -1
+	for i := range from.next(5) {
+		if n := from.next(9); n < len(passed) {
+			in = append(in, passed[n])
+			continue
+		}
+		in = append(in, from.typ(3))
+		if from.next(2) == 1 {
+			returned = i
+			out = []reflect.Type{in[len(in)-1], typeOfError}
+		}
+	}
+	typ := reflect.FuncOf(in, out, false)
+	s, err := newShape(typ, nil)
+	if err != nil {
+		t.Fatalf("%v: %v", typ, err)
+	}
+
+	// The method uses its arguments and returns one of them.
+	var seen []reflect.Value
+	f := reflect.MakeFunc(typ, func(in []reflect.Value) []reflect.Value {
+		seen = in[withContext:]
+		for _, v := range seen {
+			var err error
+			switch arg := v.Interface().(type) {
+			case io.Reader:
+				_, err = io.Copy(io.Discard, arg)
+			case io.Writer:
+				_, err = io.WriteString(arg, "written")
+			case func(int) (int, error):
+				if arg != nil {
+					_, err = arg(1)
+				}
+			}
+			if err != nil {
+				t.Errorf("using a %v: %v", v.Type(), err)
+			}
+		}
+		result := []reflect.Value{reflect.Zero(typeOfError)}
+		if returned >= 0 {
+			result = []reflect.Value{seen[returned], result[0]}
+		}
+		return result
+	})
+	id, stop := there.ServeRPC(&service{methods: map[string]*method{"Call": s.serve(there, f)}})
+	defer stop()
+	c, err := here.DialRPC(id)
+	check(t, err)
+	defer c.Close()
+
+	var args []any
+	sent := reflect.New(s.sent).Elem()
+	for i, p := range s.params {
+		v := reflect.New(p.Type).Elem()
+		if p.sent == p.Type {
+			from.fill(v, 3)
+			s.field(sent, i).Set(v)
+			args = append(args, v.Interface())
+		} else if from.next(2) == 1 {
+			s.field(sent, i).SetUint(1)
+			args = append(args, map[reflect.Type]any{passed[0]: strings.NewReader("x"), passed[1]: new(syncBuffer), passed[2]: callback}[p.Type])
+		} else {
+			args = append(args, v.Interface())
+		}
+	}
+	got, err := (&Remote{here, c, map[string]*shape{"Call": s}}).invoke(boundedContext(t), s.result.Type, "Call", args)
+
+	arrives, lost := throughGob(sent)
+	for i, p := range s.params {
+		if lost != nil || len(seen) == 0 {
+			break
+		}
+		want := s.field(arrives, i)
+		if p.sent != p.Type {
+			if seen[i].IsNil() != want.IsZero() {
+				t.Errorf("%v: argument %d is nil: %v", typ, i, seen[i].IsNil())
+			}
+		} else if !reflect.DeepEqual(seen[i].Interface(), want.Interface()) {
+			t.Errorf("%v: argument %d, %#v, arrives as %#v and not %#v", typ, i, args[i], seen[i], want)
+		}
+	}
+	if called := seen != nil; called != (lost == nil) {
+		t.Errorf("%v: called: %v; what gob says: %v; the error: %v", typ, called, lost, err)
+	}
+	if lost == nil && returned >= 0 {
+		arrives, lost = throughGob(seen[returned])
+		if err == nil && lost == nil && !reflect.DeepEqual(got.Interface(), arrives.Interface()) {
+			t.Errorf("%v: the result %#v arrives as %#v and not %#v", typ, seen[returned], got, arrives)
+		}
+	}
+	if (err == nil) != (lost == nil) || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v: the error is %v; what gob says: %v", typ, err, lost)
+	}
+	if err := c.Call("Plugin.Nothing", 1, nil); !errors.As(err, new(rpc.ServerError)) {
+		t.Errorf("%v: afterwards: %v", typ, err)
+	}
+}
