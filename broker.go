@@ -303,7 +303,7 @@ func (b *MuxBroker) serve(svc *service, uses *group, timeout time.Duration) *loa
 		defer expire()
 		st, err := b.accept(dialling, id)
 		if err != nil {
-			b.session.logger.Debug("what is served was not dialled", "stream", id, "error", err)
+			b.session.debug("what is served was not dialled", "stream", id, "error", err)
 			cancel(nil)
 			return
 		}

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/ecdsa"
@@ -21,7 +22,6 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -124,9 +124,12 @@ func (h handshake) String() string {
 	return line
 }
 
-// handshakeStart is how a line of a plugin's stdout begins that is meant as its
-// handshake.
-var handshakeStart = regexp.MustCompile(`^\d+\|`)
+// isHandshake reports whether a line of a plugin's stdout is meant as its
+// handshake: it begins with digits and a bar.
+func isHandshake(line []byte) bool {
+	rest := bytes.TrimLeft(line, "0123456789")
+	return len(rest) < len(line) && bytes.HasPrefix(rest, []byte{'|'})
+}
 
 // parseHandshake reads the handshake line of a plugin, ours or go-plugin's.
 // Fields behind those known are ignored.
