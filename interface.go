@@ -107,9 +107,9 @@ import (
 //	several                     a struct with the fields A0, A1, …
 //	no result                   an empty struct; Invoke accepts any value
 //	one result                  the result itself
-//	io.Reader or io.ReadCloser  a uint32, for [MuxBroker.DialReader]
-//	io.Writer or io.WriteCloser a uint32, for [MuxBroker.DialWriter]
-//	function                    a uint32, for [MuxBroker.DialRPC]; its method is Plugin.Call
+//	io.Reader or io.ReadCloser  a uint32, for MuxBroker.DialReader
+//	io.Writer or io.WriteCloser a uint32, for MuxBroker.DialWriter
+//	function                    a uint32, for MuxBroker.DialRPC; its method is Plugin.Call
 //	nil in place of these       0
 //
 // So a method with one parameter works with a client or server that was written for
