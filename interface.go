@@ -125,14 +125,12 @@ func For[T any](impl T, client func(*Remote) T) Plugin {
 		m := t.Method(i)
 		s, err := newShape(m.Type, nil)
 		if err != nil || !m.IsExported() {
-			panic(fmt.Sprintf("plugin: For[%v]: method %s: %v", t, m.Name, cmp.Or(err, errUnexported)))
+			panic(fmt.Sprintf("plugin: For[%v]: method %s: %v", t, m.Name, cmp.Or(err, errors.New("it is not exported"))))
 		}
 		p.shapes[m.Name] = s
 	}
 	return p
 }
-
-var errUnexported = errors.New("it is not exported")
 
 // interfacePlugin is the Plugin that For returns.
 type interfacePlugin[T any] struct {
