@@ -3,23 +3,19 @@ package plugin
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"encoding/gob"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"math/rand"
 	"net"
 	"net/rpc"
 	"reflect"
 	"runtime"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/quick"
 	"time"
 )
 
@@ -42,8 +38,6 @@ type Kit interface {
 	Call(f func(context.Context, int) (string, error), n int) (string, error)
 	Nest(f Nested) (string, error)
 	Which(r io.Reader, w io.Writer, f func() error) (string, error)
-	Keep(r io.Reader, w io.Writer, f func() error) error
-	Kept() ([]string, error)
 
 	Open(ctx context.Context, how string) (io.ReadCloser, error)
 	Create(ctx context.Context, how string) (io.WriteCloser, error)
@@ -59,23 +53,19 @@ type Point struct{ X, Y int }
 // Nested is a function of functions and streams.
 type Nested func(ctx context.Context, in io.Reader, back func(text string) (io.ReadCloser, error)) (io.WriteCloser, error)
 
-// kit implements Kit. Events tells a test what has happened in the plugin.
+// kit implements Kit. Its events tell a test what has happened in the plugin.
 type kit struct {
-	mu     sync.Mutex // guards the fields below
-	events map[string]chan struct{}
-	kept   func() []string
+	events sync.Map // string to chan struct{}
+
+	// The last arguments of Which.
+	r io.Reader
+	w io.Writer
+	f func() error
 }
 
 func (k *kit) event(name string) chan struct{} {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.events == nil {
-		k.events = make(map[string]chan struct{})
-	}
-	if k.events[name] == nil {
-		k.events[name] = make(chan struct{}, 100)
-	}
-	return k.events[name]
+	ch, _ := k.events.LoadOrStore(name, make(chan struct{}, 100))
+	return ch.(chan struct{})
 }
 
 func (k *kit) Await(ctx context.Context, event string) error {
@@ -153,25 +143,9 @@ func (*kit) Nest(f Nested) (string, error) {
 	return "nested", w.Close()
 }
 
-func (*kit) Which(r io.Reader, w io.Writer, f func() error) (string, error) {
+func (k *kit) Which(r io.Reader, w io.Writer, f func() error) (string, error) {
+	k.r, k.w, k.f = r, w, f
 	return fmt.Sprint(r == nil, w == nil, f == nil), nil
-}
-
-func (k *kit) Keep(r io.Reader, w io.Writer, f func() error) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.kept = func() []string {
-		_, errR := r.Read(make([]byte, 1))
-		_, errW := w.Write([]byte("late"))
-		return []string{fmt.Sprint(errR), fmt.Sprint(errW), fmt.Sprint(f())}
-	}
-	return nil
-}
-
-func (k *kit) Kept() ([]string, error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.kept(), nil
 }
 
 // closing is a stream with a Close.
@@ -616,15 +590,17 @@ func TestReadAhead(t *testing.T) {
 
 // What a method keeps fails when it has returned.
 func TestKeptArguments(t *testing.T) {
-	t.Parallel()
-	_, _, r := startKit(t)
+	host, k, r := localKit(t)
+	defer host.Close()
 	var uses atomic.Int64
 	use := func([]byte) (int, error) { uses.Add(1); return 0, io.EOF }
-	invoke[struct{}](t, r, "Keep", readerFunc(use), writerFunc(use), func() error { uses.Add(1); return nil })
+	invoke[string](t, r, "Which", readerFunc(use), writerFunc(use), func() error { uses.Add(1); return nil })
 	before := uses.Load()
-	for i, err := range invoke[[]string](t, r, "Kept") {
-		if err == "<nil>" || err == "EOF" {
-			t.Errorf("argument %d that was kept: %s", i, err)
+	_, errRead := k.r.Read(make([]byte, 1))
+	_, errWrite := k.w.Write([]byte("late"))
+	for i, err := range []error{errRead, errWrite, k.f()} {
+		if err == nil || err == io.EOF {
+			t.Errorf("argument %d that was kept: %v", i, err)
 		}
 	}
 	if n := uses.Load(); n != before {
@@ -864,115 +840,72 @@ func (k handKit) Open(how string, id *uint32) error {
 	return nil
 }
 
-// tapped records both directions of a connection.
-type tapped struct {
-	net.Conn
-	read, written syncBuffer
-}
-
-func (c *tapped) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	_, _ = c.read.Write(p[:n])
-	return n, err
-}
-
-func (c *tapped) Write(p []byte) (int, error) {
-	_, _ = c.written.Write(p)
-	return c.Conn.Write(p)
-}
-
-// bodies returns the bodies of the requests or responses in a stream, as they were
-// sent: each second of the gob messages that define no type.
-func bodies(stream string) (bodies []string) {
-	for header := true; len(stream) > 0; {
-		size, skip := int(stream[0]), 1
-		if size > 127 {
-			skip = 1 + 256 - size
-			size = 0
-			for _, b := range []byte(stream[1:skip]) {
-				size = size<<8 | int(b)
-			}
-		}
-		message := stream[skip : skip+size]
-		stream = stream[skip+size:]
-		id := message[0]
-		if id > 127 {
-			id = message[256-int(id)] // its last byte has the sign
-		}
-		if id&1 == 1 {
-			continue // the definition of a type
-		}
-		if !header {
-			bodies = append(bodies, message)
-		}
-		header = !header
-	}
-	return bodies
-}
-
-// What is sent is what net/rpc sends, byte for byte.
+// What is sent is what net/rpc sends, byte for byte: a request and a response end with
+// the message that gob makes of the argument and the reply.
 func TestInterfaceOnWire(t *testing.T) {
+	t.Parallel()
 	none, text := any(nil), any("text")
 	for _, test := range []struct {
 		method string
 		args   []any
 		sent   any
-		reply  any // a pointer
+		reply  any
 	}{
-		{"Add", []any{1, 2}, addArgs{1, 2}, new(int)},
-		{"Add", []any{0, 0}, addArgs{}, new(int)},
-		{"Greet", []any{"Gopher"}, "Gopher", new(string)},
-		{"Point", []any{&Point{1, 2}}, Point{1, 2}, new(*Point)},
-		{"Point", []any{&Point{}}, &Point{}, new(*Point)},
-		{"Echo", []any{"text"}, &text, new(any)},
-		{"Echo", []any{nil}, &none, new(any)},
-		{"Close", nil, struct{}{}, new(struct{})},
-		{"Which", []any{nil, nil, nil}, struct{ A0, A1, A2 uint32 }{}, new(string)},
+		{"Add", []any{1, 2}, addArgs{1, 2}, 3},
+		{"Add", []any{0, 0}, addArgs{}, 0},
+		{"Greet", []any{"Gopher"}, "Gopher", "Hello, Gopher"},
+		{"Point", []any{&Point{1, 2}}, Point{1, 2}, &Point{1, 2}},
+		{"Point", []any{&Point{}}, &Point{}, &Point{}},
+		{"Echo", []any{"text"}, &text, &text},
+		{"Echo", []any{nil}, &none, &none},
+		{"Close", nil, struct{}{}, struct{}{}},
+		{"Which", []any{nil, nil, nil}, struct{ A0, A1, A2 uint32 }{}, "true true true"},
 	} {
-		// What net/rpc sends on both ends.
-		client, server := TestConn(t)
-		want := &tapped{Conn: client}
-		serveStub(t, server)
-		check(t, rpc.NewClient(want).Call("Plugin."+test.method, test.sent, test.reply))
-
-		// What Invoke sends.
+		// net/rpc is the plugin.
 		_, c, st := rawPlugin(t)
-		requests := &tapped{Conn: st}
-		serveStub(t, requests)
+		var request, response syncBuffer
+		server := rpc.NewServer()
+		check(t, server.RegisterName("Plugin", handKit{}))
+		go server.ServeConn(tapped{st, io.TeeReader(st, &request)}) // ends with the connection
 		k, err := kitPlugin(nil).Client(c.broker, c.Client)
 		check(t, err)
-		result := reflect.TypeOf(test.reply).Elem()
-		got, err := k.(kitClient).remote.invoke(boundedContext(t), result, test.method, test.args)
+		r := k.(kitClient).remote
+		result := r.shapes[test.method].result.Type
+		got, err := r.invoke(boundedContext(t), result, test.method, test.args)
 		check(t, err)
-		if want := reflect.ValueOf(test.reply).Elem().Interface(); !reflect.DeepEqual(got.Interface(), want) {
-			t.Errorf("%s(%v) returns %v and not %v", test.method, test.args, got, want)
+		if want := reflect.Indirect(reflect.ValueOf(test.reply)); !reflect.DeepEqual(reflect.Indirect(got).Interface(), want.Interface()) {
+			t.Errorf("%s(%v) returns %v", test.method, test.args, got)
 		}
-
-		// What a plugin answers.
+		// net/rpc is the host.
 		svc, err := kitPlugin(new(kit)).Server(nil)
 		check(t, err)
-		_, _, host := rawHost(t, svc)
-		replies := &tapped{Conn: host}
-		check(t, rpc.NewClient(replies).Call("Plugin."+test.method, test.sent, test.reply))
+		_, _, st = rawHost(t, svc)
+		check(t, rpc.NewClient(tapped{st, io.TeeReader(st, &response)}).Call("Plugin."+test.method, test.sent, reflect.New(result).Interface()))
 
-		check(t, c.Close())
 		for what, pair := range map[string][2]string{
-			"request": {requests.read.String(), want.written.String()},
-			"reply":   {replies.read.String(), want.read.String()},
+			"request": {request.String(), lastMessage(t, test.sent)},
+			"reply":   {response.String(), lastMessage(t, test.reply)},
 		} {
-			if got, want := bodies(pair[0]), bodies(pair[1]); len(want) != 1 || !reflect.DeepEqual(got, want) {
-				t.Errorf("the %s of %s(%v) is %x and not %x", what, test.method, test.args, got, want)
+			if !strings.HasSuffix(pair[0], pair[1]) {
+				t.Errorf("the %s of %s(%v) is %x and not %x", what, test.method, test.args, pair[0], pair[1])
 			}
 		}
 	}
 }
 
-// serveStub serves a handKit with net/rpc.
-func serveStub(t testing.TB, conn io.ReadWriteCloser) {
+// tapped is a connection that is read through another reader.
+type tapped struct {
+	net.Conn
+	from io.Reader
+}
+
+func (c tapped) Read(p []byte) (int, error) { return c.from.Read(p) }
+
+// lastMessage returns v as gob writes it, without definitions of types.
+func lastMessage(t testing.TB, v any) (last string) {
 	t.Helper()
-	s := rpc.NewServer()
-	check(t, s.RegisterName("Plugin", handKit{}))
-	go s.ServeConn(conn) // ends with the connection
+	check(t, gob.NewEncoder(writerFunc(func(p []byte) (int, error) { last = string(p); return len(p), nil })).Encode(v))
+	return last
 }
 
 // Invoke calls methods that were written by hand, which have no context.
@@ -997,8 +930,8 @@ func TestInvokeOfHandWritten(t *testing.T) {
 	invoke[struct{}](t, r, "Ignore", nil, "", 0)
 	_, err := Invoke[struct{}](boundedContext(t), r, "Await", "text")
 	errorSays(t, err, "struct")
-	_, err = Invoke[[]string](boundedContext(t), r, "Kept")
-	errorSays(t, err, "Kept")
+	_, err = Invoke[string](boundedContext(t), r, "Fail", "EOF")
+	errorSays(t, err, "Fail")
 	invoke[int64](t, r, "Copy", bytes.NewReader(data), io.Discard, int64(1))
 }
 
@@ -1072,204 +1005,4 @@ type handCallback struct{}
 func (handCallback) Call(n int, reply *string) error {
 	*reply = fmt.Sprint("called with ", n)
 	return nil
-}
-
-// ---- All shapes ----
-
-// byteSource is a source of random numbers that are in bytes, and then 0.
-type byteSource struct{ data []byte }
-
-func (s *byteSource) Seed(int64) {}
-
-func (s *byteSource) Int63() int64 {
-	var b [8]byte
-	s.data = s.data[copy(b[:], s.data):]
-	return int64(binary.LittleEndian.Uint64(b[:]) >> 1)
-}
-
-// holder holds interfaces, also with what gob does not encode.
-type holder struct {
-	V any
-	M map[string]any
-}
-
-func (*holder) Generate(r *rand.Rand, _ int) reflect.Value {
-	h := &holder{V: fuzzValue(reflect.TypeFor[any](), r).Interface()}
-	if r.Intn(2) == 1 {
-		h.M = map[string]any{"x": h.V}
-	}
-	return reflect.ValueOf(h)
-}
-
-var shapeTypes = []reflect.Type{
-	reflect.TypeFor[any](), reflect.TypeFor[*holder](), reflect.TypeFor[Point](), reflect.TypeFor[picky](), reflect.TypeFor[struct{}](),
-	reflect.TypeFor[bool](), reflect.TypeFor[int](), reflect.TypeFor[int8](), reflect.TypeFor[uint32](), reflect.TypeFor[float64](),
-	reflect.TypeFor[complex128](), reflect.TypeFor[string](), reflect.TypeFor[[]byte](), reflect.TypeFor[map[int]string](),
-}
-
-// fuzzType returns a type that gob can encode.
-func fuzzType(r *rand.Rand, depth int) reflect.Type {
-	kinds := 10
-	if depth == 0 {
-		kinds = 5
-	}
-	switch r.Intn(kinds) {
-	case 9:
-		return reflect.PointerTo(fuzzType(r, depth-1))
-	case 8:
-		return reflect.SliceOf(fuzzType(r, depth-1))
-	case 7:
-		return reflect.MapOf(reflect.TypeFor[string](), fuzzType(r, depth-1))
-	case 6:
-		return reflect.ArrayOf(r.Intn(3), fuzzType(r, depth-1))
-	case 5:
-		return reflect.StructOf([]reflect.StructField{{Name: "F", Type: fuzzType(r, depth-1)}, {Name: "G", Type: fuzzType(r, depth-1)}})
-	}
-	return shapeTypes[r.Intn(len(shapeTypes))]
-}
-
-// fuzzValue returns a value of that type.
-func fuzzValue(t reflect.Type, r *rand.Rand) reflect.Value {
-	v := reflect.New(t).Elem()
-	if t.Kind() == reflect.Interface {
-		values := []any{nil, 1, "x", Point{1, 0}, &Point{}, []string{"not registered"}, (*Point)(nil)}
-		if x := values[r.Intn(len(values))]; x != nil {
-			v.Set(reflect.ValueOf(x))
-		}
-	} else if x, ok := quick.Value(t, r); ok { // it cannot make an interface inside
-		v.Set(x)
-	}
-	return v
-}
-
-// throughGob returns v as it arrives if it is all that is sent.
-func throughGob(v reflect.Value) (_ reflect.Value, err error) {
-	defer recoverTo(&err)
-	if err := checkNil(v); err != nil {
-		return v, err
-	}
-	p := reflect.New(v.Type())
-	p.Elem().Set(v)
-	to := reflect.New(v.Type())
-	var buf bytes.Buffer
-	if err := gob.NewEncoder(&buf).EncodeValue(p); err != nil {
-		return v, err
-	}
-	return to.Elem(), gob.NewDecoder(&buf).DecodeValue(to)
-}
-
-// A function with any parameters sees what gob makes of them, and a failure is that
-// of one call.
-func FuzzInvoke(f *testing.F) {
-	for seed := range uint64(100) {
-		f.Add(noise(200, seed))
-	}
-	_, here, there := local(f)
-	f.Fuzz(func(t *testing.T, data []byte) { fuzzInvoke(t, here.broker, there.broker, rand.New(&byteSource{data})) })
-}
-
-func fuzzInvoke(t *testing.T, here, there *MuxBroker, r *rand.Rand) {
-	var in []reflect.Type
-	out := []reflect.Type{typeOfError}
-	withContext := r.Intn(2)
-	if withContext == 1 {
-		in = append(in, typeOfContext)
-	}
-	callback := func(n int) (int, error) { return n + 1, nil }
-	passed := append(slices.Clone(paramStreams), reflect.TypeOf(callback))
-	returned := -1
-	for i := range r.Intn(5) {
-		if n := r.Intn(9); n < len(passed) {
-			in = append(in, passed[n])
-			continue
-		}
-		in = append(in, fuzzType(r, 3))
-		if r.Intn(2) == 1 {
-			returned = i
-			out = []reflect.Type{in[len(in)-1], typeOfError}
-		}
-	}
-	typ := reflect.FuncOf(in, out, false)
-	s, err := newShape(typ, nil)
-	if err != nil {
-		t.Fatalf("%v: %v", typ, err)
-	}
-
-	// The method uses its arguments and returns one of them.
-	var seen []reflect.Value
-	f := reflect.MakeFunc(typ, func(in []reflect.Value) []reflect.Value {
-		seen = in[withContext:]
-		for _, v := range seen {
-			var err error
-			switch arg := v.Interface().(type) {
-			case io.Reader:
-				_, err = io.Copy(io.Discard, arg)
-			case io.Writer:
-				_, err = io.WriteString(arg, "written")
-			case func(int) (int, error):
-				if arg != nil {
-					_, err = arg(1)
-				}
-			}
-			if err != nil {
-				t.Errorf("using a %v: %v", v.Type(), err)
-			}
-		}
-		result := []reflect.Value{reflect.Zero(typeOfError)}
-		if returned >= 0 {
-			result = []reflect.Value{seen[returned], result[0]}
-		}
-		return result
-	})
-	id, stop := there.ServeRPC(&service{methods: map[string]*method{"Call": s.serve(there, f)}})
-	defer stop()
-	c, err := here.DialRPC(id)
-	check(t, err)
-	defer c.Close()
-
-	var args []any
-	sent := reflect.New(s.sent).Elem()
-	for i, p := range s.params {
-		if p.sent == p.Type {
-			v := fuzzValue(p.Type, r)
-			s.field(sent, i).Set(v)
-			args = append(args, v.Interface())
-		} else if r.Intn(2) == 1 {
-			s.field(sent, i).SetUint(1)
-			args = append(args, map[reflect.Type]any{passed[0]: strings.NewReader("x"), passed[1]: new(syncBuffer), passed[2]: callback}[p.Type])
-		} else {
-			args = append(args, reflect.Zero(p.Type).Interface())
-		}
-	}
-	got, err := (&Remote{here, c, map[string]*shape{"Call": s}}).invoke(boundedContext(t), s.result.Type, "Call", args)
-
-	arrives, lost := throughGob(sent)
-	for i, p := range s.params {
-		if lost != nil || len(seen) == 0 {
-			break
-		}
-		want := s.field(arrives, i)
-		if p.sent != p.Type {
-			if seen[i].IsNil() != want.IsZero() {
-				t.Errorf("%v: argument %d is nil: %v", typ, i, seen[i].IsNil())
-			}
-		} else if !reflect.DeepEqual(seen[i].Interface(), want.Interface()) {
-			t.Errorf("%v: argument %d, %#v, arrives as %#v and not %#v", typ, i, args[i], seen[i], want)
-		}
-	}
-	if called := seen != nil; called != (lost == nil) {
-		t.Errorf("%v: called: %v; what gob says: %v; the error: %v", typ, called, lost, err)
-	}
-	if lost == nil && returned >= 0 {
-		arrives, lost = throughGob(seen[returned])
-		if err == nil && lost == nil && !reflect.DeepEqual(got.Interface(), arrives.Interface()) {
-			t.Errorf("%v: the result %#v arrives as %#v and not %#v", typ, seen[returned], got, arrives)
-		}
-	}
-	if (err == nil) != (lost == nil) || errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("%v: the error is %v; what gob says: %v", typ, err, lost)
-	}
-	if err := c.Call("Plugin.Nothing", 1, nil); !errors.As(err, new(rpc.ServerError)) {
-		t.Errorf("%v: afterwards: %v", typ, err)
-	}
 }
