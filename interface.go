@@ -37,7 +37,8 @@ import (
 //
 // If impl is of another type than T, T must be written: For[Filter](upper{}, …).
 // T may be generic and may embed interfaces. Only the methods of T can be called,
-// whatever other methods impl has. Dispense fails if impl is nil in the plugin.
+// whatever other methods impl has. Dispense fails if impl is nil in the plugin. What it
+// returns can be used until the connection ends.
 //
 // # Methods
 //
@@ -107,8 +108,8 @@ import (
 //	several                     a struct with the fields A0, A1, …
 //	no result                   an empty struct; Invoke accepts any value
 //	one result                  the result itself
-//	io.Reader or io.ReadCloser  a uint32, for MuxBroker.DialReader
-//	io.Writer or io.WriteCloser a uint32, for MuxBroker.DialWriter
+//	io.Reader, io.ReadCloser    a uint32, for MuxBroker.DialReader
+//	io.Writer, io.WriteCloser   a uint32, for MuxBroker.DialWriter
 //	function                    a uint32, for MuxBroker.DialRPC; its method is Plugin.Call
 //	nil in place of these       0
 //

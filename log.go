@@ -19,16 +19,14 @@ import (
 )
 
 const (
-	// tailSize is how much of the end of a plugin's stderr is kept, in bytes.
-	tailSize = 8 << 10
-	// crashSize is how much of a panic and its trace is kept, in bytes.
-	crashSize = 64 << 10
+	tailSize  = 8 << 10  // how many bytes of the end of a plugin's stderr are kept
+	crashSize = 64 << 10 // how many bytes of a panic and its trace are kept
 )
 
-// lineWriter cuts what is written to it into lines.
+// lineWriter splits what is written to it into lines.
 type lineWriter struct {
-	max  int                         // a longer line is cut there
-	emit func(line []byte, left int) // gets a line, and how many bytes of it were left out
+	max  int                         // the length at which lines are cut
+	emit func(line []byte, left int) // gets a line, and how many bytes were cut off
 
 	mu   sync.Mutex // serialises writing; guards the fields below
 	line []byte
@@ -52,7 +50,7 @@ func (w *lineWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Close emits a last line that was not ended.
+// Close emits the last line if it has no line feed.
 func (w *lineWriter) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -68,7 +66,7 @@ func (w *lineWriter) end() {
 	w.emit(line, left)
 }
 
-// cutMark says that a line was cut.
+// cutMark returns a mark for the end of a line that was cut, or "".
 func cutMark(left int) string {
 	if left == 0 {
 		return ""
@@ -76,13 +74,13 @@ func cutMark(left int) string {
 	return fmt.Sprintf(" [%d more bytes]", left)
 }
 
-// stderrLog makes log records of the lines of a plugin's stderr, and keeps
-// what may be needed to say why the plugin died.
+// stderrLog logs the lines of a plugin's stderr, and keeps those that may explain its
+// end.
 type stderrLog struct {
 	logger hclog.Logger
 	tail   tail
-	crash  []byte // a panic or fatal error and the lines behind it
-	more   int    // how many more lines may belong to it
+	crash  []byte // a panic or fatal error and its trace
+	more   int    // how many more lines may be part of it
 }
 
 func (l *stderrLog) line(line []byte, left int) {
@@ -97,8 +95,8 @@ func (l *stderrLog) line(line []byte, left int) {
 	l.logger.Log(cmp.Or(level, hclog.Debug), printable(string(line))+cutMark(left))
 }
 
-// crashing reports whether a line belongs to a panic or a fatal error, and
-// keeps it if so. A message without a trace soon ends: it was only printed.
+// crashing reports whether a line is part of a panic or fatal error, and keeps the line
+// if it is. Without a trace, this ends after 50 lines: the plugin only printed something.
 func (l *stderrLog) crashing(line []byte, level hclog.Level) bool {
 	switch {
 	case bytes.HasPrefix(line, []byte("panic: ")), bytes.HasPrefix(line, []byte("fatal error: ")):
@@ -116,8 +114,7 @@ func (l *stderrLog) crashing(line []byte, level hclog.Level) bool {
 	return true
 }
 
-// parseRecord reads a line of hclog's or slog's JSON. The values are sorted by
-// their keys.
+// parseRecord parses a JSON record of hclog or slog. It sorts the values by their keys.
 func parseRecord(line []byte) (level hclog.Level, message string, args []any, ok bool) {
 	var record map[string]json.RawMessage
 	if json.Unmarshal(line, &record) != nil {
@@ -151,18 +148,18 @@ func parseRecord(line []byte) (level hclog.Level, message string, args []any, ok
 	return level, oneLine(texts[1]), args, level != hclog.NoLevel
 }
 
-// oneLine is printable for what must not be taken for a record of the host's.
+// oneLine is printable for text that must stay in one record.
 func oneLine(s string) string {
 	return strings.NewReplacer("\n", `\n`, "\t", `\t`).Replace(printable(s))
 }
 
-// rawJSON is what a record holds and is no string. JSON has no control
-// characters that are not escaped.
+// rawJSON is a value of a record that is not a string. JSON escapes control
+// characters.
 type rawJSON struct{ json.RawMessage }
 
 func (r rawJSON) String() string { return printable(string(r.RawMessage)) }
 
-// parseLevel reads hclog's levels, and slog's, which may have an offset.
+// parseLevel parses a level of hclog or slog. The latter may have an offset.
 func parseLevel(text string) hclog.Level {
 	if level := hclog.LevelFromString(text); level != hclog.NoLevel && level != hclog.Off {
 		return level
@@ -171,12 +168,13 @@ func parseLevel(text string) hclog.Level {
 	if l.UnmarshalText([]byte(text)) != nil {
 		return hclog.NoLevel
 	}
-	return min(max(hclog.Info+hclog.Level(l>>2), hclog.Trace), hclog.Error) // slog's are four apart
+	return min(max(hclog.Info+hclog.Level(l>>2), hclog.Trace), hclog.Error) // levels of slog are four apart
 }
 
-// levelPatterns are made when they are needed, which is in hosts alone. The first
-// is a level in brackets, maybe behind the date and time of package log, or what
-// slog's default handler writes; the second is how its TextHandler begins a line.
+// levelPatterns are compiled when they are needed, because plugins do not need them.
+// The first matches a level in brackets, with or without the date and time of package
+// log, and the prefix of slog's default handler. The second matches the beginning of a
+// line of slog's TextHandler.
 var levelPatterns = sync.OnceValue(func() [2]*regexp.Regexp {
 	return [2]*regexp.Regexp{
 		regexp.MustCompile(`^(?:\d{4}/\d\d/\d\d )?(?:\d\d:\d\d:\d\d(?:\.\d+)? )?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?|` +
@@ -185,8 +183,8 @@ var levelPatterns = sync.OnceValue(func() [2]*regexp.Regexp {
 	}
 })
 
-// textLevel returns the level that is written at the front of a line, and the
-// line without a prefix that says no more than the record will.
+// textLevel returns the level at the beginning of a line, and the line without the
+// date, time and level that the record will have.
 func textLevel(line []byte) (hclog.Level, []byte) {
 	if m := levelPatterns()[0].FindSubmatch(line); m != nil {
 		return parseLevel(string(m[1]) + string(m[2])), line[len(m[0]):]
@@ -197,8 +195,8 @@ func textLevel(line []byte) (hclog.Level, []byte) {
 	return hclog.NoLevel, line
 }
 
-// printable returns s, escaped if anything in it could do something to a
-// terminal or a log file, except tabs and the ends of lines.
+// printable escapes characters that a terminal or log file could interpret, except tabs
+// and line feeds.
 func printable(s string) string {
 	var b strings.Builder
 	for line := range strings.Lines(s) {
@@ -211,7 +209,7 @@ func printable(s string) string {
 	return b.String()
 }
 
-// tail keeps the end of what is written to it.
+// tail keeps the last tailSize bytes that are written to it.
 type tail struct {
 	mu  sync.Mutex // guards buf
 	buf []byte
@@ -226,7 +224,7 @@ func (t *tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// String returns the last lines, 8 KiB at most.
+// String returns the last whole lines.
 func (t *tail) String() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -236,9 +234,9 @@ func (t *tail) String() string {
 	return string(t.buf)
 }
 
-// forgiving writes to a writer of the host's until that fails: it must not stop
-// the plugin.
-type forgiving struct{ w io.Writer } // w is nil if there is none any more
+// forgiving writes to a writer of the host until it fails. A failed writer must not
+// stop the plugin.
+type forgiving struct{ w io.Writer } // w is nil if there is none, or if it has failed
 
 func (f *forgiving) Write(p []byte) (int, error) {
 	if f.w != nil {
