@@ -108,13 +108,11 @@ func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 	defer leave()
 	select {
 	case st := <-streams:
-		// The peer waits for these bytes. It may leave no room for them.
-		_ = st.SetWriteDeadline(time.Now().Add(brokerTimeout))
+		// The peer waits for these bytes.
 		if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
 			abort(st)
 			return nil, err
 		}
-		_ = st.SetWriteDeadline(time.Time{})
 		return st, nil
 	case <-ctx.Done():
 		return nil, fmt.Errorf("the peer has not dialled it: %w", contextError(ctx))
@@ -268,16 +266,6 @@ func (b *MuxBroker) service(v any) *service {
 // serving ends when the peer closes its client, or with the connection.
 func (b *MuxBroker) ServeRPC(v any) (id uint32, stop func()) {
 	svc := b.service(v)
-	id, end := b.serve(svc)
-	return id, func() {
-		end()
-		svc.calls.Wait()
-	}
-}
-
-// serve serves svc to who dials id. end lets no more calls begin and ends the
-// contexts of those that run.
-func (b *MuxBroker) serve(svc *service) (id uint32, end func()) {
 	id = b.NextId()
 	ctx, cancel := context.WithCancelCause(b.session.calls)
 	b.session.spawn(func() {
@@ -297,8 +285,9 @@ func (b *MuxBroker) serve(svc *service) (id uint32, end func()) {
 		}()
 	})
 	return id, func() {
-		svc.calls.close()
 		cancel(errStopped)
+		svc.calls.close()
+		svc.calls.Wait()
 	}
 }
 
@@ -325,8 +314,7 @@ func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
 // returned, r is not read any more, and the peer's Read fails with an error that
 // says so: it does not return io.EOF unless r did.
 func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
-	l := &lent{use: r.Read}
-	return b.lend(l, &readerService{b, l})
+	return b.ServeRPC(&readerService{b, r})
 }
 
 // DialReader returns a reader for what the peer serves with ServeReader. It
@@ -346,8 +334,7 @@ func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
 // w fails, the peer is told. w is not closed. stop ends that, as the stop of
 // ServeReader does: after it has returned, w is not written to any more.
 func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
-	l := &lent{use: w.Write}
-	return b.lend(l, &writerService{b, l})
+	return b.ServeRPC(&writerService{b, w})
 }
 
 // DialWriter returns a writer for what the peer serves with ServeWriter. An
@@ -364,33 +351,6 @@ func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
 	b.session.spawn(func() { <-p.done; abort(p.conn) })
 	return pipeWriter{p}, nil
 }
-
-// lend serves what uses l. stop waits for a use that is under way, and not for
-// the stream, which may wait for the peer.
-func (b *MuxBroker) lend(l *lent, rcvr any) (id uint32, stop func()) {
-	id, end := b.serve(b.service(rcvr))
-	return id, func() {
-		end()
-		l.uses.close()
-		l.uses.Wait()
-	}
-}
-
-// lent is a reader or writer that can be taken back.
-type lent struct {
-	use  func([]byte) (int, error)
-	uses group // closed when it is taken back
-}
-
-func (l *lent) Read(p []byte) (int, error) {
-	if !l.uses.enter() {
-		return 0, errStopped
-	}
-	defer l.uses.Done()
-	return l.use(p)
-}
-
-func (l *lent) Write(p []byte) (int, error) { return l.Read(p) }
 
 type readerService struct {
 	broker *MuxBroker
@@ -455,7 +415,7 @@ func (b *MuxBroker) dialPipe(id uint32, method string) (*pipe, error) {
 	}()
 	if p.conn, err = b.AcceptContext(ctx, data); err != nil {
 		if isClosed(p.done) {
-			err = cmp.Or(p.err, errors.New("plugin: the peer serves something else")) // which is why
+			err = p.err // which is why
 		}
 		_ = client.Close()
 		return nil, err

@@ -39,17 +39,6 @@ func leavesNoStreams(t testing.TB, brokers ...*MuxBroker) {
 	}
 }
 
-// talk checks that two brokers work.
-func talk(t testing.TB, here, there *MuxBroker) {
-	t.Helper()
-	id, stop := there.ServeRPC(newTestServer())
-	defer stop()
-	c, err := here.DialRPC(id)
-	check(t, err)
-	defer c.Close()
-	echo(t, c)
-}
-
 // Many streams are open at once. Each who dials a number meets one who accepts
 // it, in any order.
 func TestBrokerMeetings(t *testing.T) {
@@ -98,15 +87,6 @@ func TestBrokerTimeouts(t *testing.T) {
 	leavesNoStreams(t, host.broker, plugin.broker, c.broker)
 	began := time.Now()
 	waits := make(map[string]<-chan error)
-	wait := func(name string, f func() error) {
-		waits[name] = async(func() error {
-			err := f()
-			if took := time.Since(began); took < brokerTimeout {
-				t.Errorf("%s took %v", name, took)
-			}
-			return err
-		})
-	}
 	cause := errors.New("test: the cause")
 	short, cancel := context.WithTimeoutCause(context.Background(), time.Millisecond, cause)
 	defer cancel()
@@ -119,14 +99,14 @@ func TestBrokerTimeouts(t *testing.T) {
 			}
 			errorSays(t, err, "4711")
 		}
-		wait("accepting in the "+name, func() error { _, err := here.Accept(4712); return err })
-		wait("serving in the "+name, func() error { here.AcceptAndServe(4713, newTestServer()); return errors.New("") })
-		wait("dialling in the "+name, func() error { _, err := here.Dial(4714); return err })
+		waits["accepting in the "+name] = async(func() error { _, err := here.Accept(4712); return err })
+		waits["serving in the "+name] = async(func() error { here.AcceptAndServe(4713, newTestServer()); return io.EOF })
+		waits["dialling in the "+name] = async(func() error { _, err := here.Dial(4714); return err })
 		for _, kind := range served {
 			kind.serve(here, func() {}) // nothing dials it
 			id, stop := kind.serve(there, func() {})
 			stop()
-			wait("dialling a stopped "+kind.name+" in the "+name, func() error { _, err := kind.dial(here, id); return err })
+			waits["dialling a stopped "+kind.name+" in the "+name] = async(func() error { _, err := kind.dial(here, id); return err })
 		}
 	}
 	for _, begin := range [][]byte{nil, {7, 0}, {7, 0, 0, 0}} {
@@ -135,25 +115,26 @@ func TestBrokerTimeouts(t *testing.T) {
 		defer st.Close()
 		_, err = st.Write(begin)
 		check(t, err)
-		wait(fmt.Sprint("an odd stream ", begin), func() error { _, err := st.Read(make([]byte, 1)); return err })
+		waits[fmt.Sprint("an odd stream ", begin)] = async(func() error { _, err := st.Read(make([]byte, 1)); return err })
 	}
-	for name, done := range waits {
-		if err := receive(t, name, done); err == nil || errors.Is(err, context.Canceled) {
-			t.Errorf("%s: %v", name, err)
+	callers(t, len(waits), func(i int) {
+		name := sortedKeys(waits)[i]
+		err := <-waits[name]
+		if took := time.Since(began); took < brokerTimeout || err == nil || errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v, after %v", name, err, took)
 		}
-	}
+	})
 }
 
 // The numbers of both sides differ from each other's, and from those of
 // go-plugin, which counts from 1 on both sides.
 func TestNextId(t *testing.T) {
 	_, host, plugin := local(t)
-	for _, begin := range []uint32{0, 1<<30 - 50, 1<<31 - 50, 1<<32 - 50} {
-		host.broker.ids.Store(begin)
-		plugin.broker.ids.Store(begin)
-		seen := make(map[uint32]bool)
-		for range 100 {
-			for b, side := range map[*MuxBroker]uint32{host.broker: 2, plugin.broker: 1} {
+	for b, side := range map[*MuxBroker]uint32{host.broker: 2, plugin.broker: 1} {
+		for _, begin := range []uint32{0, 1<<30 - 50, 1<<31 - 50, 1<<32 - 50} {
+			b.ids.Store(begin)
+			seen := make(map[uint32]bool)
+			for range 100 {
 				id := b.NextId()
 				if seen[id] || id>>30 != side || id<<2 == 0 {
 					t.Fatalf("NextId returned %#x, after %#x", id, begin)
@@ -184,9 +165,6 @@ func TestClosingClient(t *testing.T) {
 		}
 		receive(t, "the end of a context", s.ended)
 		receive(t, "the end of AcceptAndServe", serving)
-		if err := c.Close(); !errors.Is(err, rpc.ErrShutdown) {
-			t.Error("a second Close returned", err)
-		}
 	})
 }
 
@@ -280,12 +258,11 @@ func TestReader(t *testing.T) {
 			}
 			return err
 		}
-		for _, size := range sizes {
+		for name, fail := range failures() {
+			size := sizes[len(name)%len(sizes)]
 			check(t, read(bytes.NewReader(noise(size, 1)), size))
-			for name, fail := range failures() {
-				failing := io.MultiReader(bytes.NewReader(noise(size, 1)), readerFunc(func([]byte) (int, error) { return 0, fail() }))
-				isFailure(t, name, read(failing, size))
-			}
+			failing := readerFunc(func([]byte) (int, error) { return 0, fail() })
+			isFailure(t, name, read(io.MultiReader(bytes.NewReader(noise(size, 1)), failing), size))
 		}
 		last := func(end error) io.Reader {
 			return readerFunc(func(p []byte) (int, error) { return copy(p, noise(5, 1)), end })
@@ -325,15 +302,14 @@ func TestWriter(t *testing.T) {
 			}
 			return writeErr, closeErr
 		}
-		for _, size := range sizes {
+		for name, fail := range failures() {
+			size := sizes[len(name)%len(sizes)]
 			check(t, errors.Join(write(size, size, nil)))
-			for name, fail := range failures() {
-				_, closeErr := write(size+10, size, fail)
-				isFailure(t, name, closeErr)
-				writeErr, closeErr := write(size+4<<20, size, fail)
-				isFailure(t, name, writeErr)
-				isFailure(t, name, closeErr)
-			}
+			_, err := write(size+10, size, fail)
+			isFailure(t, name, err)
+			writeErr, closeErr := write(size+4<<20, size, fail)
+			isFailure(t, name, writeErr)
+			isFailure(t, name, closeErr)
 		}
 		_, err := write(10, 0, func() error { return nil })
 		errorSays(t, err, io.ErrShortWrite.Error())
@@ -356,7 +332,8 @@ func TestStreamsAreBounded(t *testing.T) {
 		writing := async(func() error { _, err := w.Write(make([]byte, 3<<20)); return err })
 		receive(t, "a Write", begun)
 		await(t, "a full stream", func() bool { return ahead.Load() >= 256<<10 })
-		talk(t, here, there)
+		a, b := joined(t, here.Dial, there.Accept) // takes a while
+		carry(t, a, b)
 		check(t, r.Close())
 		if len(writing) > 0 || ahead.Load() > 3<<20 {
 			t.Errorf("%d bytes were read ahead; 3 MiB were written ahead: %v", ahead.Load(), len(writing) > 0)
@@ -406,7 +383,8 @@ func TestWrongKind(t *testing.T) {
 				errorSays(t, err, "method")
 			}
 		}
-		talk(t, here, there)
+		a, b := joined(t, here.Dial, there.Accept)
+		carry(t, a, b)
 	})
 	raw, c, _ := rawPlugin(t)
 	serveRaw := func(st net.Conn, serve func(id uint32) error) {
@@ -414,19 +392,18 @@ func TestWrongKind(t *testing.T) {
 		_ = s.RegisterName("Plugin", rawStreams{serve})
 		s.ServeConn(st)
 	}
-	var id [4]byte
-	peers := []func(net.Conn){
-		func(st net.Conn) { _, _ = st.Write([]byte{99, 0, 0, 0}) },                    // accepts another number
-		func(st net.Conn) { _, _ = st.Write([]byte{99, 0}); st.Close() },              // or a part of one
-		func(st net.Conn) { st.Close() },                                              // or none
-		func(st net.Conn) { _, _ = st.Write(id[:]) },                                  // is silent
-		func(st net.Conn) { _, _ = st.Write(append(id[:4:4], make([]byte, 100)...)) }, // speaks no gob
-		func(st net.Conn) { // answers at once
-			_, _ = st.Write(id[:])
+	peers := []func(st net.Conn, id []byte){
+		func(st net.Conn, id []byte) { _, _ = st.Write([]byte{99, 0, 0, 0}) },              // accepts another number
+		func(st net.Conn, id []byte) { _, _ = st.Write([]byte{99, 0}); st.Close() },        // or a part of one
+		func(st net.Conn, id []byte) { st.Close() },                                        // or none
+		func(st net.Conn, id []byte) { _, _ = st.Write(id) },                               // is silent
+		func(st net.Conn, id []byte) { _, _ = st.Write(append(id, make([]byte, 100)...)) }, // speaks no gob
+		func(st net.Conn, id []byte) { // answers at once
+			_, _ = st.Write(id)
 			serveRaw(st, func(uint32) error { return nil })
 		},
-		func(st net.Conn) { // never answers
-			_, _ = st.Write(id[:])
+		func(st net.Conn, id []byte) { // never answers
+			_, _ = st.Write(id)
 			serveRaw(st, func(id uint32) error {
 				data := raw.dial(t, id)
 				_, err := io.WriteString(data, "begin")
@@ -454,28 +431,12 @@ func TestWrongKind(t *testing.T) {
 	for range 2 * len(peers) {
 		st, err := raw.Accept()
 		check(t, err)
-		_, err = io.ReadFull(st, id[:])
+		id := make([]byte, 4)
+		_, err = io.ReadFull(st, id)
 		check(t, err)
-		go peers[id[0]/2](st) // ends with the connection
+		go peers[id[0]/2](st, id) // ends with the connection
 	}
 	receive(t, "dialling", dialling)
-}
-
-// A writer tells how its plugin died.
-func TestStreamOfDeadPlugin(t *testing.T) {
-	t.Parallel()
-	_, p := start(t, config("plugin"))
-	c := dispense(t, p)
-	w, err := c.broker.DialWriter(mustCall[uint32](t, c.Client, "Serve", "writer"))
-	check(t, err)
-	_, err = w.Write([]byte("x"))
-	check(t, err)
-	c.Go("Plugin.Do", "killed", new(string), make(chan *rpc.Call, 1))
-	writing := async(func() error { return until(func() error { _, err := w.Write([]byte("x")); return err }) })
-	err = receive(t, "its end", writing)
-	if died := new(ExitError); !errors.As(err, &died) || !errors.Is(err, io.ErrUnexpectedEOF) {
-		t.Errorf("%T: %v", err, err)
-	}
 }
 
 // ---- Streams that are taken back ----
@@ -649,8 +610,8 @@ func TestStopWhileStuck(t *testing.T) {
 }
 
 // The reader and writer of a call whose context has ended are the caller's
-// again once they are stopped.
-func TestStopAfterDeadline(t *testing.T) {
+// again once they are stopped. A writer tells how its plugin died.
+func TestStreamsOverProcess(t *testing.T) {
 	t.Parallel()
 	_, p := start(t, config("plugin"))
 	c := dispense(t, p)
@@ -674,5 +635,12 @@ func TestStopAfterDeadline(t *testing.T) {
 			t.Errorf("of %d bytes, %d were copied: %v", len(data), out.Len(), err)
 		}
 	}
-	echo(t, c.Client)
+	w, err := served[1].dial(c.broker, mustCall[uint32](t, c.Client, "Serve", "writer"))
+	check(t, err)
+	check(t, w.next())
+	c.Go("Plugin.Do", "killed", new(string), make(chan *rpc.Call, 1))
+	err = receive(t, "its end", async(func() error { return until(w.next) }))
+	if died := new(ExitError); !errors.As(err, &died) || !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("%T: %v", err, err)
+	}
 }
