@@ -439,6 +439,25 @@ func TestWrongKind(t *testing.T) {
 	receive(t, "dialling", dialling)
 }
 
+// A peer cannot use a reader or writer twice at a time.
+func TestServedOnce(t *testing.T) {
+	raw, c, _ := rawPlugin(t)
+	for i, method := range []string{"Plugin.Read", "Plugin.Write"} {
+		id, stop := served[i].serve(c.broker, func() {})
+		peer := rpc.NewClient(raw.dial(t, id))
+		calls := make(chan *rpc.Call, 2)
+		peer.Go(method, uint32(1), nil, calls)
+		peer.Go(method, uint32(2), nil, calls)
+		raw.accept(t)
+		if failed := receive(t, "one of them", calls); failed.Error == nil {
+			t.Errorf("%s returned no error", method)
+		}
+		within(t, "stop", 0, stop)
+		isStopped(t, receive(t, "the other", calls).Error)
+		check(t, peer.Close())
+	}
+}
+
 // ---- Streams that are taken back ----
 
 // useService calls use in its method.

@@ -451,23 +451,29 @@ func garbage() [][]byte {
 	}
 }
 
-// A peer that opens streams with numbers of this side, or too many, ends the
-// session. One that leaves no room for the answer is not accepted.
-func TestBadStreams(t *testing.T) {
+// A peer that opens streams with numbers of this side, or too many, or sends too
+// many pings, ends the session. One that leaves no room for the answer is not
+// accepted.
+func TestBadPeers(t *testing.T) {
 	t.Parallel()
 	const noRoom = 1<<32 - firstWindow
 	for i, frames := range [][]byte{
 		frame(frameWindow, flagSYN, 1, 0),
 		slices.Concat(frame(frameWindow, flagSYN, 2, noRoom), frame(frameData, 0, 2, 4, 7, 0, 0, 0)),
+		bytes.Repeat(frame(2, flagSYN, 0, 7), 1<<16),
 		frame(frameWindow, flagSYN, 2, 0),
 	} {
 		a, peer := TestConn(t)
-		b := newBroker(t, a, i < 2)
+		line := newFaultyConn(a, 1<<40, true)
+		b := newBroker(t, line, i < 3)
+		if i == 2 {
+			line.left.Store(0) // the answers are not taken
+		}
 		_, err := peer.Write(frames)
 		check(t, err)
 		accepting := async(func() error { _, err := b.AcceptContext(boundedContext(t), 7); return err })
 		if err := receive(t, "AcceptContext", accepting); err == nil || errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("after %v, AcceptContext returned %v", frames, err)
+			t.Errorf("after %.100v, AcceptContext returned %v", frames, err)
 		}
 	}
 	a, peer := TestConn(t)
