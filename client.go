@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"maps"
 	"net"
+	"net/rpc"
 	"os/exec"
 	"slices"
 	"sync"
@@ -139,8 +140,6 @@ func (c *ClientConfig) validate() error {
 		return errors.New("plugin: ReattachConfig has no Addr")
 	case c.Reattach != nil:
 		return nil
-	case len(c.Plugins) == 0 && len(c.VersionedPlugins) == 0:
-		return errors.New("plugin: ClientConfig has no plugins: set Plugins or VersionedPlugins")
 	case c.MagicCookieKey == "" || c.MagicCookieValue == "":
 		return errors.New("plugin: ClientConfig has no magic cookie: set HandshakeConfig.MagicCookieKey and MagicCookieValue")
 	case c.Cmd.Stdout != nil || c.Cmd.Stderr != nil:
@@ -304,7 +303,7 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 		return ready{}, err
 	}
 	failed.Err = err
-	failed.hint = startHint(failed, &c.config.HandshakeConfig)
+	failed.hint = startHint(failed, &c.config)
 	return ready{}, failed
 }
 
@@ -327,11 +326,18 @@ func (c *Client) watch(p AttachedRunner) {
 		rc.waitOutput(ctx)
 		cancel()
 	}
-	c.logger.Debug("the process has ended", "pid", p.ID())
 	var exit *ExitError
 	if !errors.As(err, &exit) {
 		exit = &ExitError{Path: c.name, Err: err}
 	}
+	level := hclog.Error
+	switch {
+	case c.wasAsked() || c.starting.err != nil:
+		level = hclog.Debug
+	case exit.State != nil && exit.State.Success():
+		level = hclog.Info
+	}
+	c.logger.Log(level, "the process has ended", "plugin", c.name, "pid", p.ID(), "reason", exit)
 	c.finish(exit)
 }
 
@@ -343,7 +349,7 @@ func (c *Client) accept(h handshake, p *child) (r ready, err error) {
 	if h.protocol != ProtocolNetRPC || !slices.Contains(c.config.AllowedProtocols, h.protocol) {
 		return r, fmt.Errorf("it speaks the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
 	}
-	if _, known := c.sets[h.version]; !known && len(c.sets) > 0 {
+	if _, known := c.sets[h.version]; !known {
 		return r, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
 	}
 	r = ready{h, c.config.TLSConfig}
@@ -427,7 +433,7 @@ func (c *Client) connect(ctx context.Context) (*RPCClient, error) {
 		if err == nil {
 			return rc, nil
 		}
-		if waitFor(drainTimeout/2, c.done) && c.Err() != nil {
+		if waitFor(drainTimeout, c.done) && c.Err() != nil {
 			err = c.Err() // a plugin that has just died is the reason
 		} else if ctx.Err() != nil {
 			err = contextError(ctx)
@@ -446,6 +452,9 @@ func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
 		secure := tls.Client(conn, r.tls)
 		if err := secure.HandshakeContext(ctx); err != nil {
 			_ = conn.Close()
+			if err == io.EOF {
+				err = errNotHeard
+			}
 			return nil, err
 		}
 		conn = secure
@@ -468,15 +477,22 @@ func (c *Client) orLog(w io.Writer) io.Writer {
 	}}
 }
 
-// whyLost says why the connection was lost; nil if it was meant to be.
-func (c *Client) whyLost() error {
+var errNotHeard = errors.New("the connection was closed during its handshake: does one side use TLS and the other not?")
+
+// whyLost says why the connection was lost. heard tells whether anything had
+// been received on it.
+func (c *Client) whyLost(heard bool) error {
+	timeout, why := lostTimeout, errors.New("the connection was lost, though the process lives")
+	if !heard {
+		timeout, why = drainTimeout, errNotHeard
+	}
+	if !c.testMode() && !c.wasAsked() && waitFor(timeout, c.done) && c.err != nil {
+		return c.err
+	}
 	if c.wasAsked() {
-		return nil
+		why = fmt.Errorf("Kill or Close ended the connection: %w", rpc.ErrShutdown)
 	}
-	if c.testMode() || !waitFor(lostTimeout, c.done) {
-		return fmt.Errorf("plugin %s: the connection was lost, though the process lives", c.name)
-	}
-	return c.Err()
+	return fmt.Errorf("plugin %s: %w", c.name, why)
 }
 
 // wasAsked reports whether this client has ended the plugin: by itself, or by

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -18,6 +19,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"os/user"
 	"path/filepath"
 	"runtime"
@@ -175,7 +177,7 @@ func parseAddr(network, address string) (net.Addr, error) {
 func allVersions(version uint, plugins PluginSet, versioned map[int]PluginSet) map[int]PluginSet {
 	all := make(map[int]PluginSet, len(versioned)+1)
 	maps.Copy(all, versioned)
-	if _, known := all[int(version)]; plugins != nil && !known {
+	if _, known := all[int(version)]; !known && (plugins != nil || len(versioned) == 0) {
 		all[int(version)] = plugins
 	}
 	return all
@@ -286,22 +288,25 @@ func (u *UnixSocketConfig) makeDir() (dir string, err error) {
 	return dir, nil
 }
 
-// giveToGroup gives a file to a group, by name or number.
+// giveToGroup gives a file to UnixSocketConfig.Group, a name or number.
 func giveToGroup(path, group string, mode os.FileMode) error {
 	gid, err := strconv.Atoi(group)
 	if err != nil {
-		g, err := user.LookupGroup(group)
-		if err != nil {
-			return err
-		}
-		if gid, err = strconv.Atoi(g.Gid); err != nil {
-			return err
+		var g *user.Group
+		if g, err = user.LookupGroup(group); err == nil {
+			gid, err = strconv.Atoi(g.Gid)
 		}
 	}
-	if err := os.Chown(path, -1, gid); err != nil {
-		return err
+	if err == nil {
+		err = os.Chown(path, -1, gid)
 	}
-	return os.Chmod(path, mode)
+	if err == nil {
+		err = os.Chmod(path, mode)
+	}
+	if err != nil {
+		return fmt.Errorf("its socket cannot be given to UnixSocketConfig.Group: %w", err)
+	}
+	return nil
 }
 
 // listenTCP listens on the first free port of the loopback interface.
@@ -423,22 +428,31 @@ type VersionError struct {
 
 // Error names all versions.
 func (e *VersionError) Error() string {
-	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: one of them is too old", e.Plugin, e.Host)
+	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: one of them is too old (see HandshakeConfig.ProtocolVersion)", e.Plugin, e.Host)
 }
 
 // startHint says what may be the cause, where that can be known.
-func startHint(e *StartError, h *HandshakeConfig) string {
+func startHint(e *StartError, config *ClientConfig) string {
+	silent := e.Stdout == "" && e.Stderr == ""
 	switch {
 	case e.State != nil && strings.Contains(e.Stderr, "is a plugin"):
-		return fmt.Sprintf("it did not accept the cookie %s: it is a plugin of another program, or its HandshakeConfig is another one", h.MagicCookieKey)
+		return fmt.Sprintf("it did not accept the cookie %s: it is a plugin of another program, or its HandshakeConfig is another one", config.MagicCookieKey)
 	case e.Stdout != "":
 		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
+	case silent && (e.State != nil || errors.Is(e.Err, context.DeadlineExceeded)):
+		return "does its main call plugin.Serve?"
 	case errors.Is(e.Err, syscall.ENOEXEC), runtime.GOOS == "windows" && errors.Is(e.Err, syscall.Errno(216)):
 		return fmt.Sprintf("is it built for %s/%s, as this host is?", runtime.GOOS, runtime.GOARCH)
 	case errors.Is(e.Err, fs.ErrPermission):
 		return "is it executable?"
+	case errors.Is(e.Err, exec.ErrNotFound) && filepath.Base(e.Path) == e.Path:
+		return fmt.Sprintf("it was looked up in PATH; the file in this directory is ./%s", e.Path)
 	case errors.Is(e.Err, fs.ErrNotExist):
-		return "is it there, and the interpreter that it names?"
+		hint := "is it there, and the interpreter that it names?"
+		if path, err := filepath.Abs(executed(config.Cmd)); err == nil && !filepath.IsAbs(e.Path) {
+			hint = path + ": " + hint
+		}
+		return hint
 	}
 	return ""
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"regexp"
 	"slices"
 	"strconv"
@@ -81,26 +82,42 @@ func cutMark(left int) string {
 type stderrLog struct {
 	logger hclog.Logger
 	tail   tail
-	crash  []byte // a panic or fatal error and what was printed behind it
+	crash  []byte // a panic or fatal error and the lines behind it
+	more   int    // how many more lines may belong to it
 }
 
 func (l *stderrLog) line(line []byte, left int) {
 	level, message, args, ok := parseRecord(line)
 	if ok && left == 0 {
-		l.crash = nil // it lives on
 		l.logger.Log(level, message, args...)
 		return
 	}
-	level = cmp.Or(level, textLevel(line))
-	if bytes.HasPrefix(line, []byte("panic: ")) || bytes.HasPrefix(line, []byte("fatal error: ")) || level == hclog.NoLevel && len(l.crash) > 0 {
+	if left == 0 || level == hclog.NoLevel { // only of a record that was cut here the level is known
+		level, line = textLevel(line)
+	}
+	if l.crashing(line, level) {
 		level = hclog.Error
-		if len(l.crash)+len(line) < crashSize {
-			l.crash = append(append(l.crash, line...), '\n')
-		}
-	} else {
-		l.crash = nil
 	}
 	l.logger.Log(cmp.Or(level, hclog.Debug), printable(string(line))+cutMark(left))
+}
+
+// crashing reports whether a line belongs to a panic or a fatal error, and
+// keeps it if so. A message without a trace soon ends: it was only printed.
+func (l *stderrLog) crashing(line []byte, level hclog.Level) bool {
+	switch {
+	case bytes.HasPrefix(line, []byte("panic: ")), bytes.HasPrefix(line, []byte("fatal error: ")):
+		l.crash, l.more = nil, 50
+	case l.more == 0 || level != hclog.NoLevel:
+		l.crash, l.more = nil, 0
+		return false
+	case bytes.HasPrefix(line, []byte("goroutine ")):
+		l.more = math.MaxInt
+	}
+	l.more--
+	if len(l.crash)+len(line) < crashSize {
+		l.crash = append(append(l.crash, line...), '\n')
+	}
+	return true
 }
 
 // parseRecord reads a line of hclog's or slog's JSON. The values keep their
@@ -115,7 +132,8 @@ func parseRecord(line []byte) (level hclog.Level, message string, args []any, ok
 	for _, p := range pairs {
 		switch {
 		case p.key == names.level && level == hclog.NoLevel:
-			level = parseLevel(p.value)
+			text, _ := p.value.(string)
+			level = parseLevel(text)
 		case p.key == names.message && messageText == nil:
 			messageText = p.value
 		case p.key == names.time && timestamp == nil:
@@ -166,12 +184,9 @@ func readObject(line []byte) (pairs []pair, whole bool) {
 		if dec.Decode(&raw) != nil {
 			return pairs, false
 		}
-		var value any = nested{raw}
-		if raw[0] != '{' && raw[0] != '[' {
-			value = nil
-			number := json.NewDecoder(bytes.NewReader(raw))
-			number.UseNumber()
-			_ = number.Decode(&value)
+		var value any = rawJSON{raw}
+		if text := ""; json.Unmarshal(raw, &text) == nil && raw[0] == '"' {
+			value = text
 		}
 		pairs = append(pairs, pair{key.(string), value})
 	}
@@ -184,15 +199,14 @@ func oneLine(s string) string {
 	return strings.NewReplacer("\n", `\n`, "\t", `\t`).Replace(printable(s))
 }
 
-// nested is an array or object in a record: JSON, in which nothing needs to be
-// escaped any more.
-type nested struct{ json.RawMessage }
+// rawJSON is what a record holds and is no string. JSON has no control
+// characters that are not escaped.
+type rawJSON struct{ json.RawMessage }
 
-func (n nested) String() string { return printable(string(n.RawMessage)) }
+func (r rawJSON) String() string { return printable(string(r.RawMessage)) }
 
 // parseLevel reads hclog's levels, and slog's, which may have an offset.
-func parseLevel(v any) hclog.Level {
-	text, _ := v.(string)
+func parseLevel(text string) hclog.Level {
 	if level := hclog.LevelFromString(text); level != hclog.NoLevel && level != hclog.Off {
 		return level
 	}
@@ -203,15 +217,25 @@ func parseLevel(v any) hclog.Level {
 	return min(max(hclog.Info+hclog.Level(l>>2), hclog.Trace), hclog.Error) // slog's are four apart
 }
 
-var levelPrefix = regexp.MustCompile(`^(?:\d{4}/\d\d/\d\d )?(?:\d\d:\d\d:\d\d(?:\.\d+)? )?\[(TRACE|DEBUG|INFO|WARN|ERROR)\]`)
+var (
+	// levelPrefix is a level in brackets, maybe behind the date and time of
+	// package log, or what slog's default handler writes.
+	levelPrefix = regexp.MustCompile(`^(?:\d{4}/\d\d/\d\d )?(?:\d\d:\d\d:\d\d(?:\.\d+)? )?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?|` +
+		`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d(?:\.\d+)? ((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `)
+	// slogText is how a line of slog's TextHandler begins.
+	slogText = regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) msg=`)
+)
 
-// textLevel is the level that is written at the front of a line, or behind the
-// date and time of package log.
-func textLevel(line []byte) hclog.Level {
+// textLevel returns the level that is written at the front of a line, and the
+// line without a prefix that says no more than the record will.
+func textLevel(line []byte) (hclog.Level, []byte) {
 	if m := levelPrefix.FindSubmatch(line); m != nil {
-		return hclog.LevelFromString(string(m[1]))
+		return parseLevel(string(m[1]) + string(m[2])), line[len(m[0]):]
 	}
-	return hclog.NoLevel
+	if m := slogText.FindSubmatch(line); m != nil {
+		return parseLevel(string(m[1])), line
+	}
+	return hclog.NoLevel, line
 }
 
 // printable returns s, escaped if anything in it could do something to a

@@ -49,7 +49,7 @@ func NewRPCClient(conn io.ReadWriteCloser, plugins map[string]Plugin) (*RPCClien
 	return newConnection(conn, plugins, hclog.NewNullLogger(), nil)
 }
 
-func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hclog.Logger, why func() error) (*RPCClient, error) {
+func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hclog.Logger, why func(heard bool) error) (*RPCClient, error) {
 	s, err := newSession(context.Background(), conn, true, logger, why)
 	if err != nil {
 		return nil, fmt.Errorf("plugin: connecting: %w", err)
@@ -114,7 +114,7 @@ func (c *RPCClient) Dispense(name string) (any, error) {
 func (c *RPCClient) dispense(name string) (any, error) {
 	p := c.plugins[name]
 	if p == nil {
-		return nil, fmt.Errorf("the host knows no such plugin; it knows %s", strings.Join(sortedKeys(c.plugins), ", "))
+		return nil, fmt.Errorf("the host knows no such plugin; ClientConfig.Plugins has %s", nameList(c.plugins))
 	}
 	var id uint32
 	if err := Call(context.Background(), c.control, "Dispenser.Dispense", name, &id); err != nil {
@@ -278,7 +278,7 @@ func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 
 func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 	s.begin()
-	sess, err := newSession(s.calls, conn, false, s.log(), func() error {
+	sess, err := newSession(s.calls, conn, false, s.log(), func(bool) error {
 		return errors.New("plugin: the host is gone")
 	})
 	if err != nil {
@@ -461,7 +461,7 @@ type dispenseService struct {
 func (d *dispenseService) Dispense(name string, id *uint32) error {
 	p := d.plugins[name]
 	if p == nil {
-		return fmt.Errorf("the plugin knows no such plugin; it knows %s", strings.Join(sortedKeys(d.plugins), ", "))
+		return fmt.Errorf("the plugin knows no such plugin; ServeConfig.Plugins has %s", nameList(d.plugins))
 	}
 	v, err := build(func() (any, error) { return p.Server(d.broker) })
 	if err != nil {

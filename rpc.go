@@ -11,7 +11,6 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -192,9 +191,6 @@ func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client 
 // WriteRequest encodes a request. It does not wait until that is written:
 // net/rpc holds a lock while it calls, and nobody could end the wait.
 func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
-	if st, ok := c.w.conn.(interface{ over() bool }); ok && st.over() {
-		return rpc.ErrShutdown // though reading may not have ended yet
-	}
 	k, ours := body.(*call)
 	if ours {
 		body, k.args, k.seq = k.args, nil, req.Seq
@@ -203,16 +199,13 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 		c.mu.Unlock()
 	}
 	err := c.send(&header{ServiceMethod: req.ServiceMethod, Seq: req.Seq}, body)
-	if err == nil {
-		return nil
+	if err == nil || err == errLost {
+		return nil // the end of reading will fail the call, with the reason
 	}
 	if ours {
 		c.mu.Lock()
 		delete(c.calls, k.seq)
 		c.mu.Unlock()
-	}
-	if err == errLost {
-		return rpc.ErrShutdown
 	}
 	return fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w", req.ServiceMethod, body, err)
 }
@@ -260,7 +253,7 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 	k, ours := body.(*call)
 	if !ours {
 		if err := c.w.decode(body); err != nil {
-			return c.end(cutShort(c.w.reason(err), true)) // net/rpc reads no more after that
+			return c.end(cutShort(c.w.reason(err))) // net/rpc reads no more after that
 		}
 		return nil
 	}
@@ -271,7 +264,7 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 	delete(c.calls, k.seq)
 	switch {
 	case c.w.lost != nil && err != nil:
-		k.err = cutShort(c.w.reason(err), true)
+		k.err = cutShort(c.w.reason(err))
 	case err != nil:
 		k.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w", k.method, k.reply, err)
 	case waiting && k.own != k.reply:
@@ -286,18 +279,16 @@ func (c *clientCodec) end(err error) error {
 	c.mu.Lock()
 	c.ended = true
 	closed, client := c.closed, c.client
+	if !closed && errors.Is(err, rpc.ErrShutdown) {
+		for _, k := range c.calls {
+			k.err = err // of which net/rpc's own callers expect
+		}
+		err = rpc.ErrShutdown
+	}
 	clear(c.calls)
 	c.mu.Unlock()
 	codecs.Delete(client)
 	_ = c.w.conn.Close()
-	// The other side may be waiting for room for its answers, and learns of the
-	// end only behind them.
-	c.spawn(func() {
-		if d, ok := c.w.conn.(interface{ SetReadDeadline(time.Time) error }); ok {
-			_ = d.SetReadDeadline(time.Time{})
-		}
-		_, _ = io.Copy(io.Discard, c.w.conn)
-	})
 	if closed || err == io.ErrUnexpectedEOF {
 		return io.EOF // net/rpc makes an ErrShutdown or an ErrUnexpectedEOF of it
 	}
@@ -324,8 +315,9 @@ type service struct {
 
 // method is one method of a service.
 type method struct {
-	fn        reflect.Value
-	context   bool // it takes a context first
+	fn        func(in []reflect.Value) error // in are receiver, maybe context, argument, reply
+	context   bool                           // it takes a context first
+	ignores   bool                           // it accepts any argument and ignores it
 	arg, into reflect.Type
 }
 
@@ -336,8 +328,11 @@ var (
 
 // newService finds the methods of rcvr that can be called: those that
 // net/rpc's documentation describes, and the same with a context first. It
-// fails if there is none.
+// fails if there is none. A *service is one already.
 func newService(rcvr any) (*service, error) {
+	if s, ok := rcvr.(*service); ok {
+		return s, nil
+	}
 	if rcvr == nil {
 		return nil, errors.New("there is nothing to serve: the receiver is nil")
 	}
@@ -368,7 +363,10 @@ func newService(rcvr any) (*service, error) {
 // newMethod returns m as one that can be called, or says what is wrong with it.
 func newMethod(m reflect.Method) (fit *method, why string) {
 	t := m.Type
-	fit = &method{fn: m.Func}
+	fit = &method{fn: func(in []reflect.Value) error {
+		err, _ := m.Func.Call(in)[0].Interface().(error)
+		return err
+	}}
 	in := 1 // behind the receiver
 	if t.NumIn() > in && t.In(in) == typeOfContext {
 		fit.context = true
@@ -408,7 +406,7 @@ func (s *service) find(full, name string) (*method, error) {
 	if why := s.unfit[name]; why != "" {
 		return nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, why)
 	}
-	return nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, strings.Join(sortedKeys(s.methods), ", "))
+	return nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, nameList(s.methods))
 }
 
 // rpcServer serves the calls that arrive on one stream.
@@ -430,6 +428,7 @@ var (
 	errCanceled   = fmt.Errorf("plugin: the caller gave the call up: %w", context.Canceled)
 	errTimedOut   = fmt.Errorf("plugin: the caller gave the call up: %w", context.DeadlineExceeded)
 	errCallerGone = errors.New("plugin: the caller is gone")
+	errExited     = errors.New("plugin: the method called runtime.Goexit")
 	errStopped    = errors.New("plugin: the peer has stopped serving this")
 )
 
@@ -460,7 +459,7 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 		}
 		c, err := s.prepare(ctx, &req)
 		if s.w.lost != nil && err != nil {
-			return cutShort(s.w.lost, true)
+			return cutShort(s.w.lost)
 		}
 		if err != nil {
 			s.respond(&req, nil, err)
@@ -475,7 +474,7 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 type inCall struct {
 	service *service
 	method  *method
-	in      []reflect.Value // what the method is called with: receiver, maybe context, argument, reply
+	in      []reflect.Value // what method.fn is called with
 	cancel  context.CancelCauseFunc
 }
 
@@ -488,7 +487,11 @@ func (s *rpcServer) prepare(ctx context.Context, req *header) (*inCall, error) {
 		return nil, err
 	}
 	arg, reply := reflect.New(m.arg), reflect.New(m.into)
-	if err := s.w.decode(arg.Interface()); err != nil {
+	into := arg.Interface()
+	if m.ignores {
+		into = nil
+	}
+	if err := s.w.decode(into); err != nil {
 		return nil, fmt.Errorf("plugin: %s takes a %v, and what was sent cannot be read into that: %w", req.ServiceMethod, m.arg, err)
 	}
 	switch m.into.Kind() {
@@ -511,11 +514,11 @@ func (s *rpcServer) prepare(ctx context.Context, req *header) (*inCall, error) {
 func (s *rpcServer) find(full string) (*service, *method, error) {
 	dot := strings.LastIndex(full, ".")
 	if dot < 0 {
-		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s", full)
+		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s: call it Plugin.%s", full, full)
 	}
 	svc := s.services[full[:dot]]
 	if svc == nil {
-		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, strings.Join(sortedKeys(s.services), ", "))
+		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, nameList(s.services))
 	}
 	m, err := svc.find(full, full[dot+1:])
 	return svc, m, err
@@ -546,8 +549,15 @@ func (s *rpcServer) call(req *header, c *inCall) {
 			c.cancel(nil)
 		}()
 	}
-	err := s.invoke(req, c)
-	s.respond(req, c.in[len(c.in)-1].Interface(), err)
+	err := errExited
+	// Also runs if the method calls runtime.Goexit, as t.Fatal does. A panic in a
+	// plugin ends the process and is not answered.
+	defer func() {
+		if err != errExited || s.catch {
+			s.respond(req, c.in[len(c.in)-1].Interface(), err)
+		}
+	}()
+	err = s.invoke(req, c)
 }
 
 // invoke runs a method. In the host, a panic must not be the end of the
@@ -571,8 +581,7 @@ func (s *rpcServer) invoke(req *header, c *inCall) (err error) {
 			}
 		}()
 	}
-	err, _ = c.method.fn.Call(c.in)[0].Interface().(error)
-	return err
+	return c.method.fn(c.in)
 }
 
 // respond answers one call. If the reply cannot be sent, an error that says so

@@ -16,7 +16,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -112,7 +111,7 @@ func ServeMux(m ServeMuxMap) {
 			return
 		}
 	}
-	fmt.Fprintf(os.Stderr, "This program is a plugin. It is started by its host, with one argument: %s.\n", strings.Join(sortedKeys(m), ", "))
+	fmt.Fprintf(os.Stderr, "This program is a plugin. It is started by its host, with one argument: %s.\n", nameList(m))
 	os.Exit(1)
 }
 

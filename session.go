@@ -6,9 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"math"
 	"net"
-	"strings"
+	"net/rpc"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,7 +38,7 @@ type session struct {
 	frames  *frameConn // what mux runs on
 	host    bool       // this side is the host's
 	logger  hclog.Logger
-	whyLost func() error // why the connection was lost; may take a moment to find out
+	whyLost func() error // why the connection ended; may take a moment to find out
 
 	calls  context.Context // ends when methods that are served here should stop
 	cancel context.CancelFunc
@@ -48,19 +49,19 @@ type session struct {
 }
 
 // newSession begins a session on conn. Methods are served on it until ctx
-// ends. If why is not nil it tells why the connection was lost, or nil if it
-// was meant to end.
-func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func() error) (*session, error) {
+// ends. If why is not nil it tells why the connection ended; heard is whether
+// anything had been received.
+func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func(heard bool) error) (*session, error) {
 	s := &session{host: host, logger: logger, frames: &frameConn{conn: conn, flows: make(map[uint32]*flow)}}
 	s.calls, s.cancel = context.WithCancel(ctx)
 	s.whyLost = sync.OnceValue(func() error {
-		if why == nil {
-			return &lostError{errors.New("plugin: the connection was lost")}
+		switch {
+		case why != nil:
+			return &lostError{why(s.frames.heard.Load())}
+		case s.ending.Load():
+			return fmt.Errorf("plugin: the connection was closed: %w", rpc.ErrShutdown)
 		}
-		if err := why(); err != nil {
-			return &lostError{err}
-		}
-		return nil
+		return &lostError{errors.New("plugin: the connection was lost")}
 	})
 	if b, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
 		_ = b.SetWriteBuffer(socketBuffer) // slower without, no more
@@ -75,7 +76,8 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		StreamOpenTimeout:      0,
 		StreamCloseTimeout:     0,
 		MaxStreamWindowSize:    streamWindow,
-		Logger:                 muxLogger{s},
+		// What matters in yamux's messages is in the errors of calls and streams.
+		Logger: log.New(&lineWriter{max: maxJoined, emit: func(line []byte, _ int) { logger.Debug(string(line)) }}, "", 0),
 	}
 	var err error
 	if host {
@@ -95,18 +97,6 @@ type lostError struct{ cause error }
 
 func (e *lostError) Error() string   { return e.cause.Error() }
 func (e *lostError) Unwrap() []error { return []error{e.cause, io.ErrUnexpectedEOF} }
-
-// muxLogger takes yamux's messages. They are for those who debug this package:
-// what matters in them comes out as the error of a call or stream.
-type muxLogger struct{ s *session }
-
-func (l muxLogger) Print(v ...any)   { l.Printf("%s", fmt.Sprint(v...)) }
-func (l muxLogger) Println(v ...any) { l.Printf("%s", fmt.Sprint(v...)) }
-func (l muxLogger) Printf(format string, v ...any) {
-	if !l.s.ending.Load() {
-		l.s.logger.Debug(strings.TrimSpace(fmt.Sprintf(format, v...)))
-	}
-}
 
 // group is what is under way, until it is closed.
 type group struct {
@@ -217,13 +207,10 @@ func (s *session) ended() <-chan struct{} { return s.mux.CloseChan() }
 
 // explain returns err, or why the connection was lost if that is the cause.
 func (s *session) explain(err error) error {
-	if err == nil || !s.mux.IsClosed() || s.running.isClosed() {
+	if err == nil || !s.mux.IsClosed() {
 		return err
 	}
-	if lost := s.whyLost(); lost != nil {
-		return lost
-	}
-	return err
+	return s.whyLost()
 }
 
 // serve serves calls on a stream until the caller hangs up. The contexts of
@@ -261,7 +248,7 @@ func (st *stream) Write(p []byte) (n int, err error) {
 		sent, err = st.session.frames.sendData(st.StreamID(), st.flow, p[n:])
 		n += sent
 		switch {
-		case st.over():
+		case st.session.mux.IsClosed():
 			err = yamux.ErrSessionShutdown
 		case sent == 0 && err == nil:
 			err = st.waitWindow()
@@ -320,9 +307,6 @@ func (st *stream) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-// over reports whether the session has ended.
-func (st *stream) over() bool { return st.session.mux.IsClosed() }
-
 // open returns a new stream, which the other side has yet to be told of.
 func (s *session) open() (*stream, error) {
 	st, err := s.mux.OpenStream()
@@ -363,7 +347,8 @@ func (s *session) stream(st *yamux.Stream) *stream {
 // sent before may not have been read. The session ends when reading does, which has
 // a bound from then on.
 type frameConn struct {
-	conn io.ReadWriteCloser
+	conn  io.ReadWriteCloser
+	heard atomic.Bool // something has been received
 
 	writing sync.Mutex // serialises writers; guards the fields below
 	broken  bool       // nothing can be written any more
@@ -404,6 +389,9 @@ const (
 // Read reads for yamux.
 func (c *frameConn) Read(p []byte) (int, error) {
 	n, err := c.conn.Read(p)
+	if n > 0 {
+		c.heard.Store(true)
+	}
 	for b := p[:n]; len(b) > 0; {
 		if c.body > 0 {
 			inside := min(c.body, uint32(len(b)))
