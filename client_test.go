@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log"
 	"net"
 	"net/rpc"
 	"os"
@@ -165,14 +164,10 @@ func TestStartError(t *testing.T) {
 	}
 	soon := func(_ testing.TB, c *ClientConfig) { c.StartTimeout = 2 * time.Second }
 	mtls := func(_ testing.TB, c *ClientConfig) { c.AutoMTLS = true }
-	killed, noFile := "signal: killed", fs.ErrNotExist
-	if runtime.GOOS == "windows" {
-		killed, noFile = "exit status 1", exec.ErrNotFound
-	}
+	noFile := map[bool]error{true: exec.ErrNotFound, false: fs.ErrNotExist}[runtime.GOOS == "windows"]
 	for name, test := range map[string]startFailure{
 		"exits":               {mode: "exit3", state: "exit status 3", word: "Serve"},
 		"panics":              {mode: "panic", state: "exit status 2", word: "panic: boom"},
-		"is killed":           {mode: "killed", state: killed},
 		"stdout, and exits":   {mode: "say exit0", say: "jungle", state: "exit status 0", word: "jungle"},
 		"stderr, and exits":   {mode: "cry exit3", say: "jungle", state: "exit status 3", word: "jungle"},
 		"stdout, and stays":   {mode: "say wait", say: "jungle", edit: soon, word: "jungle", is: context.DeadlineExceeded},
@@ -192,20 +187,6 @@ func TestStartError(t *testing.T) {
 		"nowhere to run":      {edit: func(_ testing.TB, c *ClientConfig) { c.Cmd.Dir = "/no/such/dir" }, is: fs.ErrNotExist},
 	} {
 		t.Run(name, test.run)
-	}
-}
-
-// What a plugin prints before its handshake is a warning for each line.
-func TestNoiseBeforeHandshake(t *testing.T) {
-	t.Parallel()
-	logger, records := recorder()
-	cfg := newLab(t).config("say plugin", sayEnv+"=a banner | of a library\n\n"+strings.Repeat("x", 100_000))
-	cfg.Logger = logger
-	_, p := start(t, cfg)
-	answers(t, p)
-	noise := slices.DeleteFunc(records.find(""), func(r logRecord) bool { return r.level < hclog.Warn })
-	if text := fmt.Sprint(noise); len(noise) != 2 || !strings.Contains(text, "a banner | of a library") || len(text) > 80_000 {
-		t.Errorf("the warnings are %.500s", text)
 	}
 }
 
@@ -251,22 +232,22 @@ func TestAccessors(t *testing.T) {
 	t.Parallel()
 	c := NewClient(newLab(t).config("plugin"))
 	t.Cleanup(c.Kill)
-	if c.Exited() || c.ID() != "" || c.NegotiatedVersion() != 0 || c.ReattachConfig() != nil {
-		t.Error("before Start:", c.Exited(), c.ID(), c.NegotiatedVersion(), c.ReattachConfig())
+	if c.Exited() || c.Err() != nil || c.ID() != "" || c.NegotiatedVersion() != 0 || c.ReattachConfig() != nil {
+		t.Error("before Start:", c.Exited(), c.Err(), c.ID(), c.NegotiatedVersion(), c.ReattachConfig())
 	}
 	if p := c.Protocol(); p != ProtocolNetRPC || c.ID() == "" {
 		t.Errorf("Protocol returned %q and started %q", p, c.ID())
 	}
-	addr, err1 := c.Start()
-	p, err2 := c.Client()
-	same, err3 := c.Client()
+	p, err1 := c.Client()
+	same, err2 := c.Client()
+	addr, err3 := c.Start()
 	if err := errors.Join(err1, err2, err3); err != nil || same != p {
 		t.Fatalf("Client returned %v, and then %v, %v", p, same, err)
 	}
 	pid := mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{}).Pid
 	want := &ReattachConfig{Protocol: ProtocolNetRPC, ProtocolVersion: 3, Addr: addr, Pid: pid}
 	if rc := c.ReattachConfig(); !reflect.DeepEqual(rc, want) || c.ID() != strconv.Itoa(pid) || c.NegotiatedVersion() != 3 {
-		t.Errorf("the ReattachConfig is %+v and not %+v", rc, want)
+		t.Errorf("after Start: %+v and not %+v; %s, %d", rc, want, c.ID(), c.NegotiatedVersion())
 	}
 }
 
@@ -424,62 +405,43 @@ func TestStdin(t *testing.T) {
 	}
 }
 
-// A host prints nothing by itself, nor does a plugin.
+// A host and its plugin print nothing by themselves.
 func TestQuiet(t *testing.T) {
-	var printed syncBuffer
-	log.SetOutput(&printed)
-	defer log.SetOutput(os.Stderr)
-	c, p := start(t, newLab(t).config("plugin"))
-	answers(t, p)
-	c.Kill()
+	t.Parallel()
 	host := newLab(t).start("host quiet idle kill", childEnv+"=plugin")
 	receive(t, "the host's end", host.ended)
-	if text := printed.String() + host.output.String(); text != "" || !host.ProcessState.Success() {
+	if text := host.output.String(); text != "" || !host.ProcessState.Success() {
 		t.Errorf("the host ended with %v, and printed: %s", host.ProcessState, text)
 	}
 }
 
-// A writer of the host's that fails or blocks costs its own output, and stops
-// neither the plugin nor Kill.
+// Writers of the host's that fail or block stop neither the plugin nor Kill.
 func TestBadWriters(t *testing.T) {
 	t.Parallel()
-	text := strings.Repeat(strings.Repeat("x", 99)+"\n", 3000)
-	for i, which := range []string{"SyncStdout", "SyncStderr", "Stderr"} {
-		for _, blocking := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, blocking: %v", which, blocking), func(t *testing.T) {
-				t.Parallel()
-				cfg := newLab(t).config("plugin")
-				release := make(chan struct{})
-				t.Cleanup(func() { close(release) })
-				said := [3]string{text, text, text}
-				if blocking {
-					said[i] = "x" // more would fill what is between
+	for name, size := range map[string]int{"failing": 500_000, "blocking": 1} { // as more would fill what is between
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cfg := newLab(t).config("plugin")
+			cfg.KillTimeout = time.Second
+			release := make(chan struct{})
+			t.Cleanup(func() { close(release) })
+			bad := writerFunc(func([]byte) (int, error) {
+				if name == "blocking" {
+					<-release
 				}
-				var good [3]syncBuffer
-				to := [3]io.Writer{&good[0], &good[1], &good[2]}
-				to[i] = writerFunc(func([]byte) (int, error) {
-					if blocking {
-						<-release
-					}
-					return 0, io.ErrClosedPipe
-				})
-				cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = to[0], to[1], to[2]
-				cfg.KillTimeout = time.Second
-				c, p := start(t, cfg)
-				test := dispense(t, p)
-				mustCall[struct{}](t, test.Client, "Print", Output{Stdout: said[0], Stderr: said[1], Raw: said[2]})
-				echo(t, test.Client)
-				within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
-				for j := range good {
-					if got := good[j].String(); j != i && !strings.HasPrefix(got, text) {
-						t.Errorf("of %d bytes of other output arrived %d", len(text), len(got))
-					}
-				}
-				if !c.Exited() || c.Err() != nil || cfg.Cmd.Process.Signal(os.Kill) == nil {
-					t.Error("the plugin lives:", c.Exited(), c.Err())
-				}
+				return 0, io.ErrClosedPipe
 			})
-		}
+			cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = bad, bad, bad
+			c, p := start(t, cfg)
+			test := dispense(t, p)
+			text := strings.Repeat("x", size)
+			mustCall[struct{}](t, test.Client, "Print", Output{Stdout: text, Stderr: text, Raw: text})
+			echo(t, test.Client)
+			within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
+			if !c.Exited() || c.Err() != nil || cfg.Cmd.Process.Signal(os.Kill) == nil {
+				t.Error("the plugin lives:", c.Exited(), c.Err())
+			}
+		})
 	}
 }
 
@@ -523,6 +485,7 @@ func TestKill(t *testing.T) {
 		"dispensing":       {"deaf", false, noted("connected"), true},
 		"at any moment":    {"plugin", false, func(c *Client, _ *lab) bool { return c.ID() != "" }, false},
 		"started":          {"plugin", false, func(c *Client, _ *lab) bool { return c.NegotiatedVersion() != 0 }, false},
+		"stubborn":         {"plugin endless", false, func(c *Client, _ *lab) bool { return connect(c) == nil }, false},
 		"stopped":          {"plugin", false, stopped(false), false},
 		"stopped and busy": {"plugin", false, stopped(true), false},
 	} {
@@ -595,36 +558,24 @@ func TestKillIsGentle(t *testing.T) {
 }
 
 // A plugin that does not exit is killed after KillTimeout, by default two
-// seconds, and not before. One that was reattached to is killed if its socket
-// tells whose it is.
-func TestKillStubborn(t *testing.T) {
+// seconds. One that was reattached to is killed if its socket tells whose it is.
+func TestKillReattached(t *testing.T) {
 	t.Parallel()
-	for _, reattached := range []bool{false, true} {
-		t.Run(fmt.Sprintf("reattached: %v", reattached), func(t *testing.T) {
-			t.Parallel()
-			cfg := newLab(t).config("plugin endless")
-			first, _ := start(t, cfg)
-			c := first
-			if reattached {
-				c, _ = start(t, attachTo(first.ReattachConfig()))
-			}
-			began := time.Now()
-			within(t, "Kill", 4*time.Second, c.Kill)
-			if took := time.Since(began); took < 1900*time.Millisecond {
-				t.Errorf("it was killed after %v", took)
-			}
-			if reattached && runtime.GOOS == "windows" {
-				if first.Exited() {
-					t.Error("a process is killed that may not be the plugin")
-				}
-				return
-			}
-			receive(t, "the plugin's end", first.Done())
-			if c.Err() != nil || cfg.Cmd.ProcessState.Success() || reattached != (first.Err() != nil) {
-				t.Errorf("it ended with %v: %v, %v", cfg.Cmd.ProcessState, c.Err(), first.Err())
-			}
-		})
+	first, _ := start(t, newLab(t).config("plugin endless"))
+	c, _ := start(t, attachTo(first.ReattachConfig()))
+	began := time.Now()
+	within(t, "Kill", 4*time.Second, c.Kill)
+	if took := time.Since(began); took < 1900*time.Millisecond || !c.Exited() || c.Err() != nil {
+		t.Errorf("it was killed after %v: %v, %v", took, c.Exited(), c.Err())
 	}
+	if runtime.GOOS == "windows" {
+		if first.Exited() {
+			t.Error("a process is killed that may not be the plugin")
+		}
+		return
+	}
+	receive(t, "the plugin's end", first.Done())
+	errorSays(t, first.Err(), "killed")
 }
 
 // CleanupClients kills all managed clients, at once, and no other.
@@ -661,7 +612,7 @@ func TestCleanupClients(t *testing.T) {
 
 // An end that nobody asked for is logged once, with the plugin's name, its pid
 // and what is known of the cause. An end that was asked for is not logged, nor
-// is a start that failed.
+// is a start that failed. A line before the handshake is a warning.
 func TestEndIsLogged(t *testing.T) {
 	t.Parallel()
 	do := func(how string) func(*Client, ClientProtocol) {
@@ -682,12 +633,13 @@ func TestEndIsLogged(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			logger, records := recorder()
-			cfg := newLab(t).config("plugin")
-			cfg.Logger = logger
+			logger, log := recorder()
+			mode := "say plugin"
 			if test.end == nil {
-				cfg.Cmd.Env = append(cfg.Cmd.Env, modeEnv+"=exit3")
+				mode = "say exit3"
 			}
+			cfg := newLab(t).config(mode, sayEnv+"=a banner | of a library\n")
+			cfg.Logger = logger
 			c := NewClient(cfg)
 			t.Cleanup(c.Kill)
 			if p, err := c.Client(); err == nil {
@@ -695,21 +647,20 @@ func TestEndIsLogged(t *testing.T) {
 			}
 			receive(t, "Done", c.Done())
 			c.Kill()
-			ends := slices.DeleteFunc(records.find(""), func(r logRecord) bool {
+			records := slices.DeleteFunc(log.find(""), func(r logRecord) bool {
 				trace := name == "panic" && len(r.args) == 0 // which is logged, too
 				return r.level <= hclog.Debug || trace
 			})
-			if test.level == hclog.NoLevel {
-				if len(ends) > 0 {
-					t.Errorf("logged: %+v", ends)
-				}
-				return
+			if len(records) == 0 || records[0].level != hclog.Warn || !strings.Contains(fmt.Sprint(records[0]), "a banner") {
+				t.Fatalf("the banner is not logged: %+v", records)
 			}
-			if len(ends) != 1 || ends[0].level != test.level {
+			if ends := records[1:]; test.level == hclog.NoLevel && len(ends) == 0 {
+				return
+			} else if len(ends) != 1 || ends[0].level != test.level {
 				t.Fatalf("logged: %+v", ends)
 			}
 			for _, word := range []string{test.word, pluginName(cfg.Cmd.Path), c.ID()} {
-				if text := fmt.Sprintln(ends[0].args...); !strings.Contains(text, word) {
+				if text := fmt.Sprintln(records[1].args...); !strings.Contains(text, word) {
 					t.Errorf("%q is not in the record %s", word, text)
 				}
 			}
