@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/rpc"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,6 +19,13 @@ import (
 // brokerTimeout is how long Accept and Dial wait for the other side, and how
 // long a stream that was dialled waits to be accepted.
 const brokerTimeout = 5 * time.Second
+
+// untilStopped is no limit, for what is served until it is stopped.
+const untilStopped = math.MaxInt64
+
+// readTimeout is how long a Read or Write that is running delays closing its
+// reader or writer.
+const readTimeout = 100 * time.Millisecond
 
 // MuxBroker hands out streams between the host and the plugin by number.
 // [Plugin].Server and [Plugin].Client are given one each, for the two ends of
@@ -267,19 +276,34 @@ func (b *MuxBroker) service(v any) *service {
 // serving ends when the peer closes its client, or with the connection.
 func (b *MuxBroker) ServeRPC(v any) (id uint32, stop func()) {
 	svc := b.service(v)
-	return b.serve(svc, &svc.calls)
+	l := b.serve(svc, &svc.calls, brokerTimeout)
+	return l.id, l.stop
 }
 
-// serve serves svc to the peer. stop waits for the uses of what it serves.
-func (b *MuxBroker) serve(svc *service, uses *group) (id uint32, stop func()) {
-	id = b.NextId()
+// loan is what is served to the peer under a number.
+type loan struct {
+	id    uint32
+	ctx   context.Context // ends with the serving
+	uses  *group          // calls, or Reads or Writes, that are running
+	end   func()          // ends the serving, and begins no more uses
+	reads bool            // it is a reader
+}
+
+func (l *loan) stop() {
+	l.end()
+	l.uses.Wait()
+}
+
+// serve serves svc to the peer, if that dials it in time.
+func (b *MuxBroker) serve(svc *service, uses *group, timeout time.Duration) *loan {
+	id := b.NextId()
 	ctx, cancel := context.WithCancelCause(b.session.calls)
 	b.session.spawn(func() {
-		dialling, expire := context.WithTimeout(ctx, brokerTimeout)
+		dialling, expire := context.WithTimeout(ctx, timeout)
 		defer expire()
 		st, err := b.accept(dialling, id)
 		if err != nil {
-			b.session.logger.Debug("what is served was not dialled", "stream", id, "error", err)
+			b.session.debug("what is served was not dialled", "stream", id, "error", err)
 			cancel(nil)
 			return
 		}
@@ -290,19 +314,24 @@ func (b *MuxBroker) serve(svc *service, uses *group) (id uint32, stop func()) {
 			b.session.serve(ctx, st, svc)
 		}()
 	})
-	return id, func() {
+	return &loan{id: id, ctx: ctx, uses: uses, end: func() {
 		svc.calls.close()
 		uses.close()
 		cancel(errStopped)
-		uses.Wait()
-	}
+	}}
 }
 
 // DialRPC returns a client for what the peer serves as id with ServeRPC or
 // AcceptAndServe. Methods are called as "Plugin.Name". Closing the client ends
 // the serving; it should be closed. The error is that of Dial.
 func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
-	conn, err := b.Dial(id)
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	defer cancel()
+	return b.dialRPC(ctx, id)
+}
+
+func (b *MuxBroker) dialRPC(ctx context.Context, id uint32) (*rpc.Client, error) {
+	conn, err := b.DialContext(ctx, id)
 	if err != nil {
 		return nil, err
 	}
@@ -321,8 +350,8 @@ func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
 // returned, r is not read any more, and the peer's Read fails with an error that
 // says so: it does not return io.EOF unless r did.
 func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
-	l := &lent{broker: b, use: r.Read}
-	return b.serve(b.service(readerService{l}), &l.uses)
+	l := b.serveStream("Read", r.Read, brokerTimeout, nil)
+	return l.id, l.stop
 }
 
 // DialReader returns a reader for what the peer serves with ServeReader. It
@@ -331,19 +360,19 @@ func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
 // may be called concurrently. The error is that of Dial, or says that id is not
 // a reader.
 func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
-	p, err := b.dialPipe(id, "Plugin.Read")
-	if err != nil {
-		return nil, err
-	}
-	return pipeReader{p}, nil
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	defer cancel()
+	p, err := b.dialStream(ctx, id, "Read", false)
+	r, _ := p.(io.ReadCloser)
+	return r, err
 }
 
 // ServeWriter lets the peer write to w with DialWriter, within five seconds. If
 // w fails, the peer is told. w is not closed. stop ends that, as the stop of
 // ServeReader does: after it has returned, w is not written to any more.
 func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
-	l := &lent{broker: b, use: w.Write}
-	return b.serve(b.service(writerService{l}), &l.uses)
+	l := b.serveStream("Write", w.Write, brokerTimeout, nil)
+	return l.id, l.stop
 }
 
 // DialWriter returns a writer for what the peer serves with ServeWriter. An
@@ -352,21 +381,18 @@ func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
 // everything; it must be called. Write and Close may be called concurrently.
 // The error is that of Dial, or says that id is not a writer.
 func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
-	p, err := b.dialPipe(id, "Plugin.Write")
-	if err != nil {
-		return nil, err
-	}
-	// Ends a Write that waits for room when the call has ended.
-	b.session.spawn(func() { <-p.done; abort(p.conn) })
-	return pipeWriter{p}, nil
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	defer cancel()
+	p, err := b.dialStream(ctx, id, "Write", false)
+	w, _ := p.(io.WriteCloser)
+	return w, err
 }
 
 // lent is a reader or writer of the caller's. Waiting for its uses does not wait
 // for the stream, whose peer may take nothing.
 type lent struct {
-	broker *MuxBroker
-	use    func([]byte) (int, error) // Read or Write
-	uses   group                     // closed when it is taken back
+	use  func([]byte) (int, error) // Read or Write
+	uses group                     // closed when it is taken back
 }
 
 func (l *lent) Read(p []byte) (int, error) {
@@ -379,36 +405,45 @@ func (l *lent) Read(p []byte) (int, error) {
 
 func (l *lent) Write(p []byte) (int, error) { return l.Read(p) }
 
-// copy copies l to or from the stream id, until ctx ends.
-func (l *lent) copy(ctx context.Context, id uint32, toPeer bool) (err error) {
-	conn, err := l.broker.DialContext(ctx, id)
-	if err != nil {
+// serveStream serves a reader or writer by the name of its method, "Read" or "Write". closer, if
+// it is not nil, is called when the peer closes its end, and at the end.
+func (b *MuxBroker) serveStream(name string, use func([]byte) (int, error), timeout time.Duration, closer func() error) *loan {
+	lent := &lent{use: use}
+	flow := func(ctx context.Context, arg, _ reflect.Value) (err error) {
+		conn, err := b.DialContext(ctx, uint32(arg.Uint()))
+		if err != nil {
+			return err
+		}
+		defer recoverTo(&err)
+		defer conn.Close()
+		defer context.AfterFunc(ctx, func() { abort(conn) })()
+		var w io.Writer = conn
+		var r io.Reader = lent
+		if name == "Write" {
+			w, r = lent, conn
+		}
+		_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, 64<<10))
 		return err
 	}
-	defer recoverTo(&err)
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { abort(conn) })()
-	var w io.Writer = conn
-	var r io.Reader = l
-	if !toPeer {
-		w, r = l, conn
+	end := sync.OnceValue(func() (err error) {
+		if closer == nil {
+			return nil
+		}
+		defer recoverTo(&err)
+		lent.uses.close()
+		waitFor(readTimeout, lent.uses.allDone())
+		return closer()
+	})
+	nothing := reflect.TypeFor[struct{}]()
+	l := b.serve(&service{methods: map[string]*method{
+		name:    {call: flow, context: true, arg: reflect.TypeFor[uint32](), into: nothing},
+		"Close": {call: func(context.Context, reflect.Value, reflect.Value) error { return end() }, arg: nothing, into: nothing},
+	}}, &lent.uses, timeout)
+	l.reads = name == "Read"
+	if closer != nil {
+		context.AfterFunc(l.ctx, func() { _ = end() })
 	}
-	_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, 64<<10))
-	return err
-}
-
-type readerService struct{ l *lent }
-
-// Read copies the reader to the stream id.
-func (s readerService) Read(ctx context.Context, id uint32, _ *struct{}) error {
-	return s.l.copy(ctx, id, true)
-}
-
-type writerService struct{ l *lent }
-
-// Write copies the stream id to the writer.
-func (s writerService) Write(ctx context.Context, id uint32, _ *struct{}) error {
-	return s.l.copy(ctx, id, false)
+	return l
 }
 
 // pipe is the end of a reader or writer that was dialled.
@@ -418,20 +453,23 @@ type pipe struct {
 	done   chan struct{} // closed when the call has ended
 	err    error         // its error
 	closed atomic.Bool
+	failed atomic.Bool // a Write has returned an error
+	owned  bool        // Close closes the peer's reader or writer, too
 }
 
-func (b *MuxBroker) dialPipe(id uint32, method string) (*pipe, error) {
-	client, err := b.DialRPC(id)
+// dialStream returns a pipeReader or pipeWriter.
+func (b *MuxBroker) dialStream(ctx context.Context, id uint32, method string, owned bool) (io.Closer, error) {
+	client, err := b.dialRPC(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	p := &pipe{client: client, done: make(chan struct{})}
-	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	p := &pipe{client: client, done: make(chan struct{}), owned: owned}
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	data := b.NextId()
 	// Ends with the bytes, or when the client or the connection is closed.
 	go func() {
-		p.err = Call(context.Background(), client, method, data, nil)
+		p.err = Call(context.Background(), client, "Plugin."+method, data, nil)
 		close(p.done)
 		cancel()
 	}()
@@ -442,7 +480,22 @@ func (b *MuxBroker) dialPipe(id uint32, method string) (*pipe, error) {
 		_ = client.Close()
 		return nil, err
 	}
-	return p, nil
+	if method == "Read" {
+		return pipeReader{p}, nil
+	}
+	// Ends a Write that waits for room when the call has ended.
+	b.session.spawn(func() { <-p.done; abort(p.conn) })
+	return pipeWriter{p}, nil
+}
+
+// close ends the serving and returns the first error, err or that of closing what
+// is served.
+func (p *pipe) close(err error) error {
+	if p.owned {
+		err = cmp.Or(err, Call(context.Background(), p.client, "Plugin.Close", struct{}{}, nil))
+	}
+	_ = p.client.Close()
+	return err
 }
 
 // ended waits for the end of the call and returns its error, or else err.
@@ -470,8 +523,7 @@ func (p pipeReader) Read(b []byte) (int, error) {
 func (p pipeReader) Close() error {
 	p.closed.Store(true)
 	abort(p.conn)
-	_ = p.client.Close()
-	return nil
+	return p.close(nil)
 }
 
 type pipeWriter struct{ *pipe }
@@ -479,6 +531,7 @@ type pipeWriter struct{ *pipe }
 func (p pipeWriter) Write(b []byte) (int, error) {
 	n, err := p.conn.Write(b)
 	if err != nil {
+		p.failed.Store(true)
 		err = p.ended(err)
 	}
 	return n, err
@@ -488,6 +541,5 @@ func (p pipeWriter) Close() error {
 	_ = p.conn.Close()
 	<-p.done
 	p.closed.Store(true)
-	_ = p.client.Close()
-	return p.err
+	return p.close(p.err)
 }

@@ -272,18 +272,18 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 	if err == nil {
 		c.own(p)
 		var h handshake
-		if h, err = p.awaitHandshake(ctx, c.config.StartTimeout, c.gone); err == nil {
+		if h, err = p.awaitHandshake(ctx, c.config.StartTimeout); err == nil {
 			r, err = c.accept(h, p)
 		}
 		if err == nil {
 			return r, nil
 		}
-		if isClosed(c.gone) {
-			failed.State = p.cmd.ProcessState
-		} else {
+		if err != errNoHandshake {
 			_ = p.Kill(ctx)
 		}
-		waitFor(reapTimeout, c.gone)
+		if waitFor(reapTimeout, c.gone) && err == errNoHandshake {
+			failed.State = p.cmd.ProcessState
+		}
 		failed.Stdout, failed.Stderr = p.noise.String(), p.log.tail.String()
 	}
 	switch err {
@@ -318,14 +318,14 @@ func (c *Client) watch(p AttachedRunner) {
 	if !errors.As(err, &exit) {
 		exit = &ExitError{Path: c.name, Err: err}
 	}
-	level := hclog.Error
+	level, reason := hclog.Error, any(exit)
 	switch {
 	case c.wasAsked() || c.starting.err != nil:
-		level = hclog.Debug
+		level, reason = hclog.Debug, exit.State
 	case exit.State != nil && exit.State.Success():
 		level = hclog.Info
 	}
-	c.logger.Log(level, "the process has ended", "plugin", c.name, "pid", p.ID(), "reason", exit)
+	c.logger.Log(level, "the process has ended", "plugin", c.name, "pid", p.ID(), "reason", reason)
 	c.finish(exit)
 }
 

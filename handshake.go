@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/ecdsa"
@@ -21,7 +22,6 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -124,9 +124,12 @@ func (h handshake) String() string {
 	return line
 }
 
-// handshakeStart is how a line of a plugin's stdout begins that is meant as its
-// handshake.
-var handshakeStart = regexp.MustCompile(`^\d+\|`)
+// isHandshake reports whether a line of a plugin's stdout is meant as its
+// handshake: it begins with digits and a bar.
+func isHandshake(line []byte) bool {
+	rest := bytes.TrimLeft(line, "0123456789")
+	return len(rest) < len(line) && bytes.HasPrefix(rest, []byte{'|'})
+}
 
 // parseHandshake reads the handshake line of a plugin, ours or go-plugin's.
 // Fields behind those known are ignored.
@@ -297,18 +300,18 @@ func giveToGroup(path, group string, mode os.FileMode) error {
 func listenTCP(minPort, maxPort string) (net.Listener, error) {
 	low, _ := strconv.ParseUint(minPort, 10, 16)
 	high, _ := strconv.ParseUint(maxPort, 10, 16)
-	err := fmt.Errorf("no port from %d to %d is free", low, high)
 	if high > 0 {
 		low = max(low, 1) // 0 is any port
 	}
-	for port := low; port <= max(low, high); port++ {
-		listener, listenErr := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if listenErr == nil {
+	for port := low; ; port++ {
+		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
 			return listener, nil
 		}
-		err = fmt.Errorf("no port from %d to %d is free: %w", low, high, listenErr)
+		if port >= high {
+			return nil, fmt.Errorf("no port from %d to %d is free: %w", low, high, err)
+		}
 	}
-	return nil, err
 }
 
 // removePrivate removes the directory that the host has made for the socket.

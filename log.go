@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"math"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -87,14 +86,11 @@ type stderrLog struct {
 }
 
 func (l *stderrLog) line(line []byte, left int) {
-	level, message, args, ok := parseRecord(line)
-	if ok && left == 0 {
+	if level, message, args, ok := parseRecord(line); ok && left == 0 {
 		l.logger.Log(level, message, args...)
 		return
 	}
-	if left == 0 || level == hclog.NoLevel { // only of a record that was cut here the level is known
-		level, line = textLevel(line)
-	}
+	level, line := textLevel(line)
 	if l.crashing(line, level) {
 		level = hclog.Error
 	}
@@ -120,78 +116,39 @@ func (l *stderrLog) crashing(line []byte, level hclog.Level) bool {
 	return true
 }
 
-// parseRecord reads a line of hclog's or slog's JSON. The values keep their
-// order. The level is returned also for a record that cannot be read to its end.
+// parseRecord reads a line of hclog's or slog's JSON. The values are sorted by
+// their keys.
 func parseRecord(line []byte) (level hclog.Level, message string, args []any, ok bool) {
-	pairs, whole := readObject(line)
-	names := slogNames
-	if slices.ContainsFunc(pairs, func(p pair) bool { return p.key == hclogNames.level || p.key == hclogNames.message }) {
-		names = hclogNames
+	var record map[string]json.RawMessage
+	if json.Unmarshal(line, &record) != nil {
+		return level, "", nil, false
 	}
-	var timestamp, messageText any
-	for _, p := range pairs {
-		switch {
-		case p.key == names.level && level == hclog.NoLevel:
-			text, _ := p.value.(string)
-			level = parseLevel(text)
-		case p.key == names.message && messageText == nil:
-			messageText = p.value
-		case p.key == names.time && timestamp == nil:
-			timestamp = p.value
-		default:
-			args = append(args, oneLine(p.key), p.value)
+	names := []string{"level", "msg", "time"} // slog's
+	if record["@level"] != nil || record["@message"] != nil {
+		names = []string{"@level", "@message", "@timestamp"}
+	}
+	var texts [3]string
+	for i, name := range names {
+		if json.Unmarshal(record[name], &texts[i]) != nil && i < 2 {
+			return level, "", nil, false
 		}
+		delete(record, name)
 	}
-	message, ok = messageText.(string)
-	if t, isText := timestamp.(string); isText {
+	for _, key := range sortedKeys(record) {
+		var value any = rawJSON{record[key]}
+		if text := ""; record[key][0] == '"' && json.Unmarshal(record[key], &text) == nil {
+			value = text
+		}
+		args = append(args, oneLine(key), value)
+	}
+	if t := texts[2]; t != "" {
 		if at, err := time.Parse(time.RFC3339Nano, t); err == nil {
 			t = at.Format(hclog.TimeFormat)
 		}
 		args = append(args, "timestamp", t)
 	}
-	return level, oneLine(message), args, ok && whole && level != hclog.NoLevel
-}
-
-// The names that hclog and slog give to what every record has.
-var (
-	hclogNames = recordNames{"@level", "@message", "@timestamp"}
-	slogNames  = recordNames{"level", "msg", "time"}
-)
-
-type recordNames struct{ level, message, time string }
-
-type pair struct {
-	key   string
-	value any
-}
-
-// readObject reads a JSON object as far as it can be read, and reports whether
-// that is all of the line.
-func readObject(line []byte) (pairs []pair, whole bool) {
-	if len(line) == 0 || line[0] != '{' {
-		return nil, false
-	}
-	dec := json.NewDecoder(bytes.NewReader(line))
-	if _, err := dec.Token(); err != nil {
-		return nil, false
-	}
-	for dec.More() {
-		key, err := dec.Token()
-		if err != nil {
-			return pairs, false
-		}
-		var raw json.RawMessage
-		if dec.Decode(&raw) != nil {
-			return pairs, false
-		}
-		var value any = rawJSON{raw}
-		if text := ""; json.Unmarshal(raw, &text) == nil && raw[0] == '"' {
-			value = text
-		}
-		pairs = append(pairs, pair{key.(string), value})
-	}
-	_, err := dec.Token()
-	return pairs, err == nil && dec.InputOffset() == int64(len(bytes.TrimRight(line, " \t")))
+	level = parseLevel(texts[0])
+	return level, oneLine(texts[1]), args, level != hclog.NoLevel
 }
 
 // oneLine is printable for what must not be taken for a record of the host's.
@@ -217,22 +174,24 @@ func parseLevel(text string) hclog.Level {
 	return min(max(hclog.Info+hclog.Level(l>>2), hclog.Trace), hclog.Error) // slog's are four apart
 }
 
-var (
-	// levelPrefix is a level in brackets, maybe behind the date and time of
-	// package log, or what slog's default handler writes.
-	levelPrefix = regexp.MustCompile(`^(?:\d{4}/\d\d/\d\d )?(?:\d\d:\d\d:\d\d(?:\.\d+)? )?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?|` +
-		`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d(?:\.\d+)? ((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `)
-	// slogText is how a line of slog's TextHandler begins.
-	slogText = regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) msg=`)
-)
+// levelPatterns are made when they are needed, which is in hosts alone. The first
+// is a level in brackets, maybe behind the date and time of package log, or what
+// slog's default handler writes; the second is how its TextHandler begins a line.
+var levelPatterns = sync.OnceValue(func() [2]*regexp.Regexp {
+	return [2]*regexp.Regexp{
+		regexp.MustCompile(`^(?:\d{4}/\d\d/\d\d )?(?:\d\d:\d\d:\d\d(?:\.\d+)? )?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?|` +
+			`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d(?:\.\d+)? ((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `),
+		regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) (?:source=\S+ )?msg=`),
+	}
+})
 
 // textLevel returns the level that is written at the front of a line, and the
 // line without a prefix that says no more than the record will.
 func textLevel(line []byte) (hclog.Level, []byte) {
-	if m := levelPrefix.FindSubmatch(line); m != nil {
+	if m := levelPatterns()[0].FindSubmatch(line); m != nil {
 		return parseLevel(string(m[1]) + string(m[2])), line[len(m[0]):]
 	}
-	if m := slogText.FindSubmatch(line); m != nil {
+	if m := levelPatterns()[1].FindSubmatch(line); m != nil {
 		return parseLevel(string(m[1])), line
 	}
 	return hclog.NoLevel, line
@@ -262,10 +221,8 @@ type tail struct {
 func (t *tail) Write(p []byte) (int, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.buf = append(t.buf, p[max(0, len(p)-tailSize):]...)
-	if over := len(t.buf) - tailSize; over > tailSize {
-		t.buf = append(t.buf[:0], t.buf[over:]...)
-	}
+	t.buf = append(t.buf, p...)
+	t.buf = t.buf[max(0, len(t.buf)-tailSize):]
 	return len(p), nil
 }
 
@@ -273,14 +230,10 @@ func (t *tail) Write(p []byte) (int, error) {
 func (t *tail) String() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	b := t.buf
-	if over := len(b) - tailSize; over > 0 {
-		b = b[over:]
-		if _, after, found := bytes.Cut(b, []byte{'\n'}); found {
-			b = after
-		}
+	if _, after, found := bytes.Cut(t.buf, []byte{'\n'}); found && len(t.buf) == tailSize {
+		return string(after)
 	}
-	return string(b)
+	return string(t.buf)
 }
 
 // forgiving writes to a writer of the host's until that fails: it must not stop

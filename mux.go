@@ -98,15 +98,12 @@ func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 // with its type. It fails for a name that either side does not know, if Server
 // or Client fails, panics or returns nothing, and if the connection is lost.
 // Otherwise it waits for as long as Server takes.
-func (c *RPCClient) Dispense(name string) (any, error) {
-	v, err := c.dispense(name)
-	if err != nil {
-		return nil, fmt.Errorf("plugin %q cannot be dispensed: %w", name, err)
-	}
-	return v, nil
-}
-
-func (c *RPCClient) dispense(name string) (any, error) {
+func (c *RPCClient) Dispense(name string) (v any, err error) {
+	defer func() {
+		if err != nil {
+			v, err = nil, fmt.Errorf("plugin %q cannot be dispensed: %w", name, err)
+		}
+	}()
 	p := c.plugins[name]
 	if p == nil {
 		return nil, fmt.Errorf("the host knows no such plugin; ClientConfig.Plugins has %s", nameList(c.plugins))
@@ -115,29 +112,23 @@ func (c *RPCClient) dispense(name string) (any, error) {
 	if err := Call(context.Background(), c.control, "Dispenser.Dispense", name, &id); err != nil {
 		return nil, err
 	}
-	conn, err := c.broker.Dial(id)
+	client, err := c.broker.DialRPC(id)
 	if err != nil {
 		return nil, err
 	}
-	client := newRPCClient(conn, c.session.spawn)
-	v, err := build(func() (any, error) { return p.Client(c.broker, client) })
-	if err != nil {
+	if v, err = notNil(p.Client(c.broker, client)); err != nil {
 		_ = client.Close()
-		return nil, fmt.Errorf("its Client %w", err)
+		return nil, fmt.Errorf("its Client failed: %w", err)
 	}
 	return v, nil
 }
 
-// build calls a Plugin's Client or Server method.
-func build(f func() (any, error)) (any, error) {
-	v, err := f()
-	if err != nil {
-		return nil, fmt.Errorf("failed: %w", err)
+// notNil is what a Plugin's Client or Server returned, unless that is nothing.
+func notNil(v any, err error) (any, error) {
+	if v == nil && err == nil {
+		err = errors.New("it returned nil")
 	}
-	if v == nil {
-		return nil, errors.New("returned nil")
-	}
-	return v, nil
+	return v, err
 }
 
 // Ping asks the plugin for a sign of life. It fails if the connection is lost,
@@ -218,8 +209,8 @@ type RPCServer struct {
 	// or when Serve returns.
 	DoneCh chan<- struct{}
 
-	logger  hclog.Logger // nil for none
-	release func()       // ends Stdout and Stderr, if that can be done
+	logger  hclog.Logger
+	release func() // ends Stdout and Stderr, if that can be done
 
 	begun    sync.Once // makes the fields below
 	outputs  [2]*output
@@ -241,6 +232,7 @@ func (s *RPCServer) Config() string { return "" }
 
 // Serve serves every connection that lis accepts, until lis is closed.
 func (s *RPCServer) Serve(lis net.Listener) {
+	s.begin()
 	defer s.done()
 	for {
 		conn, err := lis.Accept()
@@ -248,7 +240,7 @@ func (s *RPCServer) Serve(lis net.Listener) {
 			return
 		}
 		if err != nil {
-			s.log().Warn("a connection could not be accepted", "error", err)
+			s.logger.Warn("a connection could not be accepted", "error", err)
 			time.Sleep(acceptPause)
 			continue
 		}
@@ -257,31 +249,25 @@ func (s *RPCServer) Serve(lis net.Listener) {
 	}
 }
 
-func (s *RPCServer) log() hclog.Logger {
-	if s.logger == nil {
-		return hclog.NewNullLogger()
-	}
-	return s.logger
-}
-
 // ServeConn serves one connection and returns when it has ended.
 func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
-	if err := s.serveConn(conn); err != nil {
-		s.log().Debug("a connection ended", "error", err)
-	}
-}
-
-func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 	s.begin()
-	sess, err := newSession(s.calls, conn, false, s.log(), func(bool) error {
+	sess, err := newSession(s.calls, conn, false, s.logger, func(bool) error {
 		return errors.New("plugin: the host is gone")
 	})
 	if err != nil {
-		return err
+		s.logger.Debug("a connection could not be served", "error", err)
+		return
 	}
 	defer sess.close()
 	defer context.AfterFunc(s.conns, sess.close)()
-	control, err := sess.accept()
+	if err := s.serveSession(sess); err != io.EOF {
+		sess.debug("a connection ended", "error", err)
+	}
+}
+
+func (s *RPCServer) serveSession(sess *session) error {
+	st, err := sess.accept()
 	if err != nil {
 		return err
 	}
@@ -295,25 +281,19 @@ func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 	broker := newMuxBroker(sess)
 	// Ends with the session.
 	sess.spawn(func() { defer sess.cancel(); broker.Run() })
-	server := newRPCServer(control, nil, s.log(), false)
-	server.services = make(map[string]*service)
-	for name, rcvr := range map[string]any{
-		"Control":   &controlService{s, server},
-		"Dispenser": &dispenseService{s.Plugins, broker},
-	} {
-		if server.services[name], err = newService(rcvr); err != nil {
-			return err
-		}
-	}
-	if err := server.serve(context.Background()); err != io.EOF {
-		return err
-	}
-	return nil
+	server := newRPCServer(st, nil, s.logger, false)
+	control, _ := newService(&controlService{s, server})
+	dispenser, _ := newService(&dispenseService{s.Plugins, broker})
+	server.services = map[string]*service{"Control": control, "Dispenser": dispenser}
+	return server.serve(context.Background())
 }
 
 // begin makes what all connections share.
 func (s *RPCServer) begin() {
 	s.begun.Do(func() {
+		if s.logger == nil {
+			s.logger = hclog.NewNullLogger()
+		}
 		s.calls, s.endCalls = context.WithCancel(context.Background())
 		s.conns, s.endConns = context.WithCancel(context.Background())
 		for i, src := range []io.Reader{s.Stdout, s.Stderr} {
@@ -445,9 +425,9 @@ func (d *dispenseService) Dispense(name string, id *uint32) error {
 	if p == nil {
 		return fmt.Errorf("the plugin knows no such plugin; ServeConfig.Plugins has %s", nameList(d.plugins))
 	}
-	v, err := build(func() (any, error) { return p.Server(d.broker) })
+	v, err := notNil(p.Server(d.broker))
 	if err != nil {
-		return fmt.Errorf("its Server %w", err)
+		return fmt.Errorf("its Server failed: %w", err)
 	}
 	svc, err := newService(v)
 	if err != nil {

@@ -52,7 +52,7 @@ const (
 //
 // When the other side is gone, a call that was in flight fails with an error
 // in which errors.Is finds io.ErrUnexpectedEOF and, on the host, errors.As
-// finds an [*ExitError]; a later one fails with [rpc.ErrShutdown].
+// finds an [*ExitError]; a later one fails so, too, or with [rpc.ErrShutdown].
 //
 // A context that cannot end costs nothing. Any *rpc.Client will do, but the
 // errors and the cancelling need one that this package made: the one given to
@@ -120,8 +120,8 @@ type call struct {
 	args, reply any
 	own         any // what the answer is read into: reply, if the context cannot end
 	seq         uint64
-	err         error    // the reply could not be decoded
-	is          []string // names of the errors that the method's error is
+	err         error  // the reply could not be decoded
+	is          string // names of the errors that the method's error is
 }
 
 // fill sets the reply to what the answer was read into.
@@ -135,7 +135,7 @@ func (k *call) result(err error) error {
 	if k.err != nil {
 		return k.err
 	}
-	if se, ok := err.(rpc.ServerError); ok && len(k.is) > 0 {
+	if se, ok := err.(rpc.ServerError); ok && k.is != "" {
 		return &remoteError{se, knownErrors(k.is)}
 	}
 	return err
@@ -149,8 +149,8 @@ var codecs sync.Map
 type clientCodec struct {
 	w     *wire
 	spawn func(func()) bool
-	write func() // w.write, made once
-	head  header // the header that was read last
+	write func()   // w.write, made once
+	head  response // the header that was read last
 
 	mu     sync.Mutex // guards the fields below
 	client *rpc.Client
@@ -162,7 +162,7 @@ type clientCodec struct {
 // newRPCClient returns a client for the service on the other end of conn, which
 // starts goroutines with spawn.
 func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client {
-	codec := &clientCodec{w: newWire(conn), spawn: spawn, calls: make(map[uint64]*call)}
+	codec := &clientCodec{w: newWire(conn, rpc.Request{}), spawn: spawn, calls: make(map[uint64]*call)}
 	codec.write = codec.w.write
 	client := rpc.NewClientWithCodec(codec)
 	codec.mu.Lock()
@@ -184,7 +184,7 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 		c.calls[k.seq] = k
 		c.mu.Unlock()
 	}
-	err := c.send(&header{ServiceMethod: req.ServiceMethod, Seq: req.Seq}, body)
+	err := c.send(req, body)
 	if err == nil || err == errLost {
 		return nil // the end of reading will fail the call, with the reason
 	}
@@ -196,8 +196,8 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 	return fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w", req.ServiceMethod, body, err)
 }
 
-func (c *clientCodec) send(h *header, body any) error {
-	write, err := c.w.encode(h, body)
+func (c *clientCodec) send(req *rpc.Request, body any) error {
+	write, err := c.w.encode(req, body)
 	if write && !c.spawn(c.write) {
 		_ = c.w.conn.Close()
 	}
@@ -215,17 +215,17 @@ func (c *clientCodec) abandon(ctx context.Context, k *call) bool {
 	if waiting && !ended {
 		// If this cannot be sent, the connection is lost and the call with it.
 		deadline := errors.Is(ctx.Err(), context.DeadlineExceeded)
-		_ = c.send(&header{ServiceMethod: cancelMethod, Seq: k.seq | cancelBit}, deadline)
+		_ = c.send(&rpc.Request{ServiceMethod: cancelMethod, Seq: k.seq | cancelBit}, deadline)
 	}
 	return waiting
 }
 
 func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
-	c.head = header{}
+	c.head = response{}
 	if err := c.w.decode(&c.head); err != nil {
 		return c.end(c.w.reason(err))
 	}
-	resp.ServiceMethod, resp.Seq, resp.Error = c.head.ServiceMethod, c.head.Seq, c.head.Error
+	resp.Seq, resp.Error = c.head.Seq, c.head.Error
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if k := c.calls[resp.Seq]; k != nil && resp.Error != "" {
@@ -292,7 +292,6 @@ func (c *clientCodec) Close() error {
 
 // service is a receiver whose methods can be called.
 type service struct {
-	rcvr    reflect.Value
 	methods map[string]*method
 	unfit   map[string]string // exported methods that cannot be called, and why
 	err     error             // why none can be called, told to every caller
@@ -301,9 +300,9 @@ type service struct {
 
 // method is one method of a service.
 type method struct {
-	fn        func(in []reflect.Value) error // in are receiver, maybe context, argument, reply
-	context   bool                           // it takes a context first
-	ignores   bool                           // it accepts any argument and ignores it
+	call      func(ctx context.Context, arg, reply reflect.Value) error
+	context   bool // it needs its own context
+	ignores   bool // it accepts any argument and ignores it
 	arg, into reflect.Type
 }
 
@@ -322,16 +321,17 @@ func newService(rcvr any) (*service, error) {
 	if rcvr == nil {
 		return nil, errors.New("there is nothing to serve: the receiver is nil")
 	}
-	s := &service{rcvr: reflect.ValueOf(rcvr), methods: make(map[string]*method), unfit: make(map[string]string)}
-	t := s.rcvr.Type()
+	s := &service{methods: make(map[string]*method), unfit: make(map[string]string)}
+	v := reflect.ValueOf(rcvr)
+	t := v.Type()
 	for i := range t.NumMethod() {
-		m := t.Method(i)
-		fit, why := newMethod(m)
+		name := t.Method(i).Name
+		fit, why := newMethod(v.Method(i))
 		if why != "" {
-			s.unfit[m.Name] = why
+			s.unfit[name] = why
 			continue
 		}
-		s.methods[m.Name] = fit
+		s.methods[name] = fit
 	}
 	if len(s.methods) > 0 {
 		return s, nil
@@ -346,15 +346,12 @@ func newService(rcvr any) (*service, error) {
 	return nil, errors.New(text)
 }
 
-// newMethod returns m as one that can be called, or says what is wrong with it.
-func newMethod(m reflect.Method) (fit *method, why string) {
-	t := m.Type
-	fit = &method{fn: func(in []reflect.Value) error {
-		err, _ := m.Func.Call(in)[0].Interface().(error)
-		return err
-	}}
-	in := 1 // behind the receiver
-	if t.NumIn() > in && t.In(in) == typeOfContext {
+// newMethod returns the method f, or says why it cannot be called.
+func newMethod(f reflect.Value) (fit *method, why string) {
+	t := f.Type()
+	fit = &method{}
+	in := 0
+	if t.NumIn() > 0 && t.In(0) == typeOfContext {
 		fit.context = true
 		in++
 	}
@@ -371,6 +368,14 @@ func newMethod(m reflect.Method) (fit *method, why string) {
 		return nil, fmt.Sprintf("its reply's type, %v, is not exported", t.In(in+1))
 	}
 	fit.arg, fit.into = t.In(in), t.In(in+1).Elem()
+	fit.call = func(ctx context.Context, arg, reply reflect.Value) error {
+		args := []reflect.Value{arg, reply}
+		if fit.context {
+			args = []reflect.Value{reflect.ValueOf(ctx), arg, reply}
+		}
+		err, _ := f.Call(args)[0].Interface().(error)
+		return err
+	}
 	return fit, ""
 }
 
@@ -381,33 +386,17 @@ func exportedOrBuiltin(t reflect.Type) bool {
 	return token.IsExported(t.Name()) || t.PkgPath() == ""
 }
 
-// find returns the method with that name, or says why there is none.
-func (s *service) find(full, name string) (*method, error) {
-	if s.err != nil {
-		return nil, fmt.Errorf("plugin: %s cannot be called: %w", full, s.err)
-	}
-	if m := s.methods[name]; m != nil {
-		return m, nil
-	}
-	if why := s.unfit[name]; why != "" {
-		return nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, why)
-	}
-	return nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, nameList(s.methods))
-}
-
 // rpcServer serves the calls that arrive on one stream.
 type rpcServer struct {
 	w        *wire
 	services map[string]*service
 	logger   hclog.Logger
-	catch    bool // a panic in a method is an error of that call
-
-	mu      sync.Mutex // guards cancels
-	cancels map[uint64]context.CancelCauseFunc
+	catch    bool     // a panic in a method is an error of that call
+	cancels  sync.Map // of calls with a context: the sequence number to its cancel
 }
 
 func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool) *rpcServer {
-	return &rpcServer{w: newWire(conn), services: services, logger: logger, catch: catch, cancels: make(map[uint64]context.CancelCauseFunc)}
+	return &rpcServer{w: newWire(conn, response{}), services: services, logger: logger, catch: catch}
 }
 
 var (
@@ -435,7 +424,7 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 		if err := s.w.waitRoom(ctx); err != nil {
 			return err
 		}
-		var req header
+		var req rpc.Request
 		if err := s.w.decode(&req); err != nil {
 			return s.w.reason(err)
 		}
@@ -458,15 +447,16 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 
 // inCall is a call that has arrived.
 type inCall struct {
-	service *service
-	method  *method
-	in      []reflect.Value // what method.fn is called with
-	cancel  context.CancelCauseFunc
+	service    *service
+	method     *method
+	ctx        context.Context
+	arg, reply reflect.Value
+	cancel     context.CancelCauseFunc
 }
 
 // prepare finds the method and reads its argument. A method that takes a
 // context can be cancelled from here on.
-func (s *rpcServer) prepare(ctx context.Context, req *header) (*inCall, error) {
+func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*inCall, error) {
 	svc, m, err := s.find(req.ServiceMethod)
 	if err != nil {
 		_ = s.w.decode(nil)
@@ -486,28 +476,32 @@ func (s *rpcServer) prepare(ctx context.Context, req *header) (*inCall, error) {
 	case reflect.Slice:
 		reply.Elem().Set(reflect.MakeSlice(m.into, 0, 0))
 	}
-	c := &inCall{service: svc, method: m, in: []reflect.Value{svc.rcvr, arg.Elem(), reply}}
+	c := &inCall{svc, m, ctx, arg.Elem(), reply, func(error) {}}
 	if m.context {
-		ctx, c.cancel = context.WithCancelCause(ctx)
-		s.mu.Lock()
-		s.cancels[req.Seq] = c.cancel
-		s.mu.Unlock()
-		c.in = []reflect.Value{svc.rcvr, reflect.ValueOf(ctx), arg.Elem(), reply}
+		c.ctx, c.cancel = context.WithCancelCause(ctx)
+		s.cancels.Store(req.Seq, c.cancel)
 	}
 	return c, nil
 }
 
+// find returns the method with that name, or says why there is none.
 func (s *rpcServer) find(full string) (*service, *method, error) {
 	dot := strings.LastIndex(full, ".")
-	if dot < 0 {
+	name := full[dot+1:]
+	svc := s.services[full[:max(dot, 0)]]
+	switch {
+	case dot < 0:
 		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s: call it Plugin.%s", full, full)
-	}
-	svc := s.services[full[:dot]]
-	if svc == nil {
+	case svc == nil:
 		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, nameList(s.services))
+	case svc.err != nil:
+		return nil, nil, fmt.Errorf("plugin: %s cannot be called: %w", full, svc.err)
+	case svc.unfit[name] != "":
+		return nil, nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, svc.unfit[name])
+	case svc.methods[name] == nil:
+		return nil, nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, nameList(svc.methods))
 	}
-	m, err := svc.find(full, full[dot+1:])
-	return svc, m, err
+	return svc, svc.methods[name], nil
 }
 
 // cancel ends the context of a call, if there is still such a call.
@@ -517,64 +511,44 @@ func (s *rpcServer) cancel(seq uint64) {
 	if s.w.decode(&deadline) == nil && deadline {
 		cause = errTimedOut
 	}
-	s.mu.Lock()
-	cancel := s.cancels[seq]
-	s.mu.Unlock()
-	if cancel != nil {
-		cancel(cause)
+	if cancel, ok := s.cancels.Load(seq); ok {
+		cancel.(context.CancelCauseFunc)(cause)
 	}
 }
 
-// call runs a method and answers.
-func (s *rpcServer) call(req *header, c *inCall) {
-	if c.method.context {
-		defer func() {
-			s.mu.Lock()
-			delete(s.cancels, req.Seq)
-			s.mu.Unlock()
-			c.cancel(nil)
-		}()
+// call runs a method and answers. In the host, a panic must not be the end of the
+// process; in a plugin it must be, so that its host learns of it and nobody goes
+// on with what the method may have left half done.
+func (s *rpcServer) call(req *rpc.Request, c *inCall) {
+	if !c.service.calls.enter() {
+		s.respond(req, nil, errStopped)
+		return
 	}
 	err := errExited
-	// Also runs if the method calls runtime.Goexit, as t.Fatal does. A panic in a
-	// plugin ends the process and is not answered.
-	defer func() {
-		if err != errExited || s.catch {
-			s.respond(req, c.in[len(c.in)-1].Interface(), err)
-		}
-	}()
-	err = s.invoke(req, c)
-}
-
-// invoke runs a method. In the host, a panic must not be the end of the
-// process; in a plugin it must be, so that its host learns of it and nobody
-// goes on with what the method may have left half done.
-func (s *rpcServer) invoke(req *header, c *inCall) (err error) {
-	if !c.service.calls.enter() {
-		return errStopped
-	}
-	defer func() {
-		if c.service.calls.isClosed() {
-			err = errStopped
-		}
-		c.service.calls.Done()
-	}()
-	if s.catch {
-		defer func() {
+	defer func() { // also if the method calls runtime.Goexit, as t.Fatal does
+		if s.catch {
 			if p := recover(); p != nil {
 				s.logger.Error("a method that a plugin called panicked", "method", req.ServiceMethod, "panic", p, "trace", string(debug.Stack()))
 				err = fmt.Errorf("plugin: %s panicked: %v", req.ServiceMethod, p)
 			}
-		}()
-	}
-	return c.method.fn(c.in)
+		}
+		if c.service.calls.isClosed() {
+			err = errStopped
+		}
+		c.service.calls.Done()
+		if err != errExited || s.catch { // it may be a panic, which is not answered
+			s.respond(req, c.reply.Interface(), err)
+		}
+		s.cancels.Delete(req.Seq)
+		c.cancel(nil)
+	}()
+	err = c.method.call(c.ctx, c.arg, c.reply)
 }
 
 // respond answers one call. If the reply cannot be sent, an error that says so
-// is sent instead. Unlike net/rpc's, the answer does not name the method: no
-// client looks.
-func (s *rpcServer) respond(req *header, reply any, err error) {
-	resp := header{Seq: req.Seq}
+// is sent instead.
+func (s *rpcServer) respond(req *rpc.Request, reply any, err error) {
+	resp := response{Seq: req.Seq}
 	if err != nil {
 		resp.Error, resp.Is = sendable(err)
 		reply = struct{}{}
