@@ -3,10 +3,12 @@
 package plugin
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -126,30 +128,37 @@ func TestPause(t *testing.T) {
 	l := newLab(t)
 	c, p := start(t, l.config("plugin"))
 	test := dispense(t, p)
-	progress := make(chan struct{}, 1000)
-	failed := make(chan error, 5)
-	for range 4 {
-		go func() { failed <- test.traffic(t.Context(), func() { progress <- struct{}{} }) }() // ends with the plugin
-	}
-	receive(t, "progress", progress)
+	data := string(noise(8<<20, 1))
+	r, w := io.Pipe()
+	id, _ := test.broker.ServeReader(r)
+	results := make(chan error, 3)
+	go func() { results <- test.Call("Plugin.Copy", Transfer{Reader: id}, new(int64)) }()
+	_, err := io.WriteString(w, data[:1<<20])
+	check(t, err)
 	stop(t, l.readPid("plugin"))
 	paused := time.After(11 * time.Second)
-	t.Parallel() // other tests run meanwhile
-	if err := p.Ping(); err == nil {
-		t.Error("Ping of a stopped plugin succeeds")
+	t.Parallel() // so that other tests run meanwhile
+	go func() {
+		var got string
+		err := test.Call("Plugin.Echo", data, &got)
+		if err == nil && got != data {
+			err = errWrong
+		}
+		results <- err
+	}()
+	go func() { _, err := p.Dispense("test"); results <- err }()
+	if err := p.Ping(); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Ping of a stopped plugin returned %v", err)
 	}
-	go func() { _, err := p.Dispense("test"); failed <- err }()
 	<-paused
-	if len(failed) > 0 || c.Exited() {
-		t.Fatalf("a call failed while the plugin was stopped: %v, %v", <-failed, c.Err())
-	}
-	for len(progress) > 0 {
-		<-progress
+	if len(results) > 0 || c.Exited() {
+		t.Fatalf("while the plugin was stopped, a call returned %v, and Err %v", <-results, c.Err())
 	}
 	signalTo(t, l.readPid("plugin"), syscall.SIGCONT)
-	check(t, receive(t, "Dispense", failed))
-	for range 20 {
-		receive(t, "progress", progress)
+	_, err = io.WriteString(w, data)
+	check(t, errors.Join(err, w.Close()))
+	for range cap(results) {
+		check(t, receive(t, "a result", results))
 	}
 	check(t, p.Ping())
 }
