@@ -160,7 +160,7 @@ type Client struct {
 	end        context.CancelCauseFunc
 	watching   context.Context // ends when Kill has stopped waiting for the process
 	abandon    context.CancelFunc
-	starting   *once[ready]
+	starting   *once[handshake]
 	connecting *once[*RPCClient]
 	gone       chan struct{} // closed when the process has ended
 	done       chan struct{} // closed when its output has been delivered as well
@@ -169,12 +169,6 @@ type Client struct {
 	proc  AttachedRunner
 	asked bool  // this client has ended the plugin
 	err   error // how the plugin ended, if not asked to; constant once done is closed
-}
-
-// ready is what is known of a plugin that can be connected to.
-type ready struct {
-	handshake
-	tls *tls.Config // nil for none
 }
 
 var errKilled = errors.New("plugin: Kill was called")
@@ -198,7 +192,7 @@ func CleanupClients() {
 // config has Managed set.
 func NewClient(config *ClientConfig) *Client {
 	c := &Client{
-		config: *config, starting: newOnce[ready](), connecting: newOnce[*RPCClient](),
+		config: *config, starting: newOnce[handshake](), connecting: newOnce[*RPCClient](),
 		gone: make(chan struct{}), done: make(chan struct{}),
 	}
 	cfg := &c.config
@@ -244,25 +238,25 @@ func (c *Client) Start() (net.Addr, error) { return c.StartContext(context.Backg
 // [ErrSecureConfigNoHash] and [ErrSecureConfigAndReattach] are returned as
 // they are.
 func (c *Client) StartContext(ctx context.Context) (net.Addr, error) {
-	r, err := c.starting.do(ctx, func() (ready, error) {
+	h, err := c.starting.do(ctx, func() (handshake, error) {
 		ctx, cancel := context.WithCancelCause(ctx)
 		defer cancel(nil)
 		defer context.AfterFunc(c.life, func() { cancel(errKilled) })()
-		r, err := c.start(ctx)
+		h, err := c.start(ctx)
 		if err != nil {
 			c.finish(nil)
 		}
-		return r, err
+		return h, err
 	})
-	return r.addr, err
+	return h.addr, err
 }
 
-func (c *Client) start(ctx context.Context) (r ready, err error) {
+func (c *Client) start(ctx context.Context) (h handshake, err error) {
 	if c.life.Err() != nil {
-		return r, errKilled
+		return h, errKilled
 	}
 	if err := c.config.validate(); err != nil {
-		return r, err
+		return h, err
 	}
 	if c.config.Reattach != nil {
 		return c.reattach(ctx)
@@ -271,12 +265,11 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 	p, err := launch(&c.config, c.logger, versionList(c.sets))
 	if err == nil {
 		c.own(p)
-		var h handshake
 		if h, err = p.awaitHandshake(ctx, c.config.StartTimeout); err == nil {
-			r, err = c.accept(h, p)
+			h.tls, err = c.accept(h, p)
 		}
 		if err == nil {
-			return r, nil
+			return h, nil
 		}
 		if err != errNoHandshake {
 			_ = p.Kill(ctx)
@@ -288,11 +281,11 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 	}
 	switch err {
 	case ErrSecureConfigNoChecksum, ErrSecureConfigNoHash, ErrChecksumsDoNotMatch:
-		return ready{}, err
+		return handshake{}, err
 	}
 	failed.Err = err
 	failed.hint = startHint(failed, &c.config)
-	return ready{}, failed
+	return handshake{}, failed
 }
 
 // own makes p the client's process and watches it.
@@ -329,37 +322,37 @@ func (c *Client) watch(p AttachedRunner) {
 	c.finish(exit)
 }
 
-// accept says whether this host can use a plugin with that handshake, and how.
-func (c *Client) accept(h handshake, p *child) (r ready, err error) {
+// accept says whether this host can use a plugin with that handshake, and with
+// which TLS.
+func (c *Client) accept(h handshake, p *child) (*tls.Config, error) {
 	if h.protocol == ProtocolGRPC {
-		return r, errors.New("it speaks gRPC, and this library speaks net/rpc alone: the plugin must be served with this library, or with the net/rpc half of go-plugin")
+		return nil, errors.New("it speaks gRPC, and this library speaks net/rpc alone: the plugin must be served with this library, or with the net/rpc half of go-plugin")
 	}
 	if h.protocol != ProtocolNetRPC || !slices.Contains(c.config.AllowedProtocols, h.protocol) {
-		return r, fmt.Errorf("it speaks the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
+		return nil, fmt.Errorf("it speaks the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
 	}
 	if _, known := c.sets[h.version]; !known {
-		return r, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
+		return nil, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
 	}
-	r = ready{h, c.config.TLSConfig}
-	if c.config.AutoMTLS {
-		if len(h.cert) == 0 {
-			return r, errors.New("it has not answered with a certificate, as AutoMTLS needs: was it served with a ServeConfig.TLSProvider?")
-		}
-		cert, err := x509.ParseCertificate(h.cert)
-		if err != nil {
-			return r, fmt.Errorf("its certificate cannot be read: %w", err)
-		}
-		pool := x509.NewCertPool()
-		pool.AddCert(cert)
-		r.tls = mutualTLS(p.cert, pool)
+	if !c.config.AutoMTLS {
+		return c.config.TLSConfig, nil
 	}
-	return r, nil
+	if len(h.cert) == 0 {
+		return nil, errors.New("it has not answered with a certificate, as AutoMTLS needs: was it served with a ServeConfig.TLSProvider?")
+	}
+	cert, err := x509.ParseCertificate(h.cert)
+	if err != nil {
+		return nil, fmt.Errorf("its certificate cannot be read: %w", err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(cert)
+	return mutualTLS(p.cert, pool), nil
 }
 
 // reattach finds the plugin that runs already.
-func (c *Client) reattach(ctx context.Context) (r ready, err error) {
+func (c *Client) reattach(ctx context.Context) (h handshake, err error) {
 	rc := c.config.Reattach
-	h := handshake{version: rc.ProtocolVersion, addr: rc.Addr, protocol: cmp.Or(rc.Protocol, ProtocolNetRPC)}
+	h = handshake{version: rc.ProtocolVersion, addr: rc.Addr, protocol: cmp.Or(rc.Protocol, ProtocolNetRPC)}
 	if c.sets[h.version] == nil && h.version == 0 && len(c.sets) == 1 {
 		h.version = sortedKeys(c.sets)[0] // go-plugin's configs do not tell
 	}
@@ -368,21 +361,21 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 			err = fmt.Errorf("plugin: reattaching: %w", err)
 		}
 	}()
-	if r, err = c.accept(h, nil); err != nil {
-		return ready{}, err
+	if h.tls, err = c.accept(h, nil); err != nil {
+		return handshake{}, err
 	}
 	conn, err := new(net.Dialer).DialContext(ctx, rc.Addr.Network(), rc.Addr.String())
 	switch {
 	case ctx.Err() != nil:
-		return ready{}, contextError(ctx)
+		return handshake{}, contextError(ctx)
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
-		return ready{}, ErrProcessNotFound
+		return handshake{}, ErrProcessNotFound
 	case err != nil: // says nothing about the plugin
-		return ready{}, err
+		return handshake{}, err
 	}
 	_ = conn.Close()
 	if rc.Test {
-		return r, nil
+		return h, nil
 	}
 	find := rc.ReattachFunc
 	if find == nil {
@@ -390,10 +383,10 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 	}
 	p, err := find()
 	if err != nil {
-		return ready{}, err
+		return handshake{}, err
 	}
 	c.own(p)
-	return r, nil
+	return h, nil
 }
 
 // Client starts the plugin, if that has not been done, and connects to it. It
@@ -431,13 +424,13 @@ func (c *Client) connect(ctx context.Context) (*RPCClient, error) {
 }
 
 func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
-	r := c.starting.result()
-	conn, err := new(net.Dialer).DialContext(ctx, r.addr.Network(), r.addr.String())
+	h := c.starting.result()
+	conn, err := new(net.Dialer).DialContext(ctx, h.addr.Network(), h.addr.String())
 	if err != nil {
 		return nil, err
 	}
-	if r.tls != nil {
-		secure := tls.Client(conn, r.tls)
+	if h.tls != nil {
+		secure := tls.Client(conn, h.tls)
 		if err := secure.HandshakeContext(ctx); err != nil {
 			_ = conn.Close()
 			if err == io.EOF {
@@ -447,11 +440,11 @@ func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
 		}
 		conn = secure
 	}
-	rc, err := newConnection(conn, c.sets[r.version], c.logger, c.whyLost)
+	rc, err := newConnection(conn, c.sets[h.version], c.logger, c.whyLost)
 	if err != nil {
 		return nil, err
 	}
-	rc.flushes = r.flushes
+	rc.flushes = h.flushes
 	return rc, rc.SyncStreams(c.orLog(c.config.SyncStdout), c.orLog(c.config.SyncStderr))
 }
 
@@ -520,7 +513,7 @@ func (c *Client) Kill() {
 		return
 	}
 	c.end(errKilled)
-	_, startErr := c.starting.do(context.Background(), func() (ready, error) { return ready{}, errKilled })
+	_, startErr := c.starting.do(context.Background(), func() (handshake, error) { return handshake{}, errKilled })
 	c.mu.Lock()
 	p := c.proc
 	c.asked = c.asked || p != nil && !isClosed(c.gone) // and not dead already
@@ -609,8 +602,8 @@ func (c *Client) NegotiatedVersion() int { return c.starting.result().version }
 // lives on when this host ends without having killed it. (On Windows only
 // ClientConfig.Detach does that.) To learn the pid without that, use ID.
 func (c *Client) ReattachConfig() *ReattachConfig {
-	r := c.starting.result()
-	if r.addr == nil {
+	h := c.starting.result()
+	if h.addr == nil {
 		return nil
 	}
 	if c.config.Reattach != nil {
@@ -619,5 +612,5 @@ func (c *Client) ReattachConfig() *ReattachConfig {
 	}
 	p := c.process().(*child)
 	p.detach()
-	return &ReattachConfig{Protocol: r.protocol, ProtocolVersion: r.version, Addr: r.addr, Pid: p.cmd.Process.Pid}
+	return &ReattachConfig{Protocol: h.protocol, ProtocolVersion: h.version, Addr: h.addr, Pid: p.cmd.Process.Pid}
 }

@@ -109,6 +109,8 @@ type handshake struct {
 	protocol Protocol
 	cert     []byte // DER; empty without AutoMTLS
 	flushes  bool   // the plugin sends its output before it answers Quit, as this library's do
+
+	tls *tls.Config // with which the host connects; not part of the line
 }
 
 // flushesField is the seventh field of the handshake if flushes is set.

@@ -253,7 +253,7 @@ func (s *RPCServer) Serve(lis net.Listener) {
 func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 	s.begin()
 	sess, err := newSession(s.calls, conn, false, s.logger, func(bool) error {
-		return errors.New("plugin: the host is gone")
+		return errors.New("plugin: the connection to the host has ended")
 	})
 	if err != nil {
 		s.logger.Debug("a connection could not be served", "error", err)

@@ -200,7 +200,7 @@ func watchHost(host hostInfo, dir string) <-chan struct{} {
 		// A process in between may have closed it and used its number again.
 		pipe = os.NewFile(uintptr(host.fd), "lifeline")
 		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
-			foreign = pipe
+			foreign = append(foreign, pipe)
 			return orphaned
 		}
 	}
@@ -215,9 +215,9 @@ func watchHost(host hostInfo, dir string) <-chan struct{} {
 	return orphaned
 }
 
-// foreign is the file that watchHost found instead of a pipe. A file that
-// nothing refers to would be closed.
-var foreign *os.File
+// foreign is the file that watchHost found instead of a pipe. It is kept because
+// a file that nothing refers to is closed.
+var foreign []*os.File
 
 // waitHost waits for the end of the host. It returns false if the host is not to
 // be watched, as those of go-plugin, or has detached the plugin.
