@@ -12,7 +12,6 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
-	"os/user"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -76,7 +75,8 @@ func signalTo(t testing.TB, pid int, s syscall.Signal) {
 	}
 }
 
-// A file that the system cannot execute is named, with a hint.
+// A file that cannot be executed, or a place where no socket can be made, is
+// named, with a hint.
 func TestStartErrorFiles(t *testing.T) {
 	t.Parallel()
 	runs := func(text string, mode fs.FileMode) func(testing.TB, *ClientConfig) {
@@ -85,14 +85,29 @@ func TestStartErrorFiles(t *testing.T) {
 			writeProgram(t, c.Cmd.Path, []byte(text), mode)
 		}
 	}
+	sockets := func(to UnixSocketConfig) func(testing.TB, *ClientConfig) {
+		return func(_ testing.TB, c *ClientConfig) { c.UnixSocketConfig = &to }
+	}
 	for name, test := range map[string]startFailure{
 		"not executable":    {edit: runs("#!/bin/sh\n", 0o600), word: "executable", is: fs.ErrPermission},
 		"no interpreter":    {edit: runs("#!/no/such/shell\n", 0o700), word: "interpreter", is: fs.ErrNotExist},
 		"another processor": {edit: runs("\x7fELF\x02\x01\x01"+strings.Repeat("\x00", 999), 0o700), word: runtime.GOARCH, is: syscall.ENOEXEC},
 		"a script":          {edit: runs("#!/bin/sh\necho junk\n", 0o700), state: "exit status 0", word: "junk"},
+		"no directory":      {edit: sockets(UnixSocketConfig{TempDir: "/no/such/dir"}), word: "TempDir", is: fs.ErrNotExist},
+		"a file":            {edit: sockets(UnixSocketConfig{TempDir: "/dev/null"}), word: "TempDir", is: syscall.ENOTDIR},
+		"too long a path":   {edit: sockets(UnixSocketConfig{TempDir: longDir(t)}), word: "TempDir"},
+		"no group":          {edit: sockets(UnixSocketConfig{Group: "no-such-group"}), word: "Group"},
 	} {
 		t.Run(name, test.run)
 	}
+}
+
+// longDir makes a directory whose path is too long for a socket.
+func longDir(t *testing.T) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), strings.Repeat("long", 30))
+	check(t, os.Mkdir(dir, 0o700))
+	return dir
 }
 
 // A plugin survives SIGINT, which a terminal sends to it as well, and finishes
@@ -100,26 +115,25 @@ func TestStartErrorFiles(t *testing.T) {
 func TestSignals(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
-	c, p := start(t, l.config("plugin"))
-	test := dispense(t, p)
-	for range 3 {
-		signalTo(t, l.readPid("plugin"), syscall.SIGINT)
-		echo(t, test.Client)
-	}
+	_, p := start(t, l.config("plugin"))
+	parent := dispense(t, p)
 	for _, name := range []string{"INT", "PIPE", "TERM", "HUP"} {
 		script := fmt.Sprintf(`cd "$%s"; sh -c 'kill -%s $$; >survived'; >%s`, notesEnv, name, name)
-		mustCall[int](t, test.Client, "Fork", []string{"sh", "-c", script})
+		mustCall[int](t, parent.Client, "Fork", []string{"sh", "-c", script})
 		l.read(name)
 	}
 	if l.noted("survived") {
 		t.Error("a child has survived a signal")
 	}
-	signalTo(t, l.readPid("plugin"), syscall.SIGTERM)
-	receive(t, "Done", c.Done())
-	var exit *ExitError
-	if !errors.As(c.Err(), &exit) || !exit.State.Success() || !l.noted("plugin finished") {
-		t.Errorf("Err is %v, and main has finished: %v", c.Err(), l.noted("plugin finished"))
+	cfg := newLab(t).config("plugin")
+	c, p := start(t, cfg)
+	for range 3 {
+		check(t, cfg.Cmd.Process.Signal(os.Interrupt))
+		answers(t, p)
 	}
+	check(t, cfg.Cmd.Process.Signal(syscall.SIGTERM))
+	receive(t, "Done", c.Done())
+	errorSays(t, c.Err(), "exit status 0")
 }
 
 // A plugin that was stopped for longer than any of yamux's default timeouts
@@ -245,60 +259,30 @@ func TestSocketGroup(t *testing.T) {
 	if uid == 0 { // who may give files to any group
 		uid, gid = 54321, 54321
 	}
-	groups := []string{strconv.Itoa(gid)}
-	if g, err := user.LookupGroupId(strconv.Itoa(os.Getgid())); err == nil {
-		groups = append(groups, g.Name)
+	cfg := config("plugin")
+	cfg.UnixSocketConfig = &UnixSocketConfig{Group: strconv.Itoa(gid), TempDir: "/tmp"}
+	cfg.Cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid), NoSetGroups: true}}
+	cfg.SecureConfig = &SecureConfig{sumOf(t, cfg.Cmd.Path), sha256.New()} // so that this user can execute it
+	c, p := start(t, cfg)
+	addr, err := c.Start()
+	check(t, err)
+	dir := filepath.Dir(addr.String())
+	if mode, _, group := owner(t, dir); mode != 0o770|fs.ModeSticky || group != gid {
+		t.Errorf("the directory belongs to group %d and has mode %v", group, mode)
 	}
-	for i, group := range groups {
-		cfg := config("plugin")
-		cfg.UnixSocketConfig = &UnixSocketConfig{Group: group, TempDir: "/tmp"}
-		want := os.Getgid()
-		if i == 0 {
-			want = gid
-			cfg.Cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid), NoSetGroups: true}}
-			cfg.SecureConfig = &SecureConfig{sumOf(t, cfg.Cmd.Path), sha256.New()} // so that this user can execute it
-		}
-		c, p := start(t, cfg)
-		addr, err := c.Start()
-		check(t, err)
-		if mode, _, got := owner(t, filepath.Dir(addr.String())); mode != 0o770|fs.ModeSticky || got != want {
-			t.Errorf("the directory belongs to group %d and has mode %v", got, mode)
-		}
-		if mode, owner, got := owner(t, addr.String()); mode != 0o660 || got != want || i == 0 && owner != uid {
-			t.Errorf("the socket belongs to %d:%d and has mode %v", owner, got, mode)
-		}
-		began := mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{}).Began
-		if got := values(began, EnvUnixSocketGroup); !slices.Equal(got, []string{group}) {
-			t.Errorf("the plugin is told %q", got)
-		}
-		c.Kill()
-		if _, err := os.Stat(filepath.Dir(addr.String())); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("the directory is left, %v", err)
-		}
+	if mode, user, group := owner(t, addr.String()); mode != 0o660 || user != uid || group != gid {
+		t.Errorf("the socket belongs to %d:%d and has mode %v", user, group, mode)
+	}
+	answers(t, p)
+	c.Kill()
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) || !cfg.Cmd.ProcessState.Success() {
+		t.Errorf("the directory is left, %v, and the plugin has ended with %v", err, cfg.Cmd.ProcessState)
 	}
 }
 
-// Where the socket cannot be made, a start says so. A TMPDIR that is too long
-// for a socket is not used.
-func TestSocketPlace(t *testing.T) {
-	l := newLab(t)
-	long := filepath.Join(t.TempDir(), strings.Repeat("long", 30))
-	check(t, os.Mkdir(long, 0o700))
-	place := func(dir string) func(testing.TB, *ClientConfig) {
-		return func(_ testing.TB, c *ClientConfig) { c.UnixSocketConfig = &UnixSocketConfig{TempDir: dir} }
-	}
-	t.Run("errors", func(t *testing.T) {
-		for name, test := range map[string]startFailure{
-			"missing":  {edit: place("/no/such/dir"), word: "TempDir", is: fs.ErrNotExist},
-			"a file":   {edit: place("/dev/null"), word: "TempDir", is: syscall.ENOTDIR},
-			"too long": {edit: place(long), word: "TempDir"},
-			"group": {word: "Group", edit: func(_ testing.TB, c *ClientConfig) {
-				c.UnixSocketConfig = &UnixSocketConfig{Group: "no-such-group", TempDir: l.tmp}
-			}},
-		} {
-			t.Run(name, test.run)
-		}
-	})
+// A TMPDIR that is too long for a socket is not used.
+func TestLongTMPDIR(t *testing.T) {
+	long := longDir(t)
 	t.Setenv("TMPDIR", long)
 	_, p := start(t, config("plugin"))
 	answers(t, p)
