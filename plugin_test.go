@@ -82,22 +82,18 @@ const (
 	forever = 2 * time.Minute
 )
 
-var long = flag.Bool("long", false, "run leak and torture tests for long, and calls with large values")
-
 func TestMain(m *testing.M) {
 	mode := os.Getenv(modeEnv)
 	if mode == "" {
 		os.Exit(runTests(m))
 	}
-	role, steps := mode, strings.Fields(mode)
-	for _, step := range steps {
-		if step == "plugin" || step == "host" {
-			role = step
-		}
+	role := "plugin"
+	if strings.HasPrefix(mode, "host") {
+		role = "host"
 	}
 	signIn()
 	note(role, strconv.Itoa(os.Getpid()))
-	for _, step := range steps {
+	for step := range strings.FieldsSeq(mode) {
 		run := modes[step]
 		if run == nil {
 			fmt.Fprintln(os.Stderr, "no such mode:", step)
@@ -105,7 +101,7 @@ func TestMain(m *testing.M) {
 		}
 		run()
 	}
-	note(role+" finished", "")
+	note(role+" finished", strconv.Itoa(os.Getpid()))
 }
 
 // runTests runs the tests in their own temporary directory, and fails if they
@@ -138,8 +134,9 @@ func runTests(m *testing.M) int {
 	return code
 }
 
-// takeStock lists the resources of this process. The function that it returns
-// lists those added since then, after waiting a while for them to go.
+// takeStock lists what this process has and what is in the temporary directory.
+// The function that it returns lists what was added since, after waiting a
+// while for it to go.
 func takeStock(tmp string) (left func() string) {
 	goroutines, before := runtime.NumGoroutine(), held(tmp)
 	return func() (left string) {
@@ -155,18 +152,10 @@ func takeStock(tmp string) (left func() string) {
 	}
 }
 
-// held lists the processes in the temporary directory and its files. Where
-// there is /proc, it also lists this process's children, including zombies,
-// and its descriptors.
-func held(tmp string) (held []string) {
-	for _, pid := range processesWith("TMPDIR=" + tmp) {
-		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		held = append(held, fmt.Sprintf("process %d: %q", pid, cmdline))
-	}
-	entries, _ := os.ReadDir(tmp)
-	for _, e := range entries {
-		held = append(held, "file "+e.Name())
-	}
+// held lists the contents of the temporary directory and, where there is /proc,
+// this process's children, including zombies, and descriptors.
+func held(tmp string) []string {
+	held := contents(tmp)
 	if runtime.GOOS == "windows" {
 		return held // Wine has a /proc with its own descriptors
 	}
@@ -175,40 +164,48 @@ func held(tmp string) (held []string) {
 		stat, _ := os.ReadFile(name)
 		_, after, _ := strings.Cut(string(stat), ") ")
 		if f := strings.Fields(after); len(f) > 1 && f[1] == strconv.Itoa(os.Getpid()) {
-			held = append(held, fmt.Sprintf("child %s (%s)", filepath.Base(filepath.Dir(name)), f[0]))
+			held = append(held, "child "+string(stat))
 		}
 	}
 	fds, _ := filepath.Glob("/proc/self/fd/*")
 	for _, fd := range fds {
-		to, err := os.Readlink(fd)
-		if err == nil && (strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "/dev/")) {
+		// The runtime has descriptors of other kinds.
+		to, _ := os.Readlink(fd)
+		if strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "/dev/") {
 			held = append(held, "descriptor of "+to)
 		}
 	}
 	return held
 }
 
+// contents lists the processes with this temporary directory, and its files.
+func contents(tmp string) (names []string) {
+	for _, pid := range processesIn(tmp) {
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		names = append(names, fmt.Sprintf("process %d: %q", pid, cmdline))
+	}
+	entries, _ := os.ReadDir(tmp)
+	for _, e := range entries {
+		names = append(names, "file "+e.Name())
+	}
+	return names
+}
+
 var signedIn *os.File // set by signIn
 
-// signIn opens a file named after this process, so that processesWith finds it
-// on Windows, where an open file cannot be removed and environments cannot be
-// read.
+// signIn opens a file named after this process, so that processesIn finds it on
+// Windows, where an open file cannot be removed and environments cannot be read.
 func signIn() {
-	if runtime.GOOS != "windows" {
-		return
-	}
-	if dir := cmp.Or(os.Getenv(notesEnv), os.Getenv("TMPDIR")); dir != "" {
-		signedIn, _ = os.Create(filepath.Join(dir, fmt.Sprintf("process-%d", os.Getpid())))
+	if runtime.GOOS == "windows" {
+		signedIn, _ = os.Create(filepath.Join(os.Getenv("TMPDIR"), fmt.Sprintf("process-%d", os.Getpid())))
 	}
 }
 
-// processesWith returns the other processes that were started with a variable
-// in their environment and are no zombies. On Windows it must be one that
-// signIn uses; other systems without /proc have none.
-func processesWith(variable string) (pids []int) {
+// processesIn returns the other processes that were started with this TMPDIR
+// and are no zombies. Systems with neither /proc nor signIn have none.
+func processesIn(tmp string) (pids []int) {
 	if runtime.GOOS == "windows" {
-		_, dir, _ := strings.Cut(variable, "=")
-		files, _ := filepath.Glob(filepath.Join(dir, "process-*"))
+		files, _ := filepath.Glob(filepath.Join(tmp, "process-*"))
 		for _, file := range files {
 			_, number, _ := strings.Cut(filepath.Base(file), "-")
 			if pid, err := strconv.Atoi(number); err == nil && os.Remove(file) != nil {
@@ -221,7 +218,7 @@ func processesWith(variable string) (pids []int) {
 	for _, dir := range dirs {
 		pid, _ := strconv.Atoi(filepath.Base(dir))
 		env, _ := os.ReadFile(dir + "/environ") // empty for a zombie
-		if pid != os.Getpid() && slices.Contains(strings.Split(string(env), "\x00"), variable) {
+		if pid != os.Getpid() && slices.Contains(strings.Split(string(env), "\x00"), "TMPDIR="+tmp) {
 			pids = append(pids, pid)
 		}
 	}
@@ -344,7 +341,12 @@ func (*testServer) Panic(text string, _ *string) error { panic(text) }
 
 // Do runs a mode in another goroutine, and returns when that does.
 func (*testServer) Do(mode string, _ *string) error {
-	<-async(func() bool { modes[mode](); return true })
+	done := make(chan struct{})
+	go func() {
+		modes[mode]()
+		close(done) // not deferred: the call may not return before a panic ends the process
+	}()
+	<-done
 	return nil
 }
 
@@ -485,6 +487,9 @@ func (s *testServer) Serve(kind string, id *uint32) error {
 	return nil
 }
 
+// exe ends the names of programs.
+var exe = map[bool]string{true: ".exe"}[runtime.GOOS == "windows"]
+
 // descriptors returns the number of this process's descriptors, or 0 without
 // /proc and on Windows.
 func descriptors() int {
@@ -530,13 +535,6 @@ func startError(t testing.TB, c *Client) *StartError {
 	if !errors.As(err, &failed) {
 		t.Fatalf("Start returned %T: %v", err, err)
 	}
-	if _, again := c.Start(); again != err {
-		t.Errorf("Start returned %v and then %v", err, again)
-	}
-	if _, again := c.Client(); again == nil || again.Error() != err.Error() {
-		t.Errorf("Start returned %v, and Client %v", err, again)
-	}
-	receive(t, "Done", c.Done())
 	return failed
 }
 
@@ -551,9 +549,9 @@ func dispense(t testing.TB, p ClientProtocol) *testClient {
 // local dispenses the plugin "test" without a process.
 func local(t testing.TB) (*RPCClient, *testClient, *testServer) {
 	t.Helper()
-	served := make(chan *testServer, 1)
+	state, served := newTestState(), make(chan *testServer, 100)
 	host, _ := TestPluginRPCConn(t, PluginSet{"test": testPlugin(func(b *MuxBroker) (any, error) {
-		s := &testServer{newTestState(), b}
+		s := &testServer{state, b}
 		served <- s
 		return s, nil
 	})}, nil)
@@ -577,7 +575,9 @@ func bothWays(t *testing.T, f func(t *testing.T, here, there *MuxBroker)) {
 // if there is an error.
 func mustCall[R any](t testing.TB, c *rpc.Client, method string, arg any) (reply R) {
 	t.Helper()
-	if err := Call(boundedContext(t), c, "Plugin."+method, arg, &reply); err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), hangs)
+	defer cancel()
+	if err := Call(ctx, c, "Plugin."+method, arg, &reply); err != nil {
 		t.Errorf("%s: %v", method, err)
 	}
 	return reply
@@ -602,12 +602,15 @@ func answers(t testing.TB, p ClientProtocol) {
 	}
 }
 
+// self describes the plugin's process.
+func (c *testClient) self(t testing.TB) Self { return mustCall[Self](t, c.Client, "Self", struct{}{}) }
+
 // block has n calls of Block in flight, half of them made with the function
 // Call, and returns where their errors arrive.
 func (c *testClient) block(t testing.TB, n int) <-chan error {
 	t.Helper()
-	errs := make(chan error, n)
-	for i := range n {
+	errs, n := make(chan error, n), n+c.self(t).Waiting
+	for i := range cap(errs) {
 		go func() {
 			if i%2 == 0 {
 				errs <- c.Call("Plugin.Block", "", new(string))
@@ -617,7 +620,7 @@ func (c *testClient) block(t testing.TB, n int) <-chan error {
 		}()
 	}
 	await(t, "calls in flight", func() bool {
-		return t.Failed() || mustCall[Self](t, c.Client, "Self", struct{}{}).Waiting >= n
+		return t.Failed() || c.self(t).Waiting >= n
 	})
 	return errs
 }
@@ -655,162 +658,6 @@ func (c *testClient) traffic(ctx context.Context, progress func()) error {
 		}
 	}
 	return nil
-}
-
-// ---- Labs: processes that tests watch and kill ----
-
-// lab holds the processes of one test: they have their own TMPDIR, and a
-// directory where they leave notes for the test. When the test ends, no
-// process and no file may be left.
-type lab struct {
-	t          testing.TB
-	tmp, notes string
-}
-
-func newLab(t testing.TB) *lab {
-	t.Helper()
-	l := &lab{t: t}
-	for _, dir := range []*string{&l.tmp, &l.notes} {
-		var err error
-		// The paths of t.TempDir are too long for a socket.
-		if *dir, err = os.MkdirTemp("", "l*"); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { os.RemoveAll(*dir) })
-	}
-	t.Cleanup(func() { l.deserted(hangs) })
-	return l
-}
-
-// env is the environment of a process in the lab.
-func (l *lab) env() []string { return []string{"TMPDIR=" + l.tmp, notesEnv + "=" + l.notes} }
-
-// config returns a configuration that starts a mode in the lab.
-func (l *lab) config(mode string, env ...string) *ClientConfig {
-	cfg := config(mode, append(l.env(), env...)...)
-	if runtime.GOOS != "windows" {
-		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: l.tmp}
-	}
-	return cfg
-}
-
-// processes returns the running processes of the lab.
-func (l *lab) processes() []int { return processesWith(notesEnv + "=" + l.notes) }
-
-// deserted fails the test if a process or file is left after a while.
-func (l *lab) deserted(within time.Duration) {
-	l.t.Helper()
-	var left string
-	if poll(within, func() bool {
-		left = ""
-		if pids := l.processes(); len(pids) > 0 {
-			left = fmt.Sprintf("processes %v", pids)
-		}
-		if files, _ := os.ReadDir(l.tmp); len(files) > 0 {
-			left += fmt.Sprintf(" files %v", files)
-		}
-		return left == ""
-	}) {
-		return
-	}
-	l.t.Errorf("after %v there are left: %s", within, left)
-	for _, pid := range l.processes() {
-		if p, err := os.FindProcess(pid); err == nil {
-			_ = p.Kill()
-		}
-	}
-}
-
-// read waits for a note and returns its text. Each process leaves a note with
-// its pid, named after its mode, and one with " finished" appended when its
-// last step has returned. A mode with the step "plugin" or "host" is named so.
-func (l *lab) read(name string) string {
-	l.t.Helper()
-	var text []byte
-	await(l.t, "the note "+name, func() bool {
-		var err error
-		text, err = os.ReadFile(filepath.Join(l.notes, name))
-		return err == nil
-	})
-	return string(text)
-}
-
-// readPid waits for a note that is a pid.
-func (l *lab) readPid(name string) int {
-	l.t.Helper()
-	pid, err := strconv.Atoi(l.read(name))
-	check(l.t, err)
-	return pid
-}
-
-// noted reports whether there is a note.
-func (l *lab) noted(name string) bool {
-	_, err := os.Stat(filepath.Join(l.notes, name))
-	return err == nil
-}
-
-// write leaves a note for the processes of the lab.
-func (l *lab) write(name, text string) { leaveNote(l.notes, name, text) }
-
-// note leaves a note for the test, if this process is in a lab.
-func note(name, text string) { leaveNote(os.Getenv(notesEnv), name, text) }
-
-// leaveNote writes the whole note at once.
-func leaveNote(dir, name, text string) {
-	if dir == "" {
-		return
-	}
-	tmp := filepath.Join(dir, fmt.Sprintf(".%s-%d", name, os.Getpid()))
-	if os.WriteFile(tmp, []byte(text), 0o600) == nil {
-		_ = os.Rename(tmp, filepath.Join(dir, name))
-	}
-}
-
-// awaitNote waits for a note of the test.
-func awaitNote(name string) {
-	l := &lab{notes: os.Getenv(notesEnv)}
-	if !poll(3*hangs, func() bool { return l.noted(name) }) {
-		os.Exit(65)
-	}
-}
-
-// testProcess is a process that a test starts beside its plugins.
-type testProcess struct {
-	*exec.Cmd
-	output syncBuffer
-	ended  chan struct{}
-}
-
-// ownGroup makes a command the leader of a process group, where there is such
-// a thing.
-var ownGroup = func(*exec.Cmd) {}
-
-// start starts the test binary in a mode. The process and its children are a
-// process group: a signal to that is what a terminal sends.
-func (l *lab) start(mode string, env ...string) *testProcess {
-	l.t.Helper()
-	p := &testProcess{Cmd: exec.Command(os.Args[0]), ended: make(chan struct{})}
-	p.Env = slices.Concat(os.Environ(), []string{modeEnv + "=" + mode}, l.env(), env)
-	p.Stdout, p.Stderr = &p.output, &p.output
-	p.WaitDelay = time.Second
-	ownGroup(p.Cmd)
-	check(l.t, p.Start())
-	go func() { defer close(p.ended); _ = p.Wait() }()
-	l.t.Cleanup(func() {
-		_ = p.Process.Kill()
-		<-p.ended
-		if l.t.Failed() {
-			l.t.Logf("%s printed: %s", mode, p.output.String())
-		}
-	})
-	return p
-}
-
-// kill kills the process and waits for its end.
-func (p *testProcess) kill(t testing.TB) {
-	t.Helper()
-	_ = p.Process.Kill()
-	receive(t, "the end of a killed process", p.ended)
 }
 
 // ---- Waiting ----
@@ -1026,28 +873,28 @@ func writeProgram(t testing.TB, path string, data []byte, mode fs.FileMode) {
 // copyBinary returns a copy of the test binary with this name.
 func copyBinary(t testing.TB, name string) string {
 	t.Helper()
-	if runtime.GOOS == "windows" {
-		name += ".exe"
-	}
 	data, err := os.ReadFile(os.Args[0])
 	check(t, err)
-	path := filepath.Join(t.TempDir(), name)
+	path := filepath.Join(t.TempDir(), name+exe)
 	writeProgram(t, path, data, 0o700)
 	return path
 }
 
 // ---- Whole lives ----
 
-// One connection carries calls, streams, callbacks and output.
+// One connection carries calls, streams, callbacks and output, and logs
+// nothing above Debug.
 func TestLife(t *testing.T) {
 	leavesNothing(t)
-	cfg := config("plugin say cry", sayEnv+"=tail")
+	cfg := config("plugin")
 	var stdout, stderr syncBuffer
 	cfg.SyncStdout, cfg.SyncStderr = &stdout, &stderr
+	logger, records := recorder()
+	cfg.Logger = logger
 	c, p := start(t, cfg)
 	test := dispense(t, p)
 	echo(t, test.Client)
-	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: "to stdout ", Stderr: "to stderr "})
+	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: "to stdout", Stderr: "to stderr"})
 	data := noise(1_000_000, 1)
 	var back bytes.Buffer
 	from, stopReader := test.broker.ServeReader(bytes.NewReader(data))
@@ -1063,11 +910,276 @@ func TestLife(t *testing.T) {
 	if got := mustCall[string](t, test.Client, "CallBack", Callback{id, "Echo", "called back"}); got != "called back" {
 		t.Errorf("the callback returned %q", got)
 	}
-	c.Kill()
-	if err := c.Err(); err != nil || !c.Exited() {
-		t.Errorf("after Kill, Err is %v and Exited %v", err, c.Exited())
+	if err := c.Err(); err != nil || c.Exited() || ended(c.Done()) {
+		t.Errorf("it runs, and Err is %v, Exited %v", err, c.Exited())
 	}
-	if stdout.String() != "to stdout " || stderr.String() != "to stderr " {
+	c.Kill()
+	if err := c.Err(); err != nil || !c.Exited() || !ended(c.Done()) {
+		t.Errorf("after Kill, Err is %v, Exited %v", err, c.Exited())
+	}
+	if stdout.String() != "to stdout" || stderr.String() != "to stderr" {
 		t.Errorf("the plugin printed %q and %q", stdout.String(), stderr.String())
+	}
+	for _, r := range records.find("") {
+		if r.level > hclog.Debug {
+			t.Errorf("it logged %+v", r)
+		}
+	}
+}
+
+// One configuration starts a plugin again and again, however that ended. An end
+// that was asked for is no error.
+func TestRestart(t *testing.T) {
+	l := newLab(t)
+	cfg := l.config("plugin say cry")
+	cfg.Managed = true
+	pids := map[string]bool{}
+	for _, test := range []struct {
+		name string
+		end  func(*Client, ClientProtocol) error
+	}{
+		{"Kill", func(c *Client, _ ClientProtocol) error { c.Kill(); return nil }},
+		{"crash", func(_ *Client, p ClientProtocol) error { return dispense(t, p).Call("Plugin.Do", "panic", new(string)) }},
+		{"Close", func(_ *Client, p ClientProtocol) error { return p.Close() }},
+		{"CleanupClients", func(*Client, ClientProtocol) error { CleanupClients(); return nil }},
+	} {
+		c, p := start(t, cfg)
+		id := c.ID()
+		answers(t, p)
+		err := test.end(c, p)
+		receive(t, "Done", c.Done())
+		if (err == nil) != (test.name != "crash") || (c.Err() == nil) != (err == nil) {
+			t.Errorf("%s returned %v, and Err is %v", test.name, err, c.Err())
+		}
+		if err == nil && l.read("plugin finished") != id {
+			t.Errorf("%s did not let main finish", test.name)
+		}
+		if pids[id] || cfg.Cmd.Process == nil || strconv.Itoa(cfg.Cmd.Process.Pid) != id || cfg.Cmd.ProcessState == nil {
+			t.Errorf("%s: process %s, after %v; the command has %v, %v", test.name, id, pids, cfg.Cmd.Process, cfg.Cmd.ProcessState)
+		}
+		pids[id] = true
+	}
+}
+
+// A plugin that ends by itself says why: in Err, and in each call in flight, of
+// the host that started it and of one that reattached.
+func TestCrash(t *testing.T) {
+	t.Parallel()
+	for how, want := range map[string]struct{ panic, state string }{
+		"panic":  {"panic: boom", "exit status 2"},
+		"fatal":  {"fatal error: sync", "exit status 2"},
+		"exit0":  {"", "exit status 0"},
+		"exit3":  {"", "exit status 3"},
+		"killed": {"", map[bool]string{true: "exit status 1", false: "signal: killed"}[runtime.GOOS == "windows"]},
+	} {
+		t.Run(how, func(t *testing.T) {
+			t.Parallel()
+			cfg := newLab(t).config("plugin")
+			first, p := start(t, cfg)
+			second, other := start(t, attachTo(first.ReattachConfig()))
+			test, idle := dispense(t, p), dispense(t, p)
+			mustCall[struct{}](t, test.Client, "Print", Output{Raw: strings.Repeat("a line\n", 3000) + "last words\n"})
+			inFirst, inSecond := test.block(t, 4), dispense(t, other).block(t, 2)
+			explains := func(err error, child bool) {
+				t.Helper()
+				var exit *ExitError
+				if !errors.As(err, &exit) || (exit.State != nil) != child {
+					t.Fatalf("the error is %T: %v", err, err)
+				}
+				if !child {
+					return
+				}
+				errorSays(t, err, want.panic, want.state, filepath.Base(cfg.Cmd.Path))
+				if exit.Path != cfg.Cmd.Path || exit.State.String() != want.state || !strings.HasPrefix(exit.Panic, want.panic) || (exit.Panic == "") != (want.panic == "") {
+					t.Errorf("the error is %+v", exit)
+				}
+				if len(exit.Stderr) < 4<<10 || len(exit.Stderr) > 8<<10 || !strings.Contains(exit.Stderr, cmp.Or(want.panic, "last words")) {
+					t.Errorf("the last lines are %q", exit.Stderr)
+				}
+			}
+			inFlight := func(err error, child bool) {
+				t.Helper()
+				explains(err, child)
+				if !errors.Is(err, io.ErrUnexpectedEOF) {
+					t.Errorf("a call in flight returned %v", err)
+				}
+			}
+			inFlight(test.Call("Plugin.Do", how, new(string)), true)
+			for range cap(inFirst) {
+				inFlight(receive(t, "a call", inFirst), true)
+			}
+			for range cap(inSecond) {
+				inFlight(receive(t, "a call", inSecond), false)
+			}
+			for c, child := range map[*Client]bool{first: true, second: false} {
+				receive(t, "Done", c.Done())
+				c.Kill()
+				explains(c.Err(), child)
+			}
+			for _, c := range []*testClient{test, idle} {
+				if err := c.Call("Plugin.Echo", "", new(string)); err != rpc.ErrShutdown {
+					t.Errorf("a later call returned %v", err)
+				}
+				if err := Call(context.Background(), c.Client, "Plugin.Echo", "", new(string)); !errors.Is(err, rpc.ErrShutdown) {
+					t.Errorf("a later Call returned %v", err)
+				}
+			}
+			within(t, "a later Dispense and Ping", 0, func() {
+				if _, err := p.Dispense("test"); err == nil || p.Ping() == nil {
+					t.Error("a later Dispense or Ping did not fail")
+				}
+			})
+		})
+	}
+}
+
+// Nothing remains of plugins and of what was dispensed, on either side.
+func TestLeaks(t *testing.T) {
+	leavesNothing(t)
+	_, shared := start(t, config("plugin"))
+	probe := dispense(t, shared)
+	// measure returns bytes and goroutines here, goroutines and descriptors there.
+	measure := func() []int {
+		there := probe.self(t)
+		runtime.GC()
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return []int{int(m.HeapAlloc), runtime.NumGoroutine(), there.Goroutines, there.FDs}
+	}
+	for name, cycle := range map[string]func(*Client, ClientProtocol){
+		"Kill": func(c *Client, p ClientProtocol) {
+			answers(t, p)
+			c.Kill()
+		},
+		"crash": func(c *Client, p ClientProtocol) { // and no Kill
+			if err := dispense(t, p).Call("Plugin.Do", "exit3", new(string)); !errors.As(err, new(*ExitError)) {
+				t.Error(err)
+			}
+			receive(t, "Done", c.Done())
+		},
+		"Dispense": func(c *Client, p ClientProtocol) {
+			for range 10 {
+				answers(t, shared)
+			}
+			c.Kill()
+		},
+	} {
+		var most []int
+		var fds int
+		for n := range 35 {
+			if n == 5 {
+				fds, most = descriptors(), measure()
+			}
+			c := NewClient(config("plugin")) // start would hold on to it
+			p, err := c.Client()
+			check(t, err)
+			cycle(c, p)
+		}
+		// The garbage collector closes forgotten files: look before it runs.
+		if !poll(slack, func() bool { return descriptors() <= fds }) {
+			t.Errorf("%s: there are %d descriptors, and were %d", name, descriptors(), fds)
+		}
+		most[0] += 1 << 20
+		most[2] += 20 // idle ones
+		var now []int
+		if !poll(slack, func() bool {
+			now = measure()
+			return !slices.ContainsFunc([]int{0, 1, 2, 3}, func(i int) bool { return now[i] > most[i] })
+		}) {
+			t.Errorf("%s: there are %v, and may be %v", name, now, most)
+		}
+	}
+}
+
+// All methods of a client may be called concurrently.
+func TestConcurrency(t *testing.T) {
+	t.Parallel()
+	c := NewClient(config("plugin"))
+	t.Cleanup(c.Kill)
+	callers(t, 100, func(int) {
+		p, err := c.Client()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		for range 3 {
+			test := dispense(t, p)
+			for range 5 {
+				echo(t, test.Client)
+			}
+			if err := test.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		if _, err := c.Start(); err != nil || p.Ping() != nil || c.Exited() || c.ID() == "" || c.Protocol() != ProtocolNetRPC || c.NegotiatedVersion() != 3 {
+			t.Error("the state of a running client is wrong:", err)
+		}
+	})
+}
+
+// Dispense returns a value of the type that is asked for, or says what it is.
+func TestDispenseType(t *testing.T) {
+	host, _, _ := local(t)
+	if c, err := Dispense[io.Closer](host, "test"); err != nil || c.Close() != nil {
+		t.Error(c, err)
+	}
+	n, err := Dispense[int](host, "test")
+	errorSays(t, err, `"test"`, "*plugin.testClient", "int")
+	if n != 0 {
+		t.Errorf("there is the value %d with the error", n)
+	}
+	_, err = Dispense[io.Closer](host, "missing")
+	errorSays(t, err, `"missing"`)
+}
+
+// Discover returns the executable files that match, with absolute paths. Only
+// the pattern is one: the directory's name is not.
+func TestDiscover(t *testing.T) {
+	parent := t.TempDir()
+	dir := filepath.Join(parent, "[a]")
+	check(t, os.MkdirAll(filepath.Join(dir, "plugin-dir"+exe), 0o755))
+	for name, mode := range map[string]os.FileMode{"plugin-b" + exe: 0o755, "plugin-a" + exe: 0o700, "plugin-c.txt": 0o644, "other" + exe: 0o755} {
+		check(t, os.WriteFile(filepath.Join(dir, name), nil, mode))
+	}
+	want := []string{filepath.Join(dir, "plugin-a"+exe), filepath.Join(dir, "plugin-b"+exe)}
+	t.Chdir(parent)
+	for _, from := range []string{dir, "[a]"} {
+		if got, err := Discover("plugin-*", from); err != nil || !slices.Equal(got, want) {
+			t.Errorf("found in %s: %v, %v; want %v", from, got, err, want)
+		}
+	}
+	if got, err := Discover("*", filepath.Join(dir, "missing")); err != nil || len(got) != 0 {
+		t.Errorf("found in a missing directory: %v, %v", got, err)
+	}
+	if _, err := Discover("[", dir); err == nil {
+		t.Error("a malformed pattern is no error")
+	}
+}
+
+// BasicReply is a reply with an error in it.
+type BasicReply struct{ Err *BasicError }
+
+type basicServer struct{}
+
+func (basicServer) Check(fail bool, reply *BasicReply) error {
+	if fail {
+		reply.Err = NewBasicError(fs.ErrNotExist)
+	} else {
+		reply.Err = NewBasicError(nil)
+	}
+	return nil
+}
+
+// A BasicError carries the text of an error in a reply, through net/rpc too.
+func TestBasicError(t *testing.T) {
+	for _, wire := range wires {
+		c := wire.connect(t, basicServer{})
+		if err := mustCall[BasicReply](t, c, "Check", true).Err; err == nil || err.Error() != fs.ErrNotExist.Error() {
+			t.Errorf("%s: got %v", wire.name, err)
+		}
+		if err := mustCall[BasicReply](t, c, "Check", false).Err; err != nil {
+			t.Errorf("%s: got %v for no error", wire.name, err)
+		}
 	}
 }

@@ -3,13 +3,161 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 )
+
+// ---- Labs: processes that tests watch and kill ----
+
+// lab holds the processes of one test: they have their own TMPDIR, and a
+// directory where they leave notes for the test. When the test ends, no
+// process and no file may be left.
+type lab struct {
+	t          testing.TB
+	tmp, notes string
+}
+
+func newLab(t testing.TB) *lab {
+	t.Helper()
+	// The paths of t.TempDir are too long for a socket.
+	tmp, err := os.MkdirTemp("", "l*")
+	check(t, err)
+	l := &lab{t, tmp, t.TempDir()}
+	t.Cleanup(func() {
+		l.deserted(hangs)
+		_ = os.RemoveAll(tmp)
+	})
+	return l
+}
+
+// env is the environment of a process in the lab.
+func (l *lab) env() []string { return []string{"TMPDIR=" + l.tmp, notesEnv + "=" + l.notes} }
+
+// config returns a configuration that starts a mode in the lab.
+func (l *lab) config(mode string, env ...string) *ClientConfig {
+	cfg := config(mode, append(l.env(), env...)...)
+	if runtime.GOOS != "windows" {
+		cfg.UnixSocketConfig = &UnixSocketConfig{TempDir: l.tmp}
+	}
+	return cfg
+}
+
+// deserted fails the test if a process or file is left after a while.
+func (l *lab) deserted(within time.Duration) {
+	l.t.Helper()
+	if poll(within, func() bool { return len(contents(l.tmp)) == 0 }) {
+		return
+	}
+	l.t.Errorf("after %v there are left: %q", within, contents(l.tmp))
+	for _, pid := range processesIn(l.tmp) {
+		if p, err := os.FindProcess(pid); err == nil {
+			_ = p.Kill()
+		}
+	}
+}
+
+// read waits for a note and returns its text. Each process leaves its pid in
+// the notes "plugin", or "host", and "plugin finished", or "host finished".
+func (l *lab) read(name string) string {
+	l.t.Helper()
+	var text []byte
+	await(l.t, "the note "+name, func() bool {
+		var err error
+		text, err = os.ReadFile(filepath.Join(l.notes, name))
+		return err == nil
+	})
+	return string(text)
+}
+
+// readPid waits for a note that is a pid.
+func (l *lab) readPid(name string) int {
+	l.t.Helper()
+	pid, err := strconv.Atoi(l.read(name))
+	check(l.t, err)
+	return pid
+}
+
+// noted reports whether there is a note.
+func (l *lab) noted(name string) bool {
+	_, err := os.Stat(filepath.Join(l.notes, name))
+	return err == nil
+}
+
+// write leaves a note for the processes of the lab.
+func (l *lab) write(name, text string) { leaveNote(l.notes, name, text) }
+
+// note leaves a note for the test, if this process is in a lab.
+func note(name, text string) { leaveNote(os.Getenv(notesEnv), name, text) }
+
+// leaveNote writes the whole note at once.
+func leaveNote(dir, name, text string) {
+	if dir == "" {
+		return
+	}
+	tmp := filepath.Join(dir, fmt.Sprintf(".%s-%d", name, os.Getpid()))
+	if os.WriteFile(tmp, []byte(text), 0o600) == nil {
+		_ = os.Rename(tmp, filepath.Join(dir, name))
+	}
+}
+
+// awaitNote waits for a note of the test.
+func awaitNote(name string) {
+	l := &lab{notes: os.Getenv(notesEnv)}
+	if !poll(3*hangs, func() bool { return l.noted(name) }) {
+		os.Exit(65)
+	}
+}
+
+// testProcess is a process that a test starts beside its plugins.
+type testProcess struct {
+	*exec.Cmd
+	output syncBuffer
+	ended  chan struct{}
+}
+
+// ownGroup makes a command the leader of a process group, where there is such
+// a thing.
+var ownGroup = func(*exec.Cmd) {}
+
+// start starts the test binary in a mode. The process and its children are a
+// process group: a signal to that is what a terminal sends.
+func (l *lab) start(mode string, env ...string) *testProcess {
+	l.t.Helper()
+	p := &testProcess{Cmd: exec.Command(os.Args[0]), ended: make(chan struct{})}
+	p.Env = slices.Concat(os.Environ(), []string{modeEnv + "=" + mode}, l.env(), env)
+	p.Stdout, p.Stderr = &p.output, &p.output
+	p.WaitDelay = time.Second
+	ownGroup(p.Cmd)
+	check(l.t, p.Start())
+	go func() { defer close(p.ended); _ = p.Wait() }()
+	l.t.Cleanup(func() {
+		_ = p.Process.Kill()
+		<-p.ended
+		if l.t.Failed() {
+			l.t.Logf("%s printed: %s", mode, p.output.String())
+		}
+	})
+	return p
+}
+
+// kill kills the process and waits for its end.
+func (p *testProcess) kill(t testing.TB) {
+	t.Helper()
+	_ = p.Process.Kill()
+	receive(t, "the end of a killed process", p.ended)
+}
+
+// ---- Hosts in their own processes ----
 
 // hosted is the plugin of a host in its own process. The step "host" makes the
 // configuration. The next may change it, and then one starts the client and
@@ -94,4 +242,86 @@ func TestOrphans(t *testing.T) {
 			l.read("plugin finished")
 		})
 	}
+}
+
+// torments are signals that do not end a plugin before it has tidied up, and
+// goOn continues a stopped process. Windows has neither.
+var (
+	torments []os.Signal
+	goOn     = func(*os.Process) {}
+)
+
+// torment sends signals to a process, in random order and at random moments.
+func torment(p *os.Process, signals ...os.Signal) {
+	for _, i := range rand.Perm(len(signals)) {
+		time.Sleep(rand.N(100 * time.Millisecond))
+		_ = p.Signal(signals[i])
+	}
+}
+
+// Hosts and plugins are killed, stopped and continued at any moment, while they
+// call, stream and print. No call may hang or get a wrong reply.
+func TestTorture(t *testing.T) {
+	l := newLab(t)
+	end := time.Now().Add(time.Second)
+	var calls atomic.Int64
+	callers(t, 4, func(i int) {
+		for time.Now().Before(end) && !t.Failed() {
+			if i%2 == 0 {
+				torturePlugin(t, l, &calls)
+			} else {
+				tortureHost(t, l)
+			}
+		}
+	})
+	if l.noted("a wrong reply") || calls.Load() == 0 {
+		t.Errorf("there is a wrong reply, or there are no calls: %d", calls.Load())
+	}
+}
+
+func torturePlugin(t *testing.T, l *lab, calls *atomic.Int64) {
+	cfg := l.config("plugin say cry")
+	cfg.KillTimeout = 500 * time.Millisecond
+	cfg.AutoMTLS = rand.IntN(4) == 0
+	c := NewClient(cfg)
+	killed := async(func() bool {
+		await(t, "a process", func() bool { return c.ID() != "" || ended(c.Done()) })
+		pid, _ := strconv.Atoi(c.ID())
+		if p, err := os.FindProcess(pid); err == nil && !ended(c.Done()) {
+			torment(p, append(slices.Clone(torments), os.Kill)...)
+		}
+		c.Kill()
+		return ended(c.Done())
+	})
+	if p, err := c.Client(); err == nil {
+		callers(t, 3, func(int) {
+			test, err := Dispense[*testClient](p, "test")
+			if err == nil {
+				err = test.traffic(context.Background(), func() { calls.Add(1) })
+			}
+			if err == nil || err == errWrong {
+				t.Errorf("a call to a killed plugin returned %v", err)
+			}
+		})
+	}
+	if !receive(t, "Kill", killed) {
+		t.Error("a plugin outlives Kill")
+	}
+}
+
+func tortureHost(t *testing.T, l *lab) {
+	host := l.start("host busy", childEnv+"=plugin say cry")
+	pid := l.readPid(fmt.Sprintf("busy-%d", host.Process.Pid))
+	plugin, err := os.FindProcess(pid)
+	check(t, err)
+	if rand.IntN(2) == 0 {
+		torment(plugin, os.Kill)
+		receive(t, "the end of a host without its plugin", host.ended)
+	} else {
+		torment(host.Process, torments...)
+		torment(plugin, torments...)
+		host.kill(t)
+		goOn(plugin)
+	}
+	await(t, "the end of a plugin without its host", func() bool { return !slices.Contains(processesIn(l.tmp), pid) })
 }

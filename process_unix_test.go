@@ -3,10 +3,13 @@
 package plugin
 
 import (
+	"os"
 	"os/exec"
 	"syscall"
 )
 
 func init() {
 	ownGroup = func(cmd *exec.Cmd) { cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} }
+	torments = append(torments, syscall.SIGTERM, syscall.SIGINT, syscall.SIGSTOP, syscall.SIGCONT)
+	goOn = func(p *os.Process) { _ = p.Signal(syscall.SIGCONT) }
 }

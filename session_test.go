@@ -144,13 +144,3 @@ var wires = []struct {
 		return c
 	}},
 }
-
-// The four wires carry calls.
-func TestWires(t *testing.T) {
-	for _, wire := range wires {
-		t.Run(wire.name, func(t *testing.T) {
-			leavesNothing(t)
-			echo(t, wire.connect(t, newTestServer()))
-		})
-	}
-}
