@@ -223,7 +223,7 @@ var (
 	levelPrefix = regexp.MustCompile(`^(?:\d{4}/\d\d/\d\d )?(?:\d\d:\d\d:\d\d(?:\.\d+)? )?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?|` +
 		`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d(?:\.\d+)? ((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `)
 	// slogText is how a line of slog's TextHandler begins.
-	slogText = regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) msg=`)
+	slogText = regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) (?:source=\S+ )?msg=`)
 )
 
 // textLevel returns the level that is written at the front of a line, and the
