@@ -108,12 +108,13 @@ func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 	defer leave()
 	select {
 	case st := <-streams:
-		// The peer waits for these bytes.
+		// The peer waits for these bytes, but may leave no room for them.
+		_ = st.SetWriteDeadline(time.Now().Add(brokerTimeout))
 		if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
 			abort(st)
 			return nil, err
 		}
-		return st, nil
+		return st, st.SetWriteDeadline(time.Time{})
 	case <-ctx.Done():
 		return nil, fmt.Errorf("the peer has not dialled it: %w", contextError(ctx))
 	case <-b.session.ended():
@@ -266,6 +267,11 @@ func (b *MuxBroker) service(v any) *service {
 // serving ends when the peer closes its client, or with the connection.
 func (b *MuxBroker) ServeRPC(v any) (id uint32, stop func()) {
 	svc := b.service(v)
+	return b.serve(svc, &svc.calls)
+}
+
+// serve serves svc to the peer. stop waits for the uses of what it serves.
+func (b *MuxBroker) serve(svc *service, uses *group) (id uint32, stop func()) {
 	id = b.NextId()
 	ctx, cancel := context.WithCancelCause(b.session.calls)
 	b.session.spawn(func() {
@@ -285,9 +291,10 @@ func (b *MuxBroker) ServeRPC(v any) (id uint32, stop func()) {
 		}()
 	})
 	return id, func() {
-		cancel(errStopped)
 		svc.calls.close()
-		svc.calls.Wait()
+		uses.close()
+		cancel(errStopped)
+		uses.Wait()
 	}
 }
 
@@ -314,7 +321,8 @@ func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
 // returned, r is not read any more, and the peer's Read fails with an error that
 // says so: it does not return io.EOF unless r did.
 func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
-	return b.ServeRPC(&readerService{b, r})
+	l := &lent{broker: b, use: r.Read}
+	return b.serve(b.service(readerService{l}), &l.uses)
 }
 
 // DialReader returns a reader for what the peer serves with ServeReader. It
@@ -334,7 +342,8 @@ func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
 // w fails, the peer is told. w is not closed. stop ends that, as the stop of
 // ServeReader does: after it has returned, w is not written to any more.
 func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
-	return b.ServeRPC(&writerService{b, w})
+	l := &lent{broker: b, use: w.Write}
+	return b.serve(b.service(writerService{l}), &l.uses)
 }
 
 // DialWriter returns a writer for what the peer serves with ServeWriter. An
@@ -352,41 +361,54 @@ func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
 	return pipeWriter{p}, nil
 }
 
-type readerService struct {
+// lent is a reader or writer of the caller's. Waiting for its uses does not wait
+// for the stream, whose peer may take nothing.
+type lent struct {
 	broker *MuxBroker
-	r      io.Reader
+	use    func([]byte) (int, error) // Read or Write
+	uses   group                     // closed when it is taken back
 }
 
-// Read copies the reader to the stream id.
-func (s *readerService) Read(ctx context.Context, id uint32, _ *struct{}) error {
-	conn, err := s.broker.DialContext(ctx, id)
+func (l *lent) Read(p []byte) (int, error) {
+	if !l.uses.enter() {
+		return 0, errStopped
+	}
+	defer l.uses.Done()
+	return l.use(p)
+}
+
+func (l *lent) Write(p []byte) (int, error) { return l.Read(p) }
+
+// copy copies l to or from the stream id, until ctx ends.
+func (l *lent) copy(ctx context.Context, id uint32, toPeer bool) (err error) {
+	conn, err := l.broker.DialContext(ctx, id)
 	if err != nil {
 		return err
 	}
-	return copyOver(ctx, conn, conn, s.r)
-}
-
-type writerService struct {
-	broker *MuxBroker
-	w      io.Writer
-}
-
-// Write copies the stream id to the writer.
-func (s *writerService) Write(ctx context.Context, id uint32, _ *struct{}) error {
-	conn, err := s.broker.DialContext(ctx, id)
-	if err != nil {
-		return err
-	}
-	return copyOver(ctx, conn, s.w, conn)
-}
-
-// copyOver copies r to w, one of which is conn, until ctx ends.
-func copyOver(ctx context.Context, conn net.Conn, w io.Writer, r io.Reader) (err error) {
 	defer recoverTo(&err)
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { abort(conn) })()
+	var w io.Writer = conn
+	var r io.Reader = l
+	if !toPeer {
+		w, r = l, conn
+	}
 	_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, 64<<10))
 	return err
+}
+
+type readerService struct{ l *lent }
+
+// Read copies the reader to the stream id.
+func (s readerService) Read(ctx context.Context, id uint32, _ *struct{}) error {
+	return s.l.copy(ctx, id, true)
+}
+
+type writerService struct{ l *lent }
+
+// Write copies the stream id to the writer.
+func (s writerService) Write(ctx context.Context, id uint32, _ *struct{}) error {
+	return s.l.copy(ctx, id, false)
 }
 
 // pipe is the end of a reader or writer that was dialled.
@@ -415,7 +437,7 @@ func (b *MuxBroker) dialPipe(id uint32, method string) (*pipe, error) {
 	}()
 	if p.conn, err = b.AcceptContext(ctx, data); err != nil {
 		if isClosed(p.done) {
-			err = p.err // which is why
+			err = cmp.Or(p.err, errors.New("plugin: the peer does not serve a reader or writer"))
 		}
 		_ = client.Close()
 		return nil, err

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
 	"net"
 	"net/rpc"
 	"os/exec"
@@ -166,10 +165,10 @@ type Client struct {
 	gone       chan struct{} // closed when the process has ended
 	done       chan struct{} // closed when its output has been delivered as well
 
-	mu    sync.Mutex // guards proc and asked
+	mu    sync.Mutex // guards the fields below, and closing done
 	proc  AttachedRunner
 	asked bool  // this client has ended the plugin
-	err   error // how the plugin ended, if not asked to; set before done is closed
+	err   error // how the plugin ended, if not asked to; constant once done is closed
 }
 
 // ready is what is known of a plugin that can be connected to.
@@ -180,21 +179,15 @@ type ready struct {
 
 var errKilled = errors.New("plugin: Kill was called")
 
-// managed holds the clients that CleanupClients kills.
-var managed struct {
-	mu      sync.Mutex // guards clients and the end of every Client
-	clients map[*Client]struct{}
-}
+// managed has the clients that CleanupClients kills, as keys.
+var managed sync.Map
 
 // CleanupClients kills all plugins whose ClientConfig has Managed set, at
 // once, and returns when all are gone: call it before the host exits.
 func CleanupClients() {
-	managed.mu.Lock()
-	clients := slices.Collect(maps.Keys(managed.clients))
-	managed.mu.Unlock()
 	var killing sync.WaitGroup
-	for _, c := range clients {
-		killing.Go(c.Kill)
+	for c := range managed.Range {
+		killing.Go(c.(*Client).Kill)
 	}
 	killing.Wait()
 }
@@ -230,12 +223,7 @@ func NewClient(config *ClientConfig) *Client {
 	c.life, c.end = context.WithCancelCause(context.Background())
 	c.watching, c.abandon = context.WithCancel(context.Background())
 	if cfg.Managed && !c.testMode() {
-		managed.mu.Lock()
-		defer managed.mu.Unlock()
-		if managed.clients == nil {
-			managed.clients = make(map[*Client]struct{})
-		}
-		managed.clients[c] = struct{}{}
+		managed.Store(c, nil)
 	}
 	return c
 }
@@ -354,7 +342,7 @@ func (c *Client) accept(h handshake, p *child) (r ready, err error) {
 	}
 	r = ready{h, c.config.TLSConfig}
 	if c.config.AutoMTLS {
-		if h.cert == nil {
+		if len(h.cert) == 0 {
 			return r, errors.New("it has not answered with a certificate, as AutoMTLS needs: was it served with a ServeConfig.TLSProvider?")
 		}
 		cert, err := x509.ParseCertificate(h.cert)
@@ -509,11 +497,11 @@ func (c *Client) finish(err error) {
 	if c.wasAsked() {
 		err = nil
 	}
-	managed.mu.Lock()
-	defer managed.mu.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if !isClosed(c.done) {
 		c.err = err
-		delete(managed.clients, c)
+		managed.Delete(c)
 		close(c.done)
 	}
 }
@@ -558,17 +546,18 @@ func (c *Client) quit(p AttachedRunner) {
 	if err == nil {
 		err = rc.quit(ctx)
 	}
-	if err != nil { // it may be exiting
-		cancel()
-		ctx, cancel = context.WithTimeout(context.Background(), drainTimeout/2)
-		defer cancel()
+	switch {
+	case err != nil && waitFor(drainTimeout/2, c.gone): // it was exiting
+		return
+	case err == nil:
+		select {
+		case <-c.gone:
+			return
+		case <-ctx.Done():
+		}
 	}
-	select {
-	case <-c.gone:
-	case <-ctx.Done():
-		c.logger.Warn("the plugin does not exit by itself and is killed", "pid", p.ID(), "error", err)
-		go func() { _ = p.Kill(c.watching) }() // the caller's, with ReattachFunc: nothing waits for it
-	}
+	c.logger.Warn("the plugin does not exit by itself and is killed", "pid", p.ID(), "error", err)
+	go func() { _ = p.Kill(c.watching) }() // the caller's, with ReattachFunc: nothing waits for it
 }
 
 // Done is closed when the plugin has ended and all of its output has been

@@ -1,7 +1,7 @@
 package plugin
 
 import (
-	"bytes"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -15,13 +15,13 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
-	"math/big"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -107,7 +107,7 @@ type handshake struct {
 	version  int
 	addr     net.Addr
 	protocol Protocol
-	cert     []byte // DER; nil without AutoMTLS
+	cert     []byte // DER; empty without AutoMTLS
 	flushes  bool   // the plugin sends its output before it answers Quit, as this library's do
 }
 
@@ -124,13 +124,9 @@ func (h handshake) String() string {
 	return line
 }
 
-// isHandshake reports whether a line of a plugin's stdout is meant as its
-// handshake: it begins with digits and a bar.
-func isHandshake(line []byte) bool {
-	digits, _, ok := bytes.Cut(line, []byte{'|'})
-	_, err := strconv.ParseUint(string(digits), 10, 32)
-	return ok && err == nil
-}
+// handshakeStart is how a line of a plugin's stdout begins that is meant as its
+// handshake.
+var handshakeStart = regexp.MustCompile(`^\d+\|`)
 
 // parseHandshake reads the handshake line of a plugin, ours or go-plugin's.
 // Fields behind those known are ignored.
@@ -148,16 +144,12 @@ func parseHandshake(line string) (h handshake, err error) {
 	if h.addr, err = parseAddr(fields[2], fields[3]); err != nil {
 		return h, fmt.Errorf("its handshake has no usable address: %w", err)
 	}
-	h.protocol = ProtocolNetRPC
-	if len(fields) > 4 && fields[4] != "" {
-		h.protocol = Protocol(fields[4])
+	fields = append(fields, "", "", "") // older plugins send fewer
+	h.protocol = cmp.Or(Protocol(fields[4]), ProtocolNetRPC)
+	if h.cert, err = base64.RawStdEncoding.DecodeString(fields[5]); err != nil {
+		return h, fmt.Errorf("its handshake has a certificate that cannot be read: %w", err)
 	}
-	if len(fields) > 5 && fields[5] != "" {
-		if h.cert, err = base64.RawStdEncoding.DecodeString(fields[5]); err != nil {
-			return h, fmt.Errorf("its handshake has a certificate that cannot be read: %w", err)
-		}
-	}
-	h.flushes = len(fields) > 6 && fields[6] == flushesField
+	h.flushes = fields[6] == flushesField
 	return h, nil
 }
 
@@ -212,13 +204,8 @@ func newCertificate() (tls.Certificate, error) {
 	if err != nil {
 		return tls.Certificate{}, err
 	}
-	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
-	if err != nil {
-		return tls.Certificate{}, err
-	}
 	now := time.Now()
 	template := &x509.Certificate{
-		SerialNumber:          serial,
 		Subject:               pkix.Name{CommonName: "localhost"},
 		DNSNames:              []string{"localhost"},
 		NotBefore:             now.Add(-time.Minute),
@@ -229,10 +216,7 @@ func newCertificate() (tls.Certificate, error) {
 		IsCA:                  true,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		return tls.Certificate{}, err
-	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, nil
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
 }
 
 // mutualTLS is the configuration of either side: it shows own, and trusts

@@ -84,18 +84,13 @@ func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 		// bound. It ends with the stream.
 		go func() {
 			defer close(c.copied[i])
-			c.copyOutput(dst, c.output[i])
+			_, _ = io.Copy(&forgiving{dst}, c.output[i])
+			if lines, ok := dst.(*lineWriter); ok {
+				_ = lines.Close()
+			}
 		}()
 	}
 	return nil
-}
-
-func (c *RPCClient) copyOutput(dst io.Writer, src io.Reader) {
-	if lines, ok := dst.(*lineWriter); ok {
-		defer lines.Close()
-	}
-	// It never fails, so this ends with the stream.
-	_, _ = io.Copy(&forgiving{dst}, struct{ io.Reader }{src})
 }
 
 // Dispense asks the plugin for an instance of the plugin with that name, and
@@ -321,7 +316,12 @@ func (s *RPCServer) begin() {
 	s.begun.Do(func() {
 		s.calls, s.endCalls = context.WithCancel(context.Background())
 		s.conns, s.endConns = context.WithCancel(context.Background())
-		s.outputs = [2]*output{newOutput(s.Stdout), newOutput(s.Stderr)}
+		for i, src := range []io.Reader{s.Stdout, s.Stderr} {
+			if src == nil {
+				src = strings.NewReader("")
+			}
+			s.outputs[i] = &output{src: src, done: make(chan struct{})}
+		}
 	})
 }
 
@@ -350,57 +350,16 @@ func (s *RPCServer) flush() {
 	})
 }
 
-// close ends all sessions and waits for what Serve has started.
-func (s *RPCServer) close() {
-	s.begin()
-	s.endConns()
-	s.serving.Wait()
-}
-
 // output sends what the plugin prints to the host that connected last. What
 // is printed before the first one connects waits for it; what is printed when
 // none is connected any more is dropped, so that it cannot stop the plugin.
 type output struct {
-	done     chan struct{} // closed when all of the source has been sent
-	attached chan struct{} // closed when the first host is there, or none will come
-	settle   sync.Once     // closes attached
+	src   io.Reader
+	start sync.Once     // begins to send
+	done  chan struct{} // closed when all of src has been sent
 
 	mu   sync.Mutex // guards host
 	host *stream
-}
-
-func newOutput(src io.Reader) *output {
-	o := &output{done: make(chan struct{}), attached: make(chan struct{})}
-	if src == nil {
-		src = strings.NewReader("")
-	}
-	go func() { // ends with src, which Serve closes; another reader is its owner's
-		defer close(o.done)
-		_, _ = io.Copy(o, src)
-	}()
-	return o
-}
-
-// Write never fails.
-func (o *output) Write(p []byte) (int, error) {
-	<-o.attached
-	o.mu.Lock()
-	host := o.host
-	o.mu.Unlock()
-	if host != nil {
-		if _, err := host.Write(p); err != nil {
-			o.detach(host)
-		}
-	}
-	return len(p), nil
-}
-
-func (o *output) detach(host *stream) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.host == host {
-		o.host = nil
-	}
 }
 
 // attach makes st the stream of the host that gets the output.
@@ -409,19 +368,42 @@ func (o *output) attach(st *stream) {
 	before := o.host
 	o.host = st
 	o.mu.Unlock()
-	o.settle.Do(func() { close(o.attached) })
 	if before != nil {
 		_ = before.Close()
 	}
+	o.start.Do(func() {
+		go func() { // ends with src, which Serve closes; another reader is its owner's
+			defer close(o.done)
+			_, _ = io.Copy(o, o.src)
+		}()
+	})
+}
+
+// Write never fails.
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	host := o.host
+	o.mu.Unlock()
+	if host == nil {
+		return len(p), nil
+	}
+	if _, err := host.Write(p); err != nil {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		if o.host == host {
+			o.host = nil
+		}
+	}
+	return len(p), nil
 }
 
 // finish ends the host's stream when all has been sent, or ctx ends.
 func (o *output) finish(ctx context.Context) {
+	o.start.Do(func() { close(o.done) }) // nobody has connected
 	select {
 	case <-o.done:
 	case <-ctx.Done():
 	}
-	o.settle.Do(func() { close(o.attached) })
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.host != nil {

@@ -23,7 +23,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -132,97 +131,6 @@ func runTests(m *testing.M) int {
 		return 1
 	}
 	return code
-}
-
-// takeStock lists what this process has and what is in the temporary directory.
-// The function that it returns lists what was added since, after waiting a
-// while for it to go.
-func takeStock(tmp string) (left func() string) {
-	goroutines, before := runtime.NumGoroutine(), held(tmp)
-	return func() (left string) {
-		poll(5*time.Second, func() bool {
-			more := slices.DeleteFunc(held(tmp), func(s string) bool { return slices.Contains(before, s) })
-			if n := runtime.NumGoroutine(); n > goroutines {
-				more = append(more, fmt.Sprintf("%d goroutines:\n%s", n-goroutines, stacks()))
-			}
-			left = strings.Join(more, "\n")
-			return left == ""
-		})
-		return left
-	}
-}
-
-// held lists the contents of the temporary directory and, where there is /proc,
-// this process's children, including zombies, and descriptors.
-func held(tmp string) []string {
-	held := contents(tmp)
-	if runtime.GOOS == "windows" {
-		return held // Wine has a /proc with its own descriptors
-	}
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, name := range stats {
-		stat, _ := os.ReadFile(name)
-		_, after, _ := strings.Cut(string(stat), ") ")
-		if f := strings.Fields(after); len(f) > 1 && f[1] == strconv.Itoa(os.Getpid()) {
-			held = append(held, "child "+string(stat))
-		}
-	}
-	fds, _ := filepath.Glob("/proc/self/fd/*")
-	for _, fd := range fds {
-		// The runtime has descriptors of other kinds.
-		to, _ := os.Readlink(fd)
-		if strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "/dev/") {
-			held = append(held, "descriptor of "+to)
-		}
-	}
-	return held
-}
-
-// contents lists the processes with this temporary directory, and its files.
-func contents(tmp string) (names []string) {
-	for _, pid := range processesIn(tmp) {
-		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		names = append(names, fmt.Sprintf("process %d: %q", pid, cmdline))
-	}
-	entries, _ := os.ReadDir(tmp)
-	for _, e := range entries {
-		names = append(names, "file "+e.Name())
-	}
-	return names
-}
-
-var signedIn *os.File // set by signIn
-
-// signIn opens a file named after this process, so that processesIn finds it on
-// Windows, where an open file cannot be removed and environments cannot be read.
-func signIn() {
-	if runtime.GOOS == "windows" {
-		signedIn, _ = os.Create(filepath.Join(os.Getenv("TMPDIR"), fmt.Sprintf("process-%d", os.Getpid())))
-	}
-}
-
-// processesIn returns the other processes that were started with this TMPDIR
-// and are no zombies. Systems with neither /proc nor signIn have none.
-func processesIn(tmp string) (pids []int) {
-	if runtime.GOOS == "windows" {
-		files, _ := filepath.Glob(filepath.Join(tmp, "process-*"))
-		for _, file := range files {
-			_, number, _ := strings.Cut(filepath.Base(file), "-")
-			if pid, err := strconv.Atoi(number); err == nil && os.Remove(file) != nil {
-				pids = append(pids, pid)
-			}
-		}
-		return pids
-	}
-	dirs, _ := filepath.Glob("/proc/[0-9]*")
-	for _, dir := range dirs {
-		pid, _ := strconv.Atoi(filepath.Base(dir))
-		env, _ := os.ReadFile(dir + "/environ") // empty for a zombie
-		if pid != os.Getpid() && slices.Contains(strings.Split(string(env), "\x00"), "TMPDIR="+tmp) {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
 }
 
 // ---- The test plugin ----
@@ -487,19 +395,6 @@ func (s *testServer) Serve(kind string, id *uint32) error {
 	return nil
 }
 
-// exe ends the names of programs.
-var exe = map[bool]string{true: ".exe"}[runtime.GOOS == "windows"]
-
-// descriptors returns the number of this process's descriptors, or 0 without
-// /proc and on Windows.
-func descriptors() int {
-	if runtime.GOOS == "windows" {
-		return 0
-	}
-	fds, _ := os.ReadDir("/proc/self/fd")
-	return len(fds)
-}
-
 // ---- Starting and calling ----
 
 // config returns a configuration that starts the test binary in a mode.
@@ -619,45 +514,8 @@ func (c *testClient) block(t testing.TB, n int) <-chan error {
 			}
 		}()
 	}
-	await(t, "calls in flight", func() bool {
-		return t.Failed() || c.self(t).Waiting >= n
-	})
+	await(t, "calls in flight", func() bool { return t.Failed() || c.self(t).Waiting >= n })
 	return errs
-}
-
-// errWrong is a wrong reply.
-var errWrong = errors.New("a wrong reply")
-
-// traffic makes calls, streams and prints until ctx ends or a call fails.
-func (c *testClient) traffic(ctx context.Context, progress func()) error {
-	for n := 0; ctx.Err() == nil; n++ {
-		progress()
-		data := string(noise(1+n*7919%200_000, rand.Uint64()))
-		got := data
-		var err error
-		switch n % 3 {
-		case 0:
-			err = Call(ctx, c.Client, "Plugin.Echo", data, &got)
-		case 1:
-			var back syncBuffer
-			from, stopReader := c.broker.ServeReader(strings.NewReader(data))
-			to, stopWriter := c.broker.ServeWriter(&back)
-			err = Call(ctx, c.Client, "Plugin.Copy", Transfer{Reader: from, Writer: to}, new(int64))
-			stopReader()
-			stopWriter()
-			got = back.String()
-		case 2:
-			text := fmt.Sprintf("%x\n", data[:min(len(data), 5000)])
-			err = c.Call("Plugin.Print", Output{Stdout: text, Stderr: text}, new(struct{}))
-		}
-		if err != nil {
-			return err
-		}
-		if got != data {
-			return errWrong
-		}
-	}
-	return nil
 }
 
 // ---- Waiting ----
@@ -754,20 +612,7 @@ func ended[T any](ch <-chan T) bool {
 	}
 }
 
-// ---- Checks, buffers, files ----
-
-// leavesNothing fails the test if it leaves a goroutine, child process,
-// descriptor or file behind. It is not for parallel tests. Call it before
-// anything else: cleanups that are added later run before its check.
-func leavesNothing(t testing.TB) {
-	t.Helper()
-	left := takeStock(os.TempDir())
-	t.Cleanup(func() {
-		if left := left(); left != "" {
-			t.Errorf("left behind:\n%s", left)
-		}
-	})
-}
+// ---- Checks, logs, buffers ----
 
 // check ends the test if there is an error.
 func check(t testing.TB, err error) {
@@ -859,25 +704,6 @@ func noise(n int, seed uint64) []byte {
 	binary.LittleEndian.PutUint64(key[:], seed)
 	_, _ = rand.NewChaCha8(key).Read(data)
 	return data
-}
-
-// writeProgram writes a file to execute. A process forked meanwhile would hold
-// it open for writing, and it could not be executed.
-func writeProgram(t testing.TB, path string, data []byte, mode fs.FileMode) {
-	t.Helper()
-	syscall.ForkLock.RLock()
-	defer syscall.ForkLock.RUnlock()
-	check(t, os.WriteFile(path, data, mode))
-}
-
-// copyBinary returns a copy of the test binary with this name.
-func copyBinary(t testing.TB, name string) string {
-	t.Helper()
-	data, err := os.ReadFile(os.Args[0])
-	check(t, err)
-	path := filepath.Join(t.TempDir(), name+exe)
-	writeProgram(t, path, data, 0o700)
-	return path
 }
 
 // ---- Whole lives ----
@@ -978,7 +804,7 @@ func TestCrash(t *testing.T) {
 			first, p := start(t, cfg)
 			second, other := start(t, attachTo(first.ReattachConfig()))
 			test, idle := dispense(t, p), dispense(t, p)
-			mustCall[struct{}](t, test.Client, "Print", Output{Raw: strings.Repeat("a line\n", 3000) + "last words\n"})
+			mustCall[struct{}](t, test.Client, "Print", Output{Raw: strings.Repeat(strings.Repeat("x", 99)+"\n", 100) + "last words\n"})
 			inFirst, inSecond := test.block(t, 4), dispense(t, other).block(t, 2)
 			explains := func(err error, child bool) {
 				t.Helper()
@@ -1039,56 +865,44 @@ func TestLeaks(t *testing.T) {
 	_, shared := start(t, config("plugin"))
 	probe := dispense(t, shared)
 	// measure returns bytes and goroutines here, goroutines and descriptors there.
-	measure := func() []int {
+	measure := func() [4]int {
 		there := probe.self(t)
 		runtime.GC()
 		runtime.GC()
 		var m runtime.MemStats
 		runtime.ReadMemStats(&m)
-		return []int{int(m.HeapAlloc), runtime.NumGoroutine(), there.Goroutines, there.FDs}
+		return [4]int{int(m.HeapAlloc), runtime.NumGoroutine(), there.Goroutines, there.FDs}
 	}
-	for name, cycle := range map[string]func(*Client, ClientProtocol){
-		"Kill": func(c *Client, p ClientProtocol) {
-			answers(t, p)
-			c.Kill()
-		},
-		"crash": func(c *Client, p ClientProtocol) { // and no Kill
-			if err := dispense(t, p).Call("Plugin.Do", "exit3", new(string)); !errors.As(err, new(*ExitError)) {
-				t.Error(err)
-			}
-			receive(t, "Done", c.Done())
-		},
-		"Dispense": func(c *Client, p ClientProtocol) {
-			for range 10 {
-				answers(t, shared)
-			}
-			c.Kill()
-		},
-	} {
-		var most []int
-		var fds int
-		for n := range 35 {
-			if n == 5 {
-				fds, most = descriptors(), measure()
-			}
-			c := NewClient(config("plugin")) // start would hold on to it
-			p, err := c.Client()
-			check(t, err)
-			cycle(c, p)
+	var before, now [4]int
+	var fds int
+	for n := range 40 {
+		if n == 5 {
+			fds, before = descriptors(), measure()
 		}
-		// The garbage collector closes forgotten files: look before it runs.
-		if !poll(slack, func() bool { return descriptors() <= fds }) {
-			t.Errorf("%s: there are %d descriptors, and were %d", name, descriptors(), fds)
+		for range 10 {
+			answers(t, shared)
 		}
-		most[0] += 1 << 20
-		most[2] += 20 // idle ones
-		var now []int
-		if !poll(slack, func() bool {
-			now = measure()
-			return !slices.ContainsFunc([]int{0, 1, 2, 3}, func(i int) bool { return now[i] > most[i] })
-		}) {
-			t.Errorf("%s: there are %v, and may be %v", name, now, most)
+		killed, crashed := NewClient(config("plugin")), NewClient(config("plugin")) // start would hold on to them
+		p, err := killed.Client()
+		check(t, err)
+		answers(t, p)
+		killed.Kill()
+		p, err = crashed.Client()
+		check(t, err)
+		if err := dispense(t, p).Call("Plugin.Do", "exit3", new(string)); !errors.As(err, new(*ExitError)) {
+			t.Error(err)
 		}
+		receive(t, "Done", crashed.Done()) // and no Kill
+	}
+	// The garbage collector closes forgotten files: look before it runs.
+	if !poll(slack, func() bool { return descriptors() <= fds }) {
+		t.Errorf("there are %d descriptors, and were %d", descriptors(), fds)
+	}
+	if !poll(slack, func() bool {
+		now = measure()
+		return now[0] <= before[0]+1<<20 && now[1] <= before[1] && now[2] <= before[2]+20 && now[3] <= before[3]
+	}) {
+		t.Errorf("there are %v, and were %v", now, before)
 	}
 }
 

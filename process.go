@@ -128,7 +128,7 @@ func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *chil
 	p.lines[0] = lineWriter{max: max(size, maxHandshake), emit: p.stdoutLine}
 	p.lines[1] = lineWriter{max: size, emit: p.log.line}
 	cmd.Stdout, cmd.Stderr = &p.lines[0], io.MultiWriter(&p.log.tail, &forgiving{config.Stderr}, &p.lines[1])
-	cmd.WaitDelay = cmp.Or(cmd.WaitDelay, drainTimeout)
+	cmd.WaitDelay = cmp.Or(cmd.WaitDelay, 2*drainTimeout)
 	started := make(chan struct{})
 	defer close(started)
 	if cancel := cmd.Cancel; cancel != nil {
@@ -194,7 +194,7 @@ func (p *child) stdoutLine(line []byte, left int) {
 	switch {
 	case p.found:
 		p.logger.Debug(text)
-	case isHandshake(line):
+	case handshakeStart.Match(line):
 		p.found = true
 		p.handshakes <- string(line)
 	case text != "":

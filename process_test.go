@@ -2,7 +2,9 @@ package plugin
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -11,11 +13,150 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 )
+
+// ---- What is left behind ----
+
+// leavesNothing fails the test if it leaves a goroutine, child process,
+// descriptor or file behind. It is not for parallel tests. Call it before
+// anything else: cleanups that are added later run before its check.
+func leavesNothing(t testing.TB) {
+	t.Helper()
+	left := takeStock(os.TempDir())
+	t.Cleanup(func() {
+		if left := left(); left != "" {
+			t.Errorf("left behind:\n%s", left)
+		}
+	})
+}
+
+// takeStock lists what this process has and what is in the temporary directory.
+// The function that it returns lists what was added since, after waiting a
+// while for it to go.
+func takeStock(tmp string) (left func() string) {
+	goroutines, before := runtime.NumGoroutine(), held(tmp)
+	return func() (left string) {
+		poll(5*time.Second, func() bool {
+			more := slices.DeleteFunc(held(tmp), func(s string) bool { return slices.Contains(before, s) })
+			if n := runtime.NumGoroutine(); n > goroutines {
+				more = append(more, fmt.Sprintf("%d goroutines:\n%s", n-goroutines, stacks()))
+			}
+			left = strings.Join(more, "\n")
+			return left == ""
+		})
+		return left
+	}
+}
+
+// held lists the contents of the temporary directory and, where there is /proc,
+// this process's children, including zombies, and descriptors.
+func held(tmp string) []string {
+	held := contents(tmp)
+	if runtime.GOOS == "windows" {
+		return held // Wine has a /proc with its own descriptors
+	}
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, name := range stats {
+		stat, _ := os.ReadFile(name)
+		_, after, _ := strings.Cut(string(stat), ") ")
+		if f := strings.Fields(after); len(f) > 1 && f[1] == strconv.Itoa(os.Getpid()) {
+			held = append(held, "child "+string(stat))
+		}
+	}
+	fds, _ := filepath.Glob("/proc/self/fd/*")
+	for _, fd := range fds {
+		// The runtime has descriptors of other kinds.
+		to, _ := os.Readlink(fd)
+		if strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "/dev/") {
+			held = append(held, "descriptor of "+to)
+		}
+	}
+	return held
+}
+
+// contents lists the processes with this temporary directory, and its files.
+func contents(tmp string) (names []string) {
+	for _, pid := range processesIn(tmp) {
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		names = append(names, fmt.Sprintf("process %d: %q", pid, cmdline))
+	}
+	entries, _ := os.ReadDir(tmp)
+	for _, e := range entries {
+		names = append(names, "file "+e.Name())
+	}
+	return names
+}
+
+var signedIn *os.File // set by signIn
+
+// signIn opens a file named after this process, so that processesIn finds it on
+// Windows, where an open file cannot be removed and environments cannot be read.
+func signIn() {
+	if runtime.GOOS == "windows" {
+		signedIn, _ = os.Create(filepath.Join(os.Getenv("TMPDIR"), fmt.Sprintf("process-%d", os.Getpid())))
+	}
+}
+
+// processesIn returns the other processes that were started with this TMPDIR
+// and are no zombies. Systems with neither /proc nor signIn have none.
+func processesIn(tmp string) (pids []int) {
+	if runtime.GOOS == "windows" {
+		files, _ := filepath.Glob(filepath.Join(tmp, "process-*"))
+		for _, file := range files {
+			_, number, _ := strings.Cut(filepath.Base(file), "-")
+			if pid, err := strconv.Atoi(number); err == nil && os.Remove(file) != nil {
+				pids = append(pids, pid)
+			}
+		}
+		return pids
+	}
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		pid, _ := strconv.Atoi(filepath.Base(dir))
+		env, _ := os.ReadFile(dir + "/environ") // empty for a zombie
+		if pid != os.Getpid() && slices.Contains(strings.Split(string(env), "\x00"), "TMPDIR="+tmp) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// descriptors returns the number of this process's descriptors, or 0 without
+// /proc and on Windows.
+func descriptors() int {
+	if runtime.GOOS == "windows" {
+		return 0
+	}
+	fds, _ := os.ReadDir("/proc/self/fd")
+	return len(fds)
+}
+
+// exe ends the names of programs.
+var exe = map[bool]string{true: ".exe"}[runtime.GOOS == "windows"]
+
+// writeProgram writes a file to execute. A process forked meanwhile would hold
+// it open for writing, and it could not be executed.
+func writeProgram(t testing.TB, path string, data []byte, mode fs.FileMode) {
+	t.Helper()
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	check(t, os.WriteFile(path, data, mode))
+}
+
+// copyBinary returns a copy of the test binary with this name.
+func copyBinary(t testing.TB, name string) string {
+	t.Helper()
+	data, err := os.ReadFile(os.Args[0])
+	check(t, err)
+	path := filepath.Join(t.TempDir(), name+exe)
+	writeProgram(t, path, data, 0o700)
+	return path
+}
 
 // ---- Labs: processes that tests watch and kill ----
 
@@ -244,15 +385,54 @@ func TestOrphans(t *testing.T) {
 	}
 }
 
-// torments are signals that do not end a plugin before it has tidied up, and
-// goOn continues a stopped process. Windows has neither.
+// ---- Torture ----
+
+// errWrong is a wrong reply.
+var errWrong = errors.New("a wrong reply")
+
+// traffic makes calls, streams and prints until ctx ends or a call fails.
+func (c *testClient) traffic(ctx context.Context, progress func()) error {
+	for n := 0; ctx.Err() == nil; n++ {
+		progress()
+		data := string(noise(1+n*7919%200_000, rand.Uint64()))
+		got := data
+		var err error
+		switch n % 3 {
+		case 0:
+			err = Call(ctx, c.Client, "Plugin.Echo", data, &got)
+		case 1:
+			var back syncBuffer
+			from, stopReader := c.broker.ServeReader(strings.NewReader(data))
+			to, stopWriter := c.broker.ServeWriter(&back)
+			err = Call(ctx, c.Client, "Plugin.Copy", Transfer{Reader: from, Writer: to}, new(int64))
+			stopReader()
+			stopWriter()
+			got = back.String()
+		case 2:
+			text := fmt.Sprintf("%x\n", data[:min(len(data), 5000)])
+			err = c.Call("Plugin.Print", Output{Stdout: text, Stderr: text}, new(struct{}))
+		}
+		if err != nil {
+			return err
+		}
+		if got != data {
+			return errWrong
+		}
+	}
+	return nil
+}
+
+// torments are signals that end no plugin, and goOn continues a stopped process.
+// Windows has neither.
 var (
 	torments []os.Signal
 	goOn     = func(*os.Process) {}
 )
 
-// torment sends signals to a process, in random order and at random moments.
+// torment sends these signals and the torments to a process, in random order
+// and at random moments.
 func torment(p *os.Process, signals ...os.Signal) {
+	signals = append(signals, torments...)
 	for _, i := range rand.Perm(len(signals)) {
 		time.Sleep(rand.N(100 * time.Millisecond))
 		_ = p.Signal(signals[i])
@@ -288,7 +468,7 @@ func torturePlugin(t *testing.T, l *lab, calls *atomic.Int64) {
 		await(t, "a process", func() bool { return c.ID() != "" || ended(c.Done()) })
 		pid, _ := strconv.Atoi(c.ID())
 		if p, err := os.FindProcess(pid); err == nil && !ended(c.Done()) {
-			torment(p, append(slices.Clone(torments), os.Kill)...)
+			torment(p, syscall.SIGTERM, os.Kill)
 		}
 		c.Kill()
 		return ended(c.Done())
@@ -318,8 +498,8 @@ func tortureHost(t *testing.T, l *lab) {
 		torment(plugin, os.Kill)
 		receive(t, "the end of a host without its plugin", host.ended)
 	} else {
-		torment(host.Process, torments...)
-		torment(plugin, torments...)
+		torment(host.Process, syscall.SIGTERM)
+		torment(plugin)
 		host.kill(t)
 		goOn(plugin)
 	}

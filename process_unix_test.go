@@ -10,6 +10,6 @@ import (
 
 func init() {
 	ownGroup = func(cmd *exec.Cmd) { cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} }
-	torments = append(torments, syscall.SIGTERM, syscall.SIGINT, syscall.SIGSTOP, syscall.SIGCONT)
+	torments = []os.Signal{syscall.SIGINT, syscall.SIGSTOP, syscall.SIGCONT}
 	goOn = func(p *os.Process) { _ = p.Signal(syscall.SIGCONT) }
 }

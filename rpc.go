@@ -67,19 +67,30 @@ func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply 
 	if ctx.Err() != nil {
 		return contextError(ctx)
 	}
-	v, ok := codecs.Load(c)
-	if !ok {
-		return callForeign(ctx, c, serviceMethod, args, reply)
-	}
-	codec := v.(*clientCodec)
-	if err := codec.w.waitRoom(ctx); err != nil {
-		return contextError(ctx)
-	}
 	k := &call{method: serviceMethod, args: args, reply: reply, own: reply}
-	if ctx.Done() != nil {
-		k.own = another(reply)
+	if ctx.Done() != nil && reply != nil {
+		k.own = reflect.New(reflect.TypeOf(reply).Elem()).Interface()
 	}
 	done := make(chan *rpc.Call, 1)
+	v, ours := codecs.Load(c)
+	if !ours {
+		// Nothing can stop a codec of another kind from blocking while it writes
+		// the request. This ends when it is written or the connection fails.
+		go c.Go(serviceMethod, args, k.own, done)
+		select {
+		case rc := <-done:
+			if rc.Error == nil {
+				k.fill()
+			}
+			return rc.Error
+		case <-ctx.Done():
+			return contextError(ctx)
+		}
+	}
+	codec := v.(*clientCodec)
+	if codec.w.waitRoom(ctx) != nil {
+		return contextError(ctx)
+	}
 	c.Go(serviceMethod, k, k, done)
 	select {
 	case rc := <-done:
@@ -91,38 +102,6 @@ func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply 
 	}
 	rc := <-done // the answer is here
 	return k.result(rc.Error)
-}
-
-// callForeign is Call for a client whose codec is not ours. Its reply goes
-// into a value of its own, because nothing can stop that codec from writing
-// there later; its request is written by a goroutine of its own, because
-// nothing can stop that codec from blocking there. That goroutine ends when
-// the request is written or the connection fails.
-func callForeign(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply any) error {
-	if ctx.Done() == nil {
-		return c.Call(serviceMethod, args, reply)
-	}
-	own := another(reply)
-	done := make(chan *rpc.Call, 1)
-	go c.Go(serviceMethod, args, own, done)
-	select {
-	case rc := <-done:
-		if rc.Error == nil && own != nil {
-			reflect.ValueOf(reply).Elem().Set(reflect.ValueOf(own).Elem())
-		}
-		return rc.Error
-	case <-ctx.Done():
-		return contextError(ctx)
-	}
-}
-
-// another returns a value to read a reply into that reply itself must not be
-// read into: nil, which drops it, for nil.
-func another(reply any) any {
-	if reply == nil {
-		return nil
-	}
-	return reflect.New(reflect.TypeOf(reply).Elem()).Interface()
 }
 
 // contextError is why ctx ended: ctx.Err(), and the cause, if there is another.
@@ -143,6 +122,13 @@ type call struct {
 	seq         uint64
 	err         error    // the reply could not be decoded
 	is          []string // names of the errors that the method's error is
+}
+
+// fill sets the reply to what the answer was read into.
+func (k *call) fill() {
+	if k.own != k.reply {
+		reflect.ValueOf(k.reply).Elem().Set(reflect.ValueOf(k.own).Elem())
+	}
 }
 
 func (k *call) result(err error) error {
@@ -267,8 +253,8 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 		k.err = cutShort(c.w.reason(err))
 	case err != nil:
 		k.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w", k.method, k.reply, err)
-	case waiting && k.own != k.reply:
-		reflect.ValueOf(k.reply).Elem().Set(reflect.ValueOf(k.own).Elem())
+	case waiting:
+		k.fill()
 	}
 	return nil
 }
@@ -590,8 +576,8 @@ func (s *rpcServer) invoke(req *header, c *inCall) (err error) {
 func (s *rpcServer) respond(req *header, reply any, err error) {
 	resp := header{Seq: req.Seq}
 	if err != nil {
-		e := sendable(err)
-		resp.Error, resp.Is, reply = e.Text, e.Is, struct{}{}
+		resp.Error, resp.Is = sendable(err)
+		reply = struct{}{}
 	}
 	write, encodeErr := s.w.encode(&resp, reply)
 	if write {

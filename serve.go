@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -193,56 +194,43 @@ func takeEnvironment(cookie string) map[string]string {
 // lives as long as the process, because the host may go while main finishes.
 func watchHost(host hostInfo, dir string) <-chan struct{} {
 	orphaned := make(chan struct{})
-	wait := hostWaiter(host)
-	if wait == nil {
-		return orphaned
-	}
 	go func() {
-		if !wait() {
-			return
+		if waitHost(host) {
+			close(orphaned)
+			time.Sleep(orphanTimeout)
+			removePrivate(dir)
+			os.Exit(1)
 		}
-		close(orphaned)
-		time.Sleep(orphanTimeout)
-		removePrivate(dir)
-		os.Exit(1)
 	}()
 	return orphaned
 }
 
-// foreign is the file that hostWaiter found instead of a pipe. A file that
+// foreign is the file that waitHost found instead of a pipe. A file that
 // nothing refers to would be closed.
 var foreign *os.File
 
-// hostWaiter returns a function that waits for the end of the host and reports
-// true, or false if the host has detached the plugin. It returns nil if the
-// host is not to be watched: go-plugin's are not.
-func hostWaiter(host hostInfo) func() bool {
+// waitHost waits for the end of the host. It returns false if the host is not to
+// be watched, as those of go-plugin, or has detached the plugin.
+func waitHost(host hostInfo) bool {
 	switch host.watch {
 	case watchPipe:
 		// A process in between may have closed it and used its number again.
 		pipe := os.NewFile(uintptr(host.fd), "lifeline")
 		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
 			foreign = pipe
-			return nil
+			return false
 		}
-		return func() bool {
-			_, err := pipe.Read(make([]byte, 1))
-			return err == io.EOF
-		}
+		_, err := pipe.Read(make([]byte, 1))
+		return err == io.EOF
 	case watchPid:
 		process, err := os.FindProcess(host.pid)
-		if errors.Is(err, fs.ErrPermission) {
-			return nil // it runs as another user
+		if err != nil { // it is gone, or runs as another user
+			return !errors.Is(err, fs.ErrPermission)
 		}
-		return func() bool {
-			if err != nil {
-				return true // gone already
-			}
-			_, err := process.Wait()
-			return err == nil
-		}
+		_, err = process.Wait()
+		return err == nil
 	}
-	return nil
+	return false
 }
 
 // serveTest is Serve in test mode.
@@ -251,10 +239,7 @@ func serveTest(config *ServeConfig) {
 	if test.CloseCh != nil {
 		defer close(test.CloseCh)
 	}
-	ctx := test.Context
-	if ctx == nil {
-		ctx = context.Background()
-	}
+	ctx := cmp.Or(test.Context, context.Background())
 	logger := config.Logger
 	if logger == nil {
 		logger = hclog.Default().Named("plugin")
@@ -262,6 +247,7 @@ func serveTest(config *ServeConfig) {
 	env := map[string]string{EnvUnixSocketDir: os.Getenv(EnvUnixSocketDir)}
 	s, err := newServing(config, env, logger)
 	if err == nil {
+		defer s.server.serving.Wait()
 		defer s.close()
 		if test.SyncStdio {
 			err = s.capture(os.Stdout, os.Stderr)
@@ -416,12 +402,13 @@ func (s *serving) serve() {
 	s.server.serving.Go(func() { s.server.Serve(s.listener) })
 }
 
-// close ends the serving: what was printed is sent, the sessions end, and the
-// process has its own stdout and stderr again.
+// close ends the serving: what was printed is sent, and the process has its own
+// stdout and stderr again. The connections are closed, too, but it does not wait
+// for that: the process is about to exit.
 func (s *serving) close() {
 	s.unlisten()
 	s.server.flush()
-	s.server.close()
+	s.server.endConns()
 	s.restore()
 	for _, r := range s.output {
 		_ = r.Close()

@@ -79,13 +79,12 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		// What matters in yamux's messages is in the errors of calls and streams.
 		Logger: log.New(&lineWriter{max: maxJoined, emit: func(line []byte, _ int) { logger.Debug(string(line)) }}, "", 0),
 	}
-	var err error
+	begin := yamux.Server
 	if host {
-		s.mux, err = yamux.Client(s.frames, config)
-	} else {
-		s.mux, err = yamux.Server(s.frames, config)
+		begin = yamux.Client
 	}
-	if err != nil {
+	var err error
+	if s.mux, err = begin(s.frames, config); err != nil {
 		_ = conn.Close()
 		return nil, err
 	}

@@ -115,6 +115,13 @@ func processesWith(variable string) (pids []int) {
 	return pids
 }
 
+func ok(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // program is a program that is built when it is first asked for.
 type program struct {
 	pkg string
@@ -124,14 +131,12 @@ type program struct {
 var programs sync.Map // program to a func() (string, error)
 
 // path returns the binary's path.
-func (p program) path(t testing.TB) string {
+func (p program) path(t *testing.T) string {
 	t.Helper()
 	f, _ := programs.LoadOrStore(p, sync.OnceValues(func() (string, error) {
 		return builder.Program(p.pkg, p.lib)
 	}))
 	path, err := f.(func() (string, error))()
-	if err != nil {
-		t.Fatal(err)
-	}
+	ok(t, err)
 	return path
 }

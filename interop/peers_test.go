@@ -3,10 +3,8 @@ package interop
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"net/rpc"
 	"os"
 	"os/exec"
@@ -30,80 +28,50 @@ import (
 // peerTest is one of these tests: what is tried, and what must come of it.
 type peerTest struct {
 	group, what, outcome string
-	run                  func(*testing.T) error
+	run                  func(*testing.T)
 }
 
 const (
-	grpcPeer  = "gRPC alone"
-	oldPlugin = "our host, go-plugin plugin"
-	oldHost   = "go-plugin host, our plugin"
+	oursFirst     = "our host, go-plugin plugin"
+	goPluginFirst = "go-plugin host, our plugin"
 )
 
 var peerTests = []peerTest{
-	{grpcPeer, "our host, a go-plugin plugin that speaks gRPC alone", "refused: `Start` says why, and nothing is left", grpcOnlyPlugin},
-	{oldPlugin, "`Call` whose context ends", "returns at once; the method runs to its end, and the client stays usable", callGivenUp},
-	{oldPlugin, "`errors.Is` for an error that a method returned", "the text arrives, as an `rpc.ServerError`, without the identity", lostIdentity},
-	{oldPlugin, "`Call` during which the plugin panics", "an `ExitError` with the panic", exitError},
-	{oldPlugin, "`DialRPC`, and `Accept` there", "works", dialOldRPC},
-	{oldPlugin, "`ServeRPC`, and `Dial` there", "works", serveOldRPC},
-	{oldPlugin, "`DialReader`, `DialWriter` for something else", "an error that says what the other side lacks", dialOldStream},
-	{oldPlugin, "`ServeReader`, `ServeWriter`, dialled as something else", "the one that dials gets an error", serveOldStream},
-	{oldHost, "a method that takes a context", "can be called as any other", methodWithContext},
-	{oldHost, "a method's error with an identity", "the text arrives, as an `rpc.ServerError`", identityToOldHost},
-	{oldHost, "`DialRPC`, `ServeRPC`", "work", rpcWithOldHost},
-	{oldHost, "`DialReader`, `DialWriter` for something else", "an error that says what the other side lacks", dialFromOldHost},
-	{oldHost, "`ServeReader`, `ServeWriter`, dialled as something else", "the one that dials gets an error", serveToOldHost},
+	{oursFirst, "a plugin that speaks gRPC alone", "refused: `Start` says why, and nothing is left", grpcOnlyPlugin},
+	{oursFirst, "`Call` whose context ends", "returns at once; the method runs to its end, and the client stays usable", cancelledCall},
+	{oursFirst, "`errors.Is` for an error that a method returned", "the text arrives, as an `rpc.ServerError`, without the identity", lostIdentity},
+	{oursFirst, "`Call` during which the plugin panics", "an `ExitError` with the panic", exitError},
+	{oursFirst, "`DialRPC`, and `Accept` there", "works", dialGoPluginRPC},
+	{oursFirst, "`ServeRPC`, and `Dial` there", "works", serveGoPluginRPC},
+	{oursFirst, "`DialReader`, `DialWriter` for something else", "an error, at the latest when it is used", dialGoPluginStream},
+	{oursFirst, "`ServeReader`, `ServeWriter`, called as another service", "the plugin gets an error", serveGoPluginStream},
+	{goPluginFirst, "a method that takes a context", "can be called as any other", methodWithContext},
+	{goPluginFirst, "a method's error with an identity", "the text arrives, as an `rpc.ServerError`", identityToGoPlugin},
+	{goPluginFirst, "`DialRPC`, `ServeRPC`", "work", rpcWithGoPlugin},
+	{goPluginFirst, "`DialReader`, `DialWriter` for something else", "an error, at the latest when it is used", dialFromGoPlugin},
+	{goPluginFirst, "`ServeReader`, `ServeWriter`, called as another service", "the host gets an error", serveToGoPlugin},
 }
 
-var peerOutcomes [16]struct {
-	once sync.Once
-	err  error
-}
-
-// of runs a test, once in a test run, in a directory of its own, and sees that
-// nothing is left.
-func (p peerTest) of(t *testing.T, i int) error {
-	o := &peerOutcomes[i]
-	o.once.Do(func() {
-		// Not t.TempDir, whose path is too long for sockets.
-		dir, err := os.MkdirTemp("", "p-*")
-		if err != nil {
-			o.err = err
-			return
-		}
-		defer os.RemoveAll(dir)
-		t.Setenv("TMPDIR", dir)
-		before := strings.Count(goroutinesLeft(0), "\n\n") + 1
-		if o.err = p.run(t); o.err != nil {
-			return
-		}
-		left := nothing(func() string { return processesLeft(dir) + filesLeft(dir) + goroutinesLeft(before) })
-		if left != "" {
-			o.err = fmt.Errorf("left behind: %s", left)
-		}
-	})
-	return o.err
-}
-
+// TestPeers runs each in a directory of its own, and sees that nothing is left.
 func TestPeers(t *testing.T) {
-	for i, p := range peerTests {
+	for _, p := range peerTests {
 		t.Run(p.group+"/"+p.what, func(t *testing.T) {
-			if err := p.of(t, i); err != nil {
-				t.Error(err)
-			}
+			// Not t.TempDir, whose path is too long for sockets.
+			dir, err := os.MkdirTemp("", "p-*")
+			ok(t, err)
+			t.Setenv("TMPDIR", dir)
+			before := strings.Count(goroutinesLeft(0), "\n\n") + 1
+			hanging := time.AfterFunc(2*hangs, func() { panic("the test hangs:\n" + goroutinesLeft(0)) })
+			t.Cleanup(func() { // after the test's own
+				hanging.Stop()
+				left := nothing(func() string { return processesLeft(dir) + filesLeft(dir) + goroutinesLeft(before) })
+				if left != "" {
+					t.Error("left behind:", left)
+				}
+				_ = os.RemoveAll(dir)
+			})
+			p.run(t)
 		})
-	}
-}
-
-// within runs f, which must not hang.
-func within(what string, f func() error) error {
-	done := make(chan error, 1)
-	go func() { done <- f() }()
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(hangs):
-		return fmt.Errorf("%s hangs", what)
 	}
 }
 
@@ -118,23 +86,33 @@ func together(fs ...func() error) error {
 	return errors.Join(errs...)
 }
 
-// says checks that an error is there and says all that.
-func says(err error, texts ...string) error {
+// fails makes an error of there being none.
+func fails(err error) error {
 	if err == nil {
 		return errors.New("there is no error")
 	}
-	for _, text := range texts {
-		if !strings.Contains(err.Error(), text) {
-			return fmt.Errorf("the error does not say %q: %w", text, err)
-		}
-	}
 	return nil
+}
+
+func must(t *testing.T, holds bool, format string, args ...any) {
+	t.Helper()
+	if !holds {
+		t.Fatalf(format, args...)
+	}
 }
 
 // remote is a plugin's broker and client, of whichever library.
 type remote[B any] struct {
 	broker B
 	*rpc.Client
+}
+
+// sound checks that it can be called.
+func (r remote[B]) sound(t *testing.T) {
+	t.Helper()
+	var sum int
+	ok(t, r.Call("Plugin.Add", [2]int{2, 3}, &sum))
+	must(t, sum == 5, "2+3 is %d", sum)
 }
 
 // ourHost is a Plugin for a host that uses this library.
@@ -145,301 +123,229 @@ func (ourHost) Client(b *plugin.MuxBroker, c *rpc.Client) (any, error) {
 	return remote[*plugin.MuxBroker]{b, c}, nil
 }
 
-func ourConfig(binary string) *plugin.ClientConfig {
-	return &plugin.ClientConfig{
-		HandshakeConfig: plugin.HandshakeConfig(shared.Handshake),
-		Plugins:         plugin.PluginSet{"worker": ourHost{}},
-		Cmd:             exec.Command(binary),
-		Logger:          hclog.NewNullLogger(),
-	}
+// ourClient is a client for a plugin made with go-plugin.
+func ourClient(t *testing.T, pkg string, allowed ...plugin.Protocol) *plugin.Client {
+	c := plugin.NewClient(&plugin.ClientConfig{
+		HandshakeConfig:  plugin.HandshakeConfig(shared.Handshake),
+		Plugins:          plugin.PluginSet{"worker": ourHost{}},
+		Cmd:              exec.Command(program{pkg, build.GoPlugin}.path(t)),
+		Logger:           hclog.NewNullLogger(),
+		AllowedProtocols: allowed,
+	})
+	t.Cleanup(c.Kill)
+	return c
 }
 
-// withOldPlugin runs f with our host and a go-plugin plugin.
-func withOldPlugin(t *testing.T, f func(*plugin.Client, remote[*plugin.MuxBroker]) error) error {
-	c := plugin.NewClient(ourConfig(program{"plugin", build.GoPlugin}.path(t)))
-	defer c.Kill()
+// goPlugin returns a go-plugin plugin, as a host of ours has it.
+func goPlugin(t *testing.T) (*plugin.Client, remote[*plugin.MuxBroker]) {
+	c := ourClient(t, "plugin")
 	protocol, err := c.Client()
-	if err != nil {
-		return err
-	}
+	ok(t, err)
 	w, err := plugin.Dispense[remote[*plugin.MuxBroker]](protocol, "worker")
-	if err != nil {
-		return err
-	}
-	return within("the test", func() error { return f(c, w) })
+	ok(t, err)
+	return c, w
 }
 
-// oldHostPlugin is a Plugin for a host that uses go-plugin.
-type oldHostPlugin struct{}
+// goPluginHost is a Plugin for a host that uses go-plugin.
+type goPluginHost struct{}
 
-func (oldHostPlugin) Server(*goplugin.MuxBroker) (any, error) { return nil, nil }
-func (oldHostPlugin) Client(b *goplugin.MuxBroker, c *rpc.Client) (any, error) {
+func (goPluginHost) Server(*goplugin.MuxBroker) (any, error) { return nil, nil }
+func (goPluginHost) Client(b *goplugin.MuxBroker, c *rpc.Client) (any, error) {
 	return remote[*goplugin.MuxBroker]{b, c}, nil
 }
 
-// withOldHost runs f with a go-plugin host and a plugin of ours that uses what
-// is new.
-func withOldHost(t *testing.T, f func(remote[*goplugin.MuxBroker]) error) error {
+// ourPlugin returns a plugin of ours that uses what go-plugin has not, as a
+// go-plugin host has it.
+func ourPlugin(t *testing.T) remote[*goplugin.MuxBroker] {
 	c := goplugin.NewClient(&goplugin.ClientConfig{
 		HandshakeConfig: shared.Handshake,
-		Plugins:         goplugin.PluginSet{"worker": oldHostPlugin{}},
-		Cmd:             exec.Command(program{"newplugin", build.GoPlugin}.path(t)),
+		Plugins:         goplugin.PluginSet{"worker": goPluginHost{}},
+		Cmd:             exec.Command(program{"newplugin", build.Ours}.path(t)),
 		Logger:          hclog.NewNullLogger(),
 		SyncStdout:      io.Discard,
 		SyncStderr:      io.Discard,
 	})
-	defer c.Kill()
+	t.Cleanup(c.Kill)
 	protocol, err := c.Client()
-	if err != nil {
-		return err
-	}
+	ok(t, err)
 	v, err := protocol.Dispense("worker")
-	if err != nil {
-		return err
-	}
-	return within("the test", func() error { return f(v.(remote[*goplugin.MuxBroker])) })
+	ok(t, err)
+	return v.(remote[*goplugin.MuxBroker])
 }
 
-func grpcOnlyPlugin(t *testing.T) error {
-	binary := program{"grpcplugin", build.GoPlugin}.path(t)
+func grpcOnlyPlugin(t *testing.T) {
 	for _, allowed := range [][]plugin.Protocol{nil, {plugin.ProtocolNetRPC}, {plugin.ProtocolGRPC}, {plugin.ProtocolNetRPC, plugin.ProtocolGRPC}} {
-		config := ourConfig(binary)
-		config.AllowedProtocols = allowed
-		c := plugin.NewClient(config)
-		err := within("a start that fails", func() error { _, err := c.Client(); return err })
-		c.Kill()
-		if err := says(err, "gRPC", "net/rpc"); err != nil {
-			return fmt.Errorf("allowing %v: %w", allowed, err)
-		}
-		if !errors.As(err, new(*plugin.StartError)) {
-			return fmt.Errorf("the error is a %T", err)
-		}
+		_, err := ourClient(t, "grpcplugin", allowed...).Client()
+		must(t, errors.As(err, new(*plugin.StartError)), "allowing %v, the error is a %T: %v", allowed, err, err)
+		must(t, strings.Contains(err.Error(), "gRPC"), "allowing %v, the error is %v", allowed, err)
 	}
-	return nil
 }
 
-func callGivenUp(t *testing.T) error {
-	return withOldPlugin(t, func(_ *plugin.Client, w remote[*plugin.MuxBroker]) error {
-		for range 10 {
-			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
-			err := plugin.Call(ctx, w.Client, "Plugin.Sleep", 2*hangs, &struct{}{})
-			cancel()
-			if !errors.Is(err, context.DeadlineExceeded) {
-				return fmt.Errorf("the error is %w", err)
-			}
-			var sum int
-			if err := plugin.Call(context.Background(), w.Client, "Plugin.Add", [2]int{2, 3}, &sum); err != nil || sum != 5 {
-				return fmt.Errorf("after that, 2+3 is %d, %w", sum, err)
-			}
-		}
-		return nil
-	})
+func cancelledCall(t *testing.T) {
+	_, w := goPlugin(t)
+	for range 10 {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+		err := plugin.Call(ctx, w.Client, "Plugin.Sleep", 2*hangs, &struct{}{})
+		cancel()
+		must(t, errors.Is(err, context.DeadlineExceeded), "the error is %v", err)
+		w.sound(t)
+	}
 }
 
-func lostIdentity(t *testing.T) error {
-	return withOldPlugin(t, func(_ *plugin.Client, w remote[*plugin.MuxBroker]) error {
-		err := plugin.Call(context.Background(), w.Client, "Plugin.EOF", new(any), &struct{}{})
-		var se rpc.ServerError
-		if !errors.As(err, &se) || errors.Is(err, io.EOF) {
-			return fmt.Errorf("the error is a %T: %w", err, err)
-		}
-		return says(err, "wrapped: EOF")
-	})
+func lostIdentity(t *testing.T) {
+	_, w := goPlugin(t)
+	err := plugin.Call(context.Background(), w.Client, "Plugin.EOF", new(any), &struct{}{})
+	var text rpc.ServerError
+	must(t, errors.As(err, &text) && text == "wrapped: EOF" && !errors.Is(err, io.EOF), "the error is a %T: %v", err, err)
 }
 
-func exitError(t *testing.T) error {
-	return withOldPlugin(t, func(c *plugin.Client, w remote[*plugin.MuxBroker]) error {
-		err := plugin.Call(context.Background(), w.Client, "Plugin.Crash", new(any), &struct{}{})
-		var exit *plugin.ExitError
-		if !errors.As(err, &exit) || !errors.Is(err, io.ErrUnexpectedEOF) {
-			return fmt.Errorf("the error is a %T: %w", err, err)
-		}
-		<-c.Done()
-		// A go-plugin plugin leaves its socket when it crashes, in the directory
-		// that this host has made and removed.
-		return says(errors.New(exit.Panic), "crash on demand")
-	})
+func exitError(t *testing.T) {
+	c, w := goPlugin(t)
+	err := plugin.Call(context.Background(), w.Client, "Plugin.Crash", new(any), &struct{}{})
+	var exit *plugin.ExitError
+	must(t, errors.As(err, &exit) && errors.Is(err, io.ErrUnexpectedEOF), "the error is a %T: %v", err, err)
+	must(t, strings.Contains(exit.Panic, "crash on demand"), "the panic is %q", exit.Panic)
+	// A go-plugin plugin leaves its socket when it crashes, in the directory that
+	// this host has made and removes.
+	<-c.Done()
 }
 
-func dialOldRPC(t *testing.T) error {
-	return withOldPlugin(t, func(_ *plugin.Client, w remote[*plugin.MuxBroker]) error {
-		var id uint32
-		if err := w.Call("Plugin.Helper", new(any), &id); err != nil {
-			return err
-		}
-		client, err := w.broker.DialRPC(id)
-		if err != nil {
-			return err
-		}
-		defer client.Close()
-		var got string
-		err = plugin.Call(context.Background(), client, "Plugin.Greet", "host", &got)
-		if got != "hello, host" {
-			return fmt.Errorf("%q, %w", got, err)
-		}
-		return err
-	})
+func dialGoPluginRPC(t *testing.T) {
+	_, w := goPlugin(t)
+	var id uint32
+	ok(t, w.Call("Plugin.Helper", new(any), &id))
+	client, err := w.broker.DialRPC(id)
+	ok(t, err)
+	defer client.Close()
+	var got string
+	ok(t, plugin.Call(context.Background(), client, "Plugin.Greet", "host", &got))
+	must(t, got == "hello, host", "the answer is %q", got)
 }
 
 type greeter struct{}
 
 func (greeter) Greet(name string, out *string) error { *out = "welcome, " + name; return nil }
 
-func serveOldRPC(t *testing.T) error {
-	return withOldPlugin(t, func(_ *plugin.Client, w remote[*plugin.MuxBroker]) error {
-		var got string
-		err := w.Call("Plugin.CallBack", w.broker.ServeRPC(greeter{}), &got)
-		if got != "welcome, the plugin" {
-			return fmt.Errorf("%q, %w", got, err)
-		}
-		return err
-	})
+func serveGoPluginRPC(t *testing.T) {
+	_, w := goPlugin(t)
+	id, stop := w.broker.ServeRPC(greeter{})
+	defer stop()
+	var got string
+	ok(t, w.Call("Plugin.CallBack", id, &got))
+	must(t, got == "welcome, the plugin", "the answer is %q", got)
 }
 
-// lacking is what an error says about a peer that has no readers and writers.
-var lacking = []string{"the other side", "this library"}
-
-func dialOldStream(t *testing.T) error {
-	return withOldPlugin(t, func(_ *plugin.Client, w remote[*plugin.MuxBroker]) error {
-		reader := func(id uint32) error { _, err := w.broker.DialReader(id); return err }
-		writer := func(id uint32) error { _, err := w.broker.DialWriter(id); return err }
-		// An RPC server, which waits for the rest of what it takes for gob.
-		service := func(dial func(uint32) error) func() error {
-			return func() error {
-				var id uint32
-				if err := w.Call("Plugin.Helper", new(any), &id); err != nil {
-					return err
-				}
-				return says(dial(id), lacking...)
-			}
-		}
-		// Somebody who reads and says nothing, and must get an end.
-		silent := func(dial func(uint32) error) func() error {
-			return func() error {
-				id := w.broker.NextId()
-				call := w.Go("Plugin.Receive", shared.Transfer{ID: id, Size: 4}, new(string), nil)
-				return errors.Join(says(dial(id), lacking...), (<-call.Done).Error)
-			}
-		}
-		return together(service(reader), service(writer), silent(reader), silent(writer))
-	})
-}
-
-func serveOldStream(t *testing.T) error {
-	return withOldPlugin(t, func(_ *plugin.Client, w remote[*plugin.MuxBroker]) error {
-		for name, id := range map[string]uint32{
-			"ServeReader": w.broker.ServeReader(strings.NewReader("text")),
-			"ServeWriter": w.broker.ServeWriter(io.Discard),
-		} {
-			// The plugin makes an RPC client of it, which cannot succeed.
-			if err := says(w.Call("Plugin.CallBack", id, new(string))); err != nil {
-				return fmt.Errorf("%s: %w", name, err)
-			}
-		}
-		var sum int
-		return w.Call("Plugin.Add", [2]int{2, 3}, &sum)
-	})
-}
-
-func methodWithContext(t *testing.T) error {
-	return withOldHost(t, func(w remote[*goplugin.MuxBroker]) error {
-		var got string
-		if err := w.Call("Plugin.Wait", time.Millisecond, &got); err != nil || got != "<nil>" {
-			return fmt.Errorf("during the call, the context is at %q, %w", got, err)
-		}
-		return nil
-	})
-}
-
-func identityToOldHost(t *testing.T) error {
-	return withOldHost(t, func(w remote[*goplugin.MuxBroker]) error {
-		err := w.Call("Plugin.Missing", "x", &struct{}{})
-		if want := fmt.Sprintf("x: %v", fs.ErrNotExist); err != rpc.ServerError(want) {
-			return fmt.Errorf("the error is a %T: %w", err, err)
-		}
-		return nil
-	})
-}
-
-func rpcWithOldHost(t *testing.T) error {
-	return withOldHost(t, func(w remote[*goplugin.MuxBroker]) error {
-		id := w.broker.NextId()
-		go w.broker.AcceptAndServe(id, greeter{})
-		var got string
-		if err := w.Call("Plugin.CallBack", id, &got); err != nil || got != "welcome, the plugin" {
-			return fmt.Errorf("%q, %w", got, err)
-		}
-		if err := w.Call("Plugin.Helper", new(any), &id); err != nil {
-			return err
-		}
-		conn, err := w.broker.Dial(id)
+func dialGoPluginStream(t *testing.T) {
+	_, w := goPlugin(t)
+	read := func(id uint32) error {
+		r, err := w.broker.DialReader(id)
 		if err != nil {
+			return nil
+		}
+		_, err = io.ReadAll(r)
+		return errors.Join(fails(err), r.Close())
+	}
+	write := func(id uint32) error {
+		wr, err := w.broker.DialWriter(id)
+		if err != nil {
+			return nil
+		}
+		_, err = io.WriteString(wr, "text")
+		return fails(errors.Join(err, wr.Close()))
+	}
+	// An RPC server, which waits for the rest of what it takes for gob.
+	service := func(dial func(uint32) error) func() error {
+		return func() error {
+			var id uint32
+			return errors.Join(w.Call("Plugin.Helper", new(any), &id), dial(id))
+		}
+	}
+	// Somebody who reads and says nothing, and must get an end.
+	silent := func(dial func(uint32) error) func() error {
+		return func() error {
+			id := w.broker.NextId()
+			call := w.Go("Plugin.Receive", shared.Transfer{ID: id}, new(string), nil)
+			err := dial(id)
+			<-call.Done
 			return err
 		}
+	}
+	ok(t, together(service(read), service(write), silent(read), silent(write)))
+}
+
+func serveGoPluginStream(t *testing.T) {
+	_, w := goPlugin(t)
+	reader, stopReading := w.broker.ServeReader(strings.NewReader("text"))
+	defer stopReading()
+	writer, stopWriting := w.broker.ServeWriter(io.Discard)
+	defer stopWriting()
+	// The plugin makes an RPC client of each, which cannot succeed.
+	for _, id := range []uint32{reader, writer} {
+		ok(t, fails(w.Call("Plugin.CallBack", id, new(string))))
+	}
+	w.sound(t)
+}
+
+func methodWithContext(t *testing.T) {
+	var got string
+	ok(t, ourPlugin(t).Call("Plugin.Wait", time.Millisecond, &got))
+	must(t, got == "<nil>", "during the call, the context is at %q", got)
+}
+
+func identityToGoPlugin(t *testing.T) {
+	err := ourPlugin(t).Call("Plugin.Missing", "x", &struct{}{})
+	must(t, err == rpc.ServerError("x: "+fs.ErrNotExist.Error()), "the error is a %T: %v", err, err)
+}
+
+func rpcWithGoPlugin(t *testing.T) {
+	w := ourPlugin(t)
+	id := w.broker.NextId()
+	go w.broker.AcceptAndServe(id, greeter{})
+	var got string
+	ok(t, w.Call("Plugin.CallBack", id, &got))
+	must(t, got == "welcome, the plugin", "the answer is %q", got)
+	ok(t, w.Call("Plugin.Helper", new(any), &id))
+	conn, err := w.broker.Dial(id)
+	ok(t, err)
+	client := rpc.NewClient(conn)
+	defer client.Close()
+	ok(t, client.Call("Plugin.Greet", "host", &got))
+	must(t, got == "hello, host", "the answer is %q", got)
+}
+
+func dialFromGoPlugin(t *testing.T) {
+	w := ourPlugin(t)
+	service := func(method string) func() error {
+		return func() error {
+			id := w.broker.NextId()
+			go w.broker.AcceptAndServe(id, greeter{})
+			return fails(w.Call(method, id, new(string)))
+		}
+	}
+	silent := func(method string) func() error {
+		return func() error {
+			id := w.broker.NextId()
+			call := w.Go(method, id, new(string), nil)
+			conn, err := w.broker.Accept(id)
+			if err != nil {
+				return err
+			}
+			_, err = io.Copy(io.Discard, conn)
+			return errors.Join(err, conn.Close(), fails((<-call.Done).Error))
+		}
+	}
+	ok(t, together(service("Plugin.Read"), service("Plugin.Write"), silent("Plugin.Read"), silent("Plugin.Write")))
+}
+
+func serveToGoPlugin(t *testing.T) {
+	w := ourPlugin(t)
+	for _, method := range []string{"Plugin.Reader", "Plugin.Writer"} {
+		var id uint32
+		ok(t, w.Call(method, new(any), &id))
+		conn, err := w.broker.Dial(id)
+		ok(t, err)
 		client := rpc.NewClient(conn)
-		defer client.Close()
-		if err := client.Call("Plugin.Greet", "host", &got); err != nil || got != "hello, host" {
-			return fmt.Errorf("%q, %w", got, err)
-		}
-		return nil
-	})
-}
-
-func dialFromOldHost(t *testing.T) error {
-	return withOldHost(t, func(w remote[*goplugin.MuxBroker]) error {
-		service := func(method string) func() error {
-			return func() error {
-				id := w.broker.NextId()
-				go w.broker.AcceptAndServe(id, greeter{})
-				return says(w.Call(method, id, new(string)), lacking...)
-			}
-		}
-		silent := func(method string) func() error {
-			return func() error {
-				id := w.broker.NextId()
-				call := w.Go(method, id, new(string), nil)
-				conn, err := w.broker.Accept(id)
-				if err != nil {
-					return err
-				}
-				_, err = io.Copy(io.Discard, conn)
-				return errors.Join(err, conn.Close(), says((<-call.Done).Error, lacking...))
-			}
-		}
-		return together(service("Plugin.Read"), service("Plugin.Write"), silent("Plugin.Read"), silent("Plugin.Write"))
-	})
-}
-
-func serveToOldHost(t *testing.T) error {
-	return withOldHost(t, func(w remote[*goplugin.MuxBroker]) error {
-		dial := func(method string) (net.Conn, error) {
-			var id uint32
-			if err := w.Call(method, new(any), &id); err != nil {
-				return nil, err
-			}
-			return w.broker.Dial(id)
-		}
-		service := func(method string) func() error {
-			return func() error {
-				conn, err := dial(method)
-				if err != nil {
-					return err
-				}
-				client := rpc.NewClient(conn)
-				defer client.Close()
-				return says(client.Call("Plugin.Greet", "host", new(string)))
-			}
-		}
-		silent := func(method string) func() error {
-			return func() error {
-				conn, err := dial(method)
-				if err != nil {
-					return err
-				}
-				_, err = io.Copy(io.Discard, conn)
-				return errors.Join(err, conn.Close())
-			}
-		}
-		return together(service("Plugin.Reader"), service("Plugin.Writer"), silent("Plugin.Reader"), silent("Plugin.Writer"))
-	})
+		ok(t, fails(client.Call("Plugin.Greet", "host", new(string))))
+		ok(t, client.Close())
+	}
 }

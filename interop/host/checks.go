@@ -8,7 +8,6 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -29,7 +28,7 @@ import (
 // checks is all that the four pairs of host and plugin must pass.
 var checks = []struct {
 	name, what string
-	run        func(*host) error
+	run        func(*host)
 }{
 	{"calls", "calls, with values of every kind", calls},
 	{"errors", "errors of methods, unknown methods, unknown plugins, errors in replies", errorsOfCalls},
@@ -47,6 +46,7 @@ var checks = []struct {
 	{"version-legacy-host", "versions: a host with only `ProtocolVersion`, a plugin with several", versionLegacyHost},
 	{"version-legacy-plugin", "versions: a host with several, a plugin with only `ProtocolVersion`", versionLegacyPlugin},
 	{"automtls", "`AutoMTLS`", autoMTLS},
+	{"chain", "`AutoMTLS` in a plugin that is a host, too, of a plugin made with its own host's library", chain},
 	{"tls", "`TLSProvider` and `TLSConfig`; a host that trusts another certificate", withTLS},
 	{"secure", "`SecureConfig`, with the right and a wrong checksum", secure},
 	{"cookie", "a magic cookie that does not match", cookie},
@@ -61,11 +61,8 @@ var checks = []struct {
 	{"grpc-only-host", "a host that allows gRPC alone: a clear error", grpcOnlyHost},
 }
 
-func calls(h *host) error {
-	w, err := h.worker()
-	if err != nil {
-		return err
-	}
+func calls(h *host) {
+	w := h.worker()
 	for _, in := range []shared.Record{
 		{},
 		{Name: "x"},
@@ -75,51 +72,30 @@ func calls(h *host) error {
 		},
 	} {
 		var out shared.Record
-		if err := w.Call("Plugin.Echo", in, &out); err != nil {
-			return err
-		}
-		if !reflect.DeepEqual(in, out) {
-			return fmt.Errorf("%.100v came back as %.100v", in, out)
-		}
+		h.ok(w.Call("Plugin.Echo", in, &out))
+		h.must(reflect.DeepEqual(in, out), "%.100v came back as %.100v", in, out)
 	}
-	return sound(w)
+	h.sound(w)
 }
 
-func errorsOfCalls(h *host) error {
-	_, protocol, w, err := h.start(h.config())
-	if err != nil {
-		return err
-	}
-	err = w.Call("Plugin.Fail", "it is what it is", &struct{}{})
-	if err != rpc.ServerError("it is what it is") {
-		return fmt.Errorf("the error of a method is %T %q", err, err)
-	}
+func errorsOfCalls(h *host) {
+	_, protocol, w := h.start(h.config())
+	err := w.Call("Plugin.Fail", "it is what it is", &struct{}{})
+	h.must(err == rpc.ServerError("it is what it is"), "the error of a method is %T %q", err, err)
 	var verdict shared.Verdict
-	if err := w.Call("Plugin.Judge", "guilty", &verdict); err != nil {
-		return err
-	}
-	if verdict.Err == nil || verdict.Err.Error() != "guilty" {
-		return fmt.Errorf("the error in a reply is %v", verdict.Err)
-	}
+	h.ok(w.Call("Plugin.Judge", "guilty", &verdict))
+	h.must(verdict.Err != nil && verdict.Err.Error() == "guilty", "the error in a reply is %v", verdict.Err)
 	for _, name := range []string{"Plugin.NoSuch", "NoSuch.Add", "none"} {
-		if err := w.Call(name, 1, new(int)); err == nil {
-			return fmt.Errorf("%s can be called", name)
-		}
+		h.must(w.Call(name, 1, new(int)) != nil, "%s can be called", name)
 	}
-	if err := w.Call("Plugin.Add", "no numbers", new(int)); err == nil {
-		return errors.New("an argument of a wrong type is taken")
-	}
-	if v, err := protocol.Dispense("nobody"); err == nil {
-		return fmt.Errorf("an unknown plugin is a %T", v)
-	}
-	return sound(w)
+	h.must(w.Call("Plugin.Add", "no numbers", new(int)) != nil, "an argument of a wrong type is taken")
+	v, err := protocol.Dispense("nobody")
+	h.must(err != nil, "an unknown plugin is a %T", v)
+	h.sound(w)
 }
 
-func concurrent(h *host) error {
-	w, err := h.worker()
-	if err != nil {
-		return err
-	}
+func concurrent(h *host) {
+	w := h.worker()
 	var callers sync.WaitGroup
 	failed := make(chan error, 64)
 	for i := range cap(failed) {
@@ -127,11 +103,8 @@ func concurrent(h *host) error {
 			for j := range 200 {
 				var sum int
 				err := w.Call("Plugin.Add", [2]int{i, j}, &sum)
-				if err == nil {
-					err = same("a sum", sum, i+j)
-				}
-				if err != nil {
-					failed <- err
+				if err != nil || sum != i+j {
+					failed <- fmt.Errorf("%d+%d is %d, %w", i, j, sum, err)
 					return
 				}
 			}
@@ -139,171 +112,102 @@ func concurrent(h *host) error {
 	}
 	callers.Wait()
 	close(failed)
-	return <-failed
+	h.ok(<-failed)
 }
 
-func dispenses(h *host) error {
-	_, protocol, w, err := h.start(h.config())
-	if err != nil {
-		return err
-	}
+func dispenses(h *host) {
+	_, protocol, w := h.start(h.config())
 	for range 5 {
 		v, err := protocol.Dispense("worker")
-		if err != nil {
-			return err
-		}
+		h.ok(err)
 		other := v.(*shared.Remote)
-		if err := sound(other); err != nil {
-			return err
-		}
-		if err := other.Close(); err != nil {
-			return err
-		}
+		h.sound(other)
+		h.ok(other.Close())
 	}
-	return sound(w)
+	h.sound(w)
 }
 
 type greeter struct{}
 
 func (greeter) Greet(name string, out *string) error { *out = "welcome, " + name; return nil }
 
-func callBack(h *host) error {
-	w, err := h.worker()
-	if err != nil {
-		return err
-	}
+func callBack(h *host) {
+	w := h.worker()
 	for range 20 {
 		id := w.Broker.NextId()
 		go w.Broker.AcceptAndServe(id, greeter{})
 		var got string
-		if err := w.Call("Plugin.CallBack", id, &got); err != nil {
-			return err
-		}
-		if err := same("the answer", got, "welcome, the plugin"); err != nil {
-			return err
-		}
+		h.ok(w.Call("Plugin.CallBack", id, &got))
+		h.same("the answer", got, "welcome, the plugin")
 	}
-	return nil
 }
 
-func helper(h *host) error {
-	w, err := h.worker()
-	if err != nil {
-		return err
-	}
+func helper(h *host) {
+	w := h.worker()
 	for range 20 {
 		var id uint32
-		if err := w.Call("Plugin.Helper", new(any), &id); err != nil {
-			return err
-		}
+		h.ok(w.Call("Plugin.Helper", new(any), &id))
 		conn, err := w.Broker.Dial(id)
-		if err != nil {
-			return err
-		}
+		h.ok(err)
 		client := rpc.NewClient(conn)
 		var got string
-		if err := client.Call("Plugin.Greet", "host", &got); err != nil {
-			return err
-		}
-		if err := same("the answer", got, "hello, host"); err != nil {
-			return err
-		}
-		if err := client.Close(); err != nil {
-			return err
-		}
+		h.ok(client.Call("Plugin.Greet", "host", &got))
+		h.same("the answer", got, "hello, host")
+		h.ok(client.Close())
 	}
-	return nil
 }
 
 const streamSize = 64 << 20
 
-func streamToPlugin(h *host) error {
-	w, err := h.worker()
-	if err != nil {
-		return err
-	}
+func streamToPlugin(h *host) {
+	w := h.worker()
 	t := shared.Transfer{ID: w.Broker.NextId(), Size: streamSize}
 	var got string
 	call := w.Go("Plugin.Receive", t, &got, nil)
 	conn, err := w.Broker.Dial(t.ID)
-	if err != nil {
-		return err
-	}
+	h.ok(err)
 	sent, err := shared.Send(conn, t.Size)
-	if err := errors.Join(err, conn.Close(), (<-call.Done).Error); err != nil {
-		return err
-	}
-	return same("the checksum", got, sent)
+	h.ok(errors.Join(err, conn.Close(), (<-call.Done).Error))
+	h.same("the checksum", got, sent)
 }
 
-func streamToHost(h *host) error {
-	w, err := h.worker()
-	if err != nil {
-		return err
-	}
+func streamToHost(h *host) {
+	w := h.worker()
 	t := shared.Transfer{ID: w.Broker.NextId(), Size: streamSize}
 	var sent string
 	call := w.Go("Plugin.Send", t, &sent, nil)
 	conn, err := w.Broker.Accept(t.ID)
-	if err != nil {
-		return err
-	}
+	h.ok(err)
 	n, got, err := shared.Receive(conn)
-	if err := errors.Join(err, conn.Close(), (<-call.Done).Error, same("the size", n, t.Size)); err != nil {
-		return err
-	}
-	return same("the checksum", got, sent)
+	h.ok(errors.Join(err, conn.Close(), (<-call.Done).Error))
+	h.same("the size", n, t.Size)
+	h.same("the checksum", got, sent)
 }
 
-func stdio(h *host) error {
-	w, err := h.worker()
-	if err != nil {
-		return err
-	}
+func stdio(h *host) {
+	w := h.worker()
 	var want shared.Lines
 	for i := range 1000 {
 		in := shared.Lines{Stdout: fmt.Sprintf("out %d\n", i), Stderr: fmt.Sprintf("err %d\x00\n", i)}
-		if err := w.Call("Plugin.Print", in, &struct{}{}); err != nil {
-			return err
-		}
+		h.ok(w.Call("Plugin.Print", in, &struct{}{}))
 		want.Stdout += in.Stdout
 		want.Stderr += in.Stderr
 	}
-	arrived := func() bool {
+	h.await("all output arrived", func() bool {
 		return len(h.stdout.String()) >= len(want.Stdout) && len(h.stderr.String()) >= len(want.Stderr)
-	}
-	if err := await("all output arrived", arrived); err != nil {
-		return err
-	}
-	if h.stdout.String() != want.Stdout || h.stderr.String() != want.Stderr {
-		return errors.New("the output is not what was printed")
-	}
-	return nil
+	})
+	h.must(h.stdout.String() == want.Stdout && h.stderr.String() == want.Stderr, "the output is not what was printed")
 }
 
-func logs(h *host) error {
-	w, err := h.worker()
-	if err != nil {
-		return err
-	}
-	if err := w.Call("Plugin.Log", new(any), &struct{}{}); err != nil {
-		return err
-	}
-	all := func() bool { return len(h.records("a record")) >= len(shared.LogLevels) }
-	if err := await("all records arrived", all); err != nil {
-		return fmt.Errorf("%w; the log is:\n%s", err, h.log.String())
-	}
+func logs(h *host) {
+	w := h.worker()
+	h.ok(w.Call("Plugin.Log", new(any), &struct{}{}))
+	h.await("all records arrived", func() bool { return len(h.records("a record")) >= len(shared.LogLevels) })
 	for i, r := range h.records("a record") {
-		err := errors.Join(
-			same("the level", fmt.Sprint(r["@level"]), shared.LogLevels[i]),
-			same("a number", fmt.Sprint(r["number"]), fmt.Sprint(i)),
-			same("a text", fmt.Sprint(r["text"]), "with \"quotes\" and\na line"),
-		)
-		if err != nil {
-			return fmt.Errorf("record %d, %v: %w", i, r, err)
-		}
+		h.same("the level", r["@level"], shared.LogLevels[i])
+		h.same("a number", r["number"], float64(i))
+		h.same("a text", r["text"], "with \"quotes\" and\na line")
 	}
-	return nil
 }
 
 // versions returns the configuration of a host with these versions.
@@ -318,99 +222,81 @@ func (h *host) versions(args []string, versions ...int) *plugin.ClientConfig {
 }
 
 // negotiated checks which version a host and a plugin agree on.
-func (h *host) negotiated(config *plugin.ClientConfig, want int) error {
-	c, _, w, err := h.start(config)
-	if err != nil {
-		return err
-	}
+func (h *host) negotiated(config *plugin.ClientConfig, want int) {
+	c, _, w := h.start(config)
 	var served int
-	if err := w.Call("Plugin.Version", new(any), &served); err != nil {
-		return err
-	}
-	return errors.Join(same("the negotiated version", c.NegotiatedVersion(), want), same("the served version", served, want))
+	h.ok(w.Call("Plugin.Version", new(any), &served))
+	h.same("the negotiated version", c.NegotiatedVersion(), want)
+	h.same("the served version", served, want)
 }
 
-func versionCommon(h *host) error {
-	return h.negotiated(h.versions([]string{"-versions", "1,2,3,5"}, 2, 3, 4), 3)
+func versionCommon(h *host) {
+	h.negotiated(h.versions([]string{"-versions", "1,2,3,5"}, 2, 3, 4), 3)
 }
 
-func versionLegacy(h *host) error { return h.negotiated(h.config(), 1) }
+func versionLegacy(h *host) { h.negotiated(h.config(), 1) }
 
-func versionLegacyHost(h *host) error { return h.negotiated(h.config("-versions", "1,2,3"), 1) }
+func versionLegacyHost(h *host) { h.negotiated(h.config("-versions", "1,2,3"), 1) }
 
-func versionLegacyPlugin(h *host) error { return h.negotiated(h.versions(nil, 1, 2, 3), 1) }
+func versionLegacyPlugin(h *host) { h.negotiated(h.versions(nil, 1, 2, 3), 1) }
 
-func versionNone(h *host) error {
-	return h.refused(h.versions([]string{"-versions", "7"}, 8, 9), "7", "8", "9", "ersion")
+func versionNone(h *host) {
+	h.refused(h.versions([]string{"-versions", "7"}, 8, 9), "7", "8", "9", "ersion")
 }
 
 // refused checks that a plugin does not start, with an error that says why,
 // and that nothing is left of it.
-func (h *host) refused(config *plugin.ClientConfig, reasons ...string) error {
+func (h *host) refused(config *plugin.ClientConfig, reasons ...string) {
 	c := h.client(config)
-	return within("a start that fails", func() error {
-		_, err := c.Client()
-		if err == nil {
-			return errors.New("it starts")
-		}
-		for _, reason := range reasons {
-			if !strings.Contains(err.Error(), reason) {
-				return fmt.Errorf("the error does not say %q: %w", reason, err)
-			}
-		}
-		c.Kill()
-		if p := config.Cmd.Process; p != nil {
-			return await("the process is gone", func() bool { return gone(p.Pid) })
-		}
-		return nil
-	})
+	_, err := c.Client()
+	h.must(err != nil, "it starts")
+	for _, reason := range reasons {
+		h.must(strings.Contains(err.Error(), reason), "the error does not say %q: %v", reason, err)
+	}
+	c.Kill()
+	if p := config.Cmd.Process; p != nil {
+		h.await("the process is gone", func() bool { return gone(p.Pid) })
+	}
 }
 
-func autoMTLS(h *host) error {
+func autoMTLS(h *host) {
 	config := h.config()
 	config.AutoMTLS = true
-	_, _, w, err := h.start(config)
-	if err != nil {
-		return err
-	}
-	return sound(w)
+	_, _, w := h.start(config)
+	h.sound(w)
+}
+
+func chain(h *host) {
+	config := h.config()
+	config.AutoMTLS = true
+	_, _, w := h.start(config)
+	var sum int
+	h.ok(w.Call("Plugin.Chain", *innerFile, &sum))
+	h.same("2+3, by the plugin's plugin", sum, 5)
 }
 
 // certificate writes a self-signed certificate and its key to a file.
-func certificate(path string) (*x509.Certificate, error) {
+func (h *host) certificate(path string) *x509.Certificate {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
+	h.ok(err)
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), DNSNames: []string{"localhost"}, IsCA: true, BasicConstraintsValid: true,
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		return nil, err
-	}
+	h.ok(err)
 	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return nil, err
-	}
+	h.ok(err)
 	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 	text = append(text, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})...)
-	if err := os.WriteFile(path, text, 0o600); err != nil {
-		return nil, err
-	}
-	return x509.ParseCertificate(der)
+	h.ok(os.WriteFile(path, text, 0o600))
+	cert, err := x509.ParseCertificate(der)
+	h.ok(err)
+	return cert
 }
 
-func withTLS(h *host) error {
-	own, err := certificate(h.file("own"))
-	if err != nil {
-		return err
-	}
-	other, err := certificate(h.file("other"))
-	if err != nil {
-		return err
-	}
+func withTLS(h *host) {
+	own, other := h.certificate(h.file("own")), h.certificate(h.file("other"))
 	config := func(trusted *x509.Certificate) *plugin.ClientConfig {
 		c := h.config("-cert", h.file("own"))
 		roots := x509.NewCertPool()
@@ -418,262 +304,140 @@ func withTLS(h *host) error {
 		c.TLSConfig = &tls.Config{RootCAs: roots, ServerName: "localhost"}
 		return c
 	}
-	_, _, w, err := h.start(config(own))
-	if err == nil {
-		err = sound(w)
-	}
-	if err != nil {
-		return err
-	}
-	return within("a connection that is not trusted", func() error {
-		if _, _, _, err := h.start(config(other)); err == nil {
-			return errors.New("a certificate that is not trusted is taken")
-		}
-		return nil
-	})
+	_, _, w := h.start(config(own))
+	h.sound(w)
+	_, _, err := shared.Dispense(h.client(config(other)))
+	h.must(err != nil, "a certificate that is not trusted is taken")
 }
 
-func secure(h *host) error {
+func secure(h *host) {
 	binary, err := os.ReadFile(*pluginFile)
-	if err != nil {
-		return err
-	}
+	h.ok(err)
 	sum := sha256.Sum256(binary)
 	config := h.config()
 	config.SecureConfig = &plugin.SecureConfig{Checksum: sum[:], Hash: sha256.New()}
-	_, _, w, err := h.start(config)
-	if err == nil {
-		err = sound(w)
-	}
-	if err != nil {
-		return err
-	}
+	_, _, w := h.start(config)
+	h.sound(w)
 	sum[0]++
 	config = h.config()
 	config.SecureConfig = &plugin.SecureConfig{Checksum: sum[:], Hash: sha256.New()}
-	if _, err := h.client(config).Client(); !errors.Is(err, plugin.ErrChecksumsDoNotMatch) {
-		return fmt.Errorf("with a wrong checksum, the error is %v", err)
-	}
-	return nil
+	_, err = h.client(config).Client()
+	h.must(errors.Is(err, plugin.ErrChecksumsDoNotMatch), "with a wrong checksum, the error is %v", err)
 }
 
-func cookie(h *host) error {
+func cookie(h *host) {
 	config := h.config()
 	config.MagicCookieValue = "another"
-	return h.refused(config)
+	h.refused(config)
 }
 
-func reattach(h *host) error {
-	address, err := leaver()
-	if err != nil {
-		return err
-	}
-	rc, err := address.Reattach()
-	if err != nil {
-		return err
-	}
+func reattach(h *host) {
+	rc := h.leave()
 	config := h.config()
 	config.Cmd, config.Reattach = nil, rc
-	c, protocol, w, err := h.start(config)
-	if err != nil {
-		return err
-	}
-	if err := sound(w); err != nil {
-		return err
-	}
-	if err := protocol.Ping(); err != nil {
-		return err
-	}
-	n, err := pid(w)
-	if err != nil {
-		return err
-	}
-	if err := same("the pid", n, address.Pid); err != nil {
-		return err
-	}
+	c, protocol, w := h.start(config)
+	h.sound(w)
+	h.ok(protocol.Ping())
+	h.same("the pid", h.pid(w), rc.Pid)
 	c.Kill()
-	return await("the process is gone", func() bool { return gone(n) })
+	h.await("the process is gone", func() bool { return gone(rc.Pid) })
 }
 
-func reattachGone(h *host) error {
-	c, _, w, err := h.start(h.config())
-	if err != nil {
-		return err
-	}
-	rc := c.ReattachConfig()
-	n, err := pid(w)
-	if err != nil {
-		return err
-	}
+func reattachGone(h *host) {
+	c, _, w := h.start(h.config())
+	rc, pid := c.ReattachConfig(), h.pid(w)
 	c.Kill()
-	if err := await("the process is gone", func() bool { return gone(n) }); err != nil {
-		return err
-	}
+	h.await("the process is gone", func() bool { return gone(pid) })
 	config := h.config()
 	config.Cmd, config.Reattach = nil, rc
-	if _, err := h.client(config).Client(); !errors.Is(err, plugin.ErrProcessNotFound) {
-		return fmt.Errorf("the error is %v", err)
-	}
-	return nil
+	_, err := h.client(config).Client()
+	h.must(errors.Is(err, plugin.ErrProcessNotFound), "the error is %v", err)
 }
 
-func ping(h *host) error {
-	_, protocol, _, err := h.start(h.config())
-	if err != nil {
-		return err
-	}
+func ping(h *host) {
+	_, protocol, _ := h.start(h.config())
 	for range 100 {
-		if err := protocol.Ping(); err != nil {
-			return err
-		}
+		h.ok(protocol.Ping())
 	}
-	return nil
 }
 
 // killed kills a plugin and checks that it is gone then.
-func killed(c *plugin.Client, w *shared.Remote) error {
-	n, err := pid(w)
-	if err != nil {
-		return err
-	}
-	err = within("Kill", func() error { c.Kill(); return nil })
-	if err != nil {
-		return err
-	}
-	if !c.Exited() || !gone(n) {
-		return errors.New("the plugin lives after Kill")
-	}
-	return within("Kill, once more", func() error { c.Kill(); return nil })
+func (h *host) killed(c *plugin.Client, w *shared.Remote) {
+	pid := h.pid(w)
+	c.Kill()
+	h.must(c.Exited() && gone(pid), "the plugin lives after Kill")
+	c.Kill()
 }
 
-func killGraceful(h *host) error {
-	c, _, w, err := h.start(h.config("-marker", h.file("finished")))
-	if err != nil {
-		return err
-	}
-	if err := killed(c, w); err != nil {
-		return err
-	}
-	return same("that it has finished", exists(h.file("finished")), true)
+func killGraceful(h *host) {
+	c, _, w := h.start(h.config("-marker", h.file("finished")))
+	h.killed(c, w)
+	h.must(exists(h.file("finished")), "it has not finished")
 }
 
-func killHard(h *host) error {
-	c, _, w, err := h.start(h.config("-linger", "-marker", h.file("finished")))
-	if err != nil {
-		return err
-	}
-	if err := killed(c, w); err != nil {
-		return err
-	}
-	return same("that it has finished", exists(h.file("finished")), false)
+func killHard(h *host) {
+	c, _, w := h.start(h.config("-linger", "-marker", h.file("finished")))
+	h.killed(c, w)
+	h.must(!exists(h.file("finished")), "it has finished")
 }
 
-func managed(h *host) error {
+func managed(h *host) {
 	var clients []*plugin.Client
 	for range 3 {
 		config := h.config()
 		config.Managed = true
-		c, _, _, err := h.start(config)
-		if err != nil {
-			return err
-		}
+		c, _, _ := h.start(config)
 		clients = append(clients, c)
 	}
 	plugin.CleanupClients()
 	for _, c := range clients {
-		if !c.Exited() {
-			return errors.New("a managed plugin lives")
-		}
+		h.must(c.Exited(), "a managed plugin lives")
 	}
-	return nil
 }
 
-func crash(h *host) error {
-	c, protocol, w, err := h.start(h.config())
-	if err != nil {
-		return err
-	}
+func crash(h *host) {
+	c, protocol, w := h.start(h.config())
 	idle := w.Go("Plugin.Sleep", time.Hour, &struct{}{}, nil)
-	err = within("a call during which the plugin crashes", func() error {
-		err := w.Call("Plugin.Crash", new(any), &struct{}{})
-		if err == nil {
-			return errors.New("a call returns well though the plugin crashed")
-		}
-		if err := (<-idle.Done).Error; err == nil {
-			return errors.New("another call returns well though the plugin crashed")
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	if err := await("Exited is true", c.Exited); err != nil {
-		return err
-	}
-	if err := within("Ping", protocol.Ping); err == nil || strings.HasSuffix(err.Error(), "hangs") {
-		return fmt.Errorf("the error of Ping, after the crash, is %v", err)
-	}
-	if !strings.Contains(h.log.String(), "crash on demand") {
-		return errors.New("the log does not have the panic")
-	}
-	return within("Kill", func() error { c.Kill(); return nil })
+	h.must(w.Call("Plugin.Crash", new(any), &struct{}{}) != nil, "a call returns well though the plugin crashed")
+	h.must((<-idle.Done).Error != nil, "another call returns well though the plugin crashed")
+	h.await("Exited is true", c.Exited)
+	h.must(protocol.Ping() != nil, "Ping returns well after the crash")
+	h.await("the log has the panic", func() bool { return strings.Contains(h.log.String(), "crash on demand") })
+	c.Kill()
 }
 
-func testMode(h *host) (err error) {
+func testMode(h *host) {
 	cmd := exec.Command(*pluginFile, "-test")
 	cmd.Stderr = os.Stderr
 	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		return err
-	}
+	h.ok(err)
 	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		return err
-	}
-	if err := cmd.Start(); err != nil {
-		return err
-	}
+	h.ok(err)
+	h.ok(cmd.Start())
 	defer func() {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	}()
 	lines := bufio.NewScanner(stdout)
 	lines.Scan()
-	var address shared.Address
-	if err := json.Unmarshal(lines.Bytes(), &address); err != nil {
-		return fmt.Errorf("%w: %q", err, lines.Text())
-	}
+	rc, err := shared.ReadAttachment(lines.Bytes())
+	h.ok(err)
 	// Two hosts, one after the other: the first Kill must not end the plugin.
 	for range 2 {
-		rc, err := address.Reattach()
-		if err != nil {
-			return err
-		}
 		config := h.config()
 		config.Cmd, config.Reattach = nil, rc
-		c, _, w, err := h.start(config)
-		if err != nil {
-			return err
-		}
-		if err := sound(w); err != nil {
-			return err
-		}
-		if err := within("Kill", func() error { c.Kill(); return nil }); err != nil {
-			return err
-		}
-		if gone(cmd.Process.Pid) {
-			return errors.New("a plugin in test mode has been ended by Kill")
-		}
+		c, _, w := h.start(config)
+		h.sound(w)
+		c.Kill()
+		h.must(!gone(cmd.Process.Pid), "a plugin in test mode has been ended by Kill")
 	}
-	return within("the end of the serving", func() error {
-		err := stdin.Close()
-		lines.Scan()
-		return errors.Join(err, same("the last line", lines.Text(), "closed"))
-	})
+	h.ok(stdin.Close())
+	lines.Scan()
+	h.same("the last line", lines.Text(), "closed")
 }
 
-func grpcOnlyHost(h *host) error {
+func grpcOnlyHost(h *host) {
 	config := h.config()
 	config.AllowedProtocols = []plugin.Protocol{plugin.ProtocolGRPC}
-	return h.refused(config, "netrpc", "grpc")
+	h.refused(config, "netrpc", "grpc")
 }

@@ -2,7 +2,7 @@
 // go-plugin's API. It is built once with each library.
 //
 //	host -list
-//	host -plugin FILE -check NAME
+//	host -plugin FILE [-inner FILE] -check NAME
 //
 // It exits with status 0 if the check passes, and otherwise prints why not.
 package main
@@ -10,6 +10,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -33,6 +34,7 @@ const hangs = 30 * time.Second
 
 var (
 	pluginFile = flag.String("plugin", "", "the plugin's binary")
+	innerFile  = flag.String("inner", "", "the binary of the plugin's own plugin")
 	checkName  = flag.String("check", "", "the check")
 	list       = flag.Bool("list", false, "list the checks, as JSON")
 )
@@ -49,37 +51,38 @@ func main() {
 		}
 		return
 	}
-	if *checkName == startAndLeave {
-		leave()
-		return
+	var check func(*host)
+	if *checkName == "" {
+		check = startAndLeave
 	}
 	for _, c := range checks {
 		if c.name == *checkName {
-			if err := run(c.run); err != nil {
-				fmt.Println(err)
-				os.Exit(1)
-			}
-			return
+			check = c.run
 		}
 	}
-	fmt.Println("no such check:", *checkName)
-	os.Exit(2)
+	if err := run(check); err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
 }
 
 // run runs a check in a directory of its own.
-func run(check func(*host) error) error {
+func run(check func(*host)) error {
 	dir, err := os.MkdirTemp("", "h-*")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
 	h := &host{dir: dir}
-	defer h.killAll()
-	done := make(chan error, 1)
-	go func() { done <- check(h) }()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer h.killAll()
+		check(h)
+	}()
 	select {
-	case err := <-done:
-		return err
+	case <-done:
+		return h.err
 	case <-time.After(2 * hangs):
 		buf := make([]byte, 1<<20)
 		return fmt.Errorf("the check hangs:\n%s", buf[:runtime.Stack(buf, true)])
@@ -92,6 +95,27 @@ type host struct {
 	log            buffer // the host's log, as JSON
 	stdout, stderr buffer // what the plugin printed
 	clients        []*plugin.Client
+	err            error // why the check fails
+}
+
+// ok ends the check if there is an error.
+func (h *host) ok(err error) {
+	if err != nil {
+		h.err = err
+		runtime.Goexit()
+	}
+}
+
+// must ends the check if something does not hold.
+func (h *host) must(holds bool, format string, args ...any) {
+	if !holds {
+		h.ok(fmt.Errorf(format, args...))
+	}
+}
+
+// same ends the check if two values are not the same.
+func (h *host) same(what string, got, want any) {
+	h.must(got == want, "%s is %v and not %v", what, got, want)
 }
 
 func (h *host) killAll() {
@@ -121,66 +145,36 @@ func (h *host) client(config *plugin.ClientConfig) *plugin.Client {
 }
 
 // start starts a plugin and dispenses its worker.
-func (h *host) start(config *plugin.ClientConfig) (*plugin.Client, plugin.ClientProtocol, *shared.Remote, error) {
+func (h *host) start(config *plugin.ClientConfig) (*plugin.Client, plugin.ClientProtocol, *shared.Remote) {
 	c := h.client(config)
-	protocol, err := c.Client()
-	if err != nil {
-		return nil, nil, nil, err
-	}
-	v, err := protocol.Dispense("worker")
-	if err != nil {
-		return nil, nil, nil, err
-	}
-	return c, protocol, v.(*shared.Remote), nil
+	protocol, w, err := shared.Dispense(c)
+	h.ok(err)
+	return c, protocol, w
 }
 
 // worker is start with the configuration that needs nothing special.
-func (h *host) worker() (*shared.Remote, error) {
-	_, _, w, err := h.start(h.config())
-	return w, err
+func (h *host) worker() *shared.Remote {
+	_, _, w := h.start(h.config())
+	return w
 }
 
 // sound checks that a worker can be called.
-func sound(w *shared.Remote) error {
+func (h *host) sound(w *shared.Remote) {
 	var sum int
-	if err := w.Call("Plugin.Add", [2]int{2, 3}, &sum); err != nil {
-		return err
-	}
-	return same("2+3", sum, 5)
+	h.ok(w.Call("Plugin.Add", [2]int{2, 3}, &sum))
+	h.same("2+3", sum, 5)
 }
 
 // pid asks a worker for its process.
-func pid(w *shared.Remote) (n int, err error) {
-	err = w.Call("Plugin.Pid", new(any), &n)
-	return n, err
-}
-
-func same[T comparable](what string, got, want T) error {
-	if got != want {
-		return fmt.Errorf("%s is %v and not %v", what, got, want)
-	}
-	return nil
+func (h *host) pid(w *shared.Remote) (n int) {
+	h.ok(w.Call("Plugin.Pid", new(any), &n))
+	return n
 }
 
 // await waits until a condition holds.
-func await(what string, holds func() bool) error {
+func (h *host) await(what string, holds func() bool) {
 	for end := time.Now().Add(hangs); !holds(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			return fmt.Errorf("in %v it did not come to be that %s", hangs, what)
-		}
-	}
-	return nil
-}
-
-// within runs f, which must not hang.
-func within(what string, f func() error) error {
-	done := make(chan error, 1)
-	go func() { done <- f() }()
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(hangs):
-		return fmt.Errorf("%s hangs", what)
+		h.must(time.Now().Before(end), "in %v it did not come to be that %s; the log is:\n%s", hangs, what, h.log.String())
 	}
 }
 
@@ -230,48 +224,27 @@ func (h *host) records(message string) (found []map[string]any) {
 }
 
 // startAndLeave is the check that is none: it starts a plugin, tells how to
-// reattach, and exits without having killed it.
-const startAndLeave = "start-and-leave"
-
-func leave() {
-	h := &host{}
-	c, _, w, err := h.start(h.config())
-	if err == nil {
-		err = sound(w)
-	}
-	if err == nil {
-		err = json.NewEncoder(os.Stdout).Encode(shared.NewAddress(c.ReattachConfig()))
-	}
-	if err != nil {
-		fmt.Println(err)
-		h.killAll()
-		os.Exit(1)
-	}
+// reattach, and leaves it.
+func startAndLeave(h *host) {
+	c, _, w := h.start(h.config())
+	h.sound(w)
+	h.ok(shared.WriteAttachment(os.Stdout, c.ReattachConfig()))
+	h.clients = nil
 }
 
-// leaver runs start-and-leave in another process.
-func leaver() (shared.Address, error) {
-	var a shared.Address
+// leave runs startAndLeave in another process.
+func (h *host) leave() *plugin.ReattachConfig {
 	self, err := os.Executable()
-	if err != nil {
-		return a, err
-	}
-	cmd := exec.Command(self, "-plugin", *pluginFile, "-check", startAndLeave)
+	h.ok(err)
+	cmd := exec.Command(self, "-plugin", *pluginFile)
 	cmd.Stderr = os.Stderr
 	// The plugin must not hold this process's stdin, nor this the plugin's end.
 	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return a, err
-	}
-	if err := cmd.Start(); err != nil {
-		return a, err
-	}
+	h.ok(err)
+	h.ok(cmd.Start())
 	text, err := io.ReadAll(out)
-	if err == nil {
-		err = cmd.Wait()
-	}
-	if err != nil {
-		return a, fmt.Errorf("%w: %s", err, text)
-	}
-	return a, json.Unmarshal(text, &a)
+	h.ok(errors.Join(err, cmd.Wait()))
+	rc, err := shared.ReadAttachment(text)
+	h.ok(err)
+	return rc
 }

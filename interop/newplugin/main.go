@@ -48,13 +48,13 @@ func (w *worker) Missing(name string, _ *struct{}) error {
 
 // Reader serves a reader.
 func (w *worker) Reader(_ any, id *uint32) error {
-	*id = w.broker.ServeReader(strings.NewReader("text"))
+	*id, _ = w.broker.ServeReader(strings.NewReader("text"))
 	return nil
 }
 
 // Writer serves a writer.
 func (w *worker) Writer(_ any, id *uint32) error {
-	*id = w.broker.ServeWriter(io.Discard)
+	*id, _ = w.broker.ServeWriter(io.Discard)
 	return nil
 }
 
@@ -92,7 +92,7 @@ func (w *worker) CallBack(id uint32, out *string) error {
 
 // Helper serves a second service and returns its id.
 func (w *worker) Helper(_ any, id *uint32) error {
-	*id = w.broker.ServeRPC(helper{})
+	*id, _ = w.broker.ServeRPC(helper{})
 	return nil
 }
 

@@ -3,15 +3,14 @@
 package main
 
 import (
-	"context"
 	"crypto/tls"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"net/rpc"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"time"
@@ -29,6 +28,9 @@ var (
 	linger   = flag.Bool("linger", false, "do not end when Serve has returned")
 	testMode = flag.Bool("test", false, "serve in test mode until stdin ends")
 )
+
+// serveTest serves in test mode; nil if the library has none.
+var serveTest func(*plugin.ServeConfig)
 
 // logger writes to the process's own stderr, also while Serve captures that.
 var logger = hclog.New(&hclog.LoggerOptions{Name: "worker", Level: hclog.Trace, Output: os.Stderr, JSONFormat: true})
@@ -67,25 +69,6 @@ func main() {
 			panic(err)
 		}
 	}
-}
-
-// serveTest serves in test mode: it tells its address on stdout, and says so
-// when the serving has ended.
-func serveTest(config *plugin.ServeConfig) {
-	ctx, cancel := context.WithCancel(context.Background())
-	addresses, closed := make(chan *plugin.ReattachConfig, 1), make(chan struct{})
-	config.Test = &plugin.ServeTestConfig{Context: ctx, ReattachConfigCh: addresses, CloseCh: closed}
-	config.Logger = hclog.NewNullLogger()
-	go plugin.Serve(config)
-	go func() {
-		_, _ = io.Copy(io.Discard, os.Stdin)
-		cancel()
-	}()
-	if err := json.NewEncoder(os.Stdout).Encode(shared.NewAddress(<-addresses)); err != nil {
-		panic(err)
-	}
-	<-closed
-	fmt.Println("closed")
 }
 
 func pluginSet(version int) plugin.PluginSet {
@@ -152,6 +135,19 @@ func (w *worker) Helper(_ any, id *uint32) error {
 type helper struct{}
 
 func (helper) Greet(name string, out *string) error { *out = "hello, " + name; return nil }
+
+// Chain starts another plugin, as a host with AutoMTLS, and calls it.
+func (w *worker) Chain(path string, out *int) error {
+	c := plugin.NewClient(&plugin.ClientConfig{
+		HandshakeConfig: shared.Handshake, Plugins: pluginSet(w.version), Cmd: exec.Command(path), AutoMTLS: true, Logger: logger,
+	})
+	defer c.Kill()
+	_, inner, err := shared.Dispense(c)
+	if err != nil {
+		return err
+	}
+	return inner.Call("Plugin.Add", [2]int{2, 3}, out)
+}
 
 // Receive accepts a stream and returns the checksum of what came.
 func (w *worker) Receive(in shared.Transfer, out *string) error {

@@ -6,6 +6,7 @@ package shared
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"hash"
 	"io"
@@ -41,6 +42,19 @@ func (*Worker) Client(b *plugin.MuxBroker, c *rpc.Client) (any, error) { return 
 type Remote struct {
 	Broker *plugin.MuxBroker
 	*rpc.Client
+}
+
+// Dispense starts a plugin and dispenses its worker.
+func Dispense(c *plugin.Client) (plugin.ClientProtocol, *Remote, error) {
+	protocol, err := c.Client()
+	if err != nil {
+		return nil, nil, err
+	}
+	v, err := protocol.Dispense("worker")
+	if err != nil {
+		return nil, nil, err
+	}
+	return protocol, v.(*Remote), nil
 }
 
 // Record has a field of each kind that travels.
@@ -85,23 +99,19 @@ func Receive(r io.Reader) (int64, string, error) {
 
 func text(sum hash.Hash) string { return hex.EncodeToString(sum.Sum(nil)) }
 
-// Address is a plugin's address and pid, for JSON, of which a net.Addr is not
-// capable.
-type Address struct {
-	Network, Addr string
-	Version, Pid  int
-	Test          bool
+// attachment is a ReattachConfig for JSON, which has no functions.
+type attachment struct {
+	*plugin.ReattachConfig
+	ReattachFunc string `json:",omitempty"` // hides the function where there is one
 }
 
-// NewAddress returns what is in a ReattachConfig.
-func NewAddress(rc *plugin.ReattachConfig) Address {
-	return Address{rc.Addr.Network(), rc.Addr.String(), rc.ProtocolVersion, rc.Pid, rc.Test}
+// WriteAttachment writes what another process needs to reattach.
+func WriteAttachment(w io.Writer, rc *plugin.ReattachConfig) error {
+	return json.NewEncoder(w).Encode(attachment{ReattachConfig: rc})
 }
 
-// Reattach returns the ReattachConfig again.
-func (a Address) Reattach() (*plugin.ReattachConfig, error) {
-	addr, err := net.ResolveUnixAddr(a.Network, a.Addr)
-	return &plugin.ReattachConfig{
-		Protocol: plugin.ProtocolNetRPC, ProtocolVersion: a.Version, Addr: addr, Pid: a.Pid, Test: a.Test,
-	}, err
+// ReadAttachment returns what WriteAttachment wrote.
+func ReadAttachment(text []byte) (*plugin.ReattachConfig, error) {
+	rc := &plugin.ReattachConfig{Addr: new(net.UnixAddr)}
+	return rc, json.Unmarshal(text, rc)
 }

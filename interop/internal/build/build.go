@@ -1,6 +1,6 @@
 // Package build builds the programs that the tests and the benchmark run.
-// What is written against go-plugin's API can be built with either library:
-// the replace directive that a user would write makes the difference.
+// What is written against go-plugin's API can be built with this library and
+// with each version of go-plugin: the go.mod makes the difference.
 package build
 
 import (
@@ -9,64 +9,36 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 )
 
 // Library is what a program's import of github.com/hashicorp/go-plugin means.
+// It is a build tag, too.
 type Library string
 
 const (
-	// GoPlugin is go-plugin itself, in the version of this module's go.mod.
+	// Ours is the library in the directory above, by way of compat. The go.mod
+	// has what it requires and nothing else, as that of a user who leaves
+	// go-plugin.
+	Ours Library = "ours"
+	// GoPlugin is go-plugin in the version of this module's go.mod.
 	GoPlugin Library = "go-plugin"
-	// Ours is the library in the directory above.
-	Ours Library = "muxplug"
+	// V1_4 and V1_0 are older versions of go-plugin, with yamux as they require it.
+	V1_4 Library = "v1.4.10"
+	V1_0 Library = "v1.0.0"
 )
-
-const replaced = "github.com/hashicorp/go-plugin"
 
 // Builder builds programs of this module into a directory. Its methods may be
 // called concurrently.
 type Builder struct {
-	dir  string // where binaries and the second go.mod go
+	dir  string // of the binaries
 	root string // of this module
 }
 
 // New returns a Builder that writes to dir, which must exist.
 func New(dir string) (*Builder, error) {
 	mod, err := run("", "go", "env", "GOMOD")
-	if err != nil {
-		return nil, err
-	}
-	b := &Builder{dir: dir, root: filepath.Dir(mod)}
-	return b, b.writeModfile()
-}
-
-// modfile is the go.mod with which a program is built with our library.
-func (b *Builder) modfile() string { return filepath.Join(b.dir, "drop-in.mod") }
-
-// writeModfile writes a go.mod with the requirements of our library and no
-// others, so that the build shows what a user gets who leaves go-plugin.
-func (b *Builder) writeModfile() error {
-	ours := filepath.Dir(b.root)
-	mod, err := os.ReadFile(filepath.Join(ours, "go.mod"))
-	if err != nil {
-		return err
-	}
-	sum, err := os.ReadFile(filepath.Join(ours, "go.sum"))
-	if err != nil {
-		return err
-	}
-	version, err := b.Version(replaced)
-	if err != nil {
-		return err
-	}
-	text := regexp.MustCompile(`(?m)^module .*$`).ReplaceAllString(string(mod), "module github.com/muxplug/plugin/interop")
-	text += fmt.Sprintf("\nrequire %s %s\n\nreplace %s => %q\n", replaced, version, replaced, ours)
-	return errors.Join(
-		os.WriteFile(b.modfile(), []byte(text), 0o666),
-		os.WriteFile(strings.TrimSuffix(b.modfile(), "mod")+"sum", sum, 0o666),
-	)
+	return &Builder{dir, filepath.Dir(mod)}, err
 }
 
 // Version returns the version of a module that this module uses.
@@ -75,22 +47,24 @@ func (b *Builder) Version(module string) (string, error) {
 }
 
 // Program builds the package ./pkg and returns the binary's path. There are no
-// flags that a user would not give, and all programs get the same. They do
-// without cgo, as programs that are built for other systems do, unless
-// CGO_ENABLED says otherwise.
+// flags that change it, and all programs are built without cgo, as programs for
+// other systems are, unless CGO_ENABLED says otherwise.
 func (b *Builder) Program(pkg string, lib Library) (string, error) {
 	path := filepath.Join(b.dir, strings.ReplaceAll(pkg, "/", "-")+"-"+string(lib))
-	_, err := run(b.root, "go", b.args(lib, "build", "-o", path, "./"+pkg)...)
+	_, err := run(b.root, "go", lib.args("build", "-o", path, "./"+pkg)...)
 	return path, err
 }
 
 // Linked returns the packages that ./pkg is linked from, the standard library's
-// included, and the modules, itself not included.
+// included, and the modules, itself and compat not included.
 func (b *Builder) Linked(pkg string, lib Library) (packages, modules []string, err error) {
-	out, err := run(b.root, "go", b.args(lib, "list", "-deps", "-f", "{{.ImportPath}} {{with .Module}}{{if not .Main}}{{.Path}}{{end}}{{end}}", "./"+pkg)...)
+	lines, err := b.List(lib, "{{.ImportPath}} {{with .Module}}{{if not .Main}}{{.Path}}{{end}}{{end}}", "./"+pkg)
 	seen := make(map[string]bool)
-	for line := range strings.Lines(out) {
-		name, module, _ := strings.Cut(strings.TrimSpace(line), " ")
+	for _, line := range lines {
+		name, module, _ := strings.Cut(line, " ")
+		if lib == Ours && module == "github.com/hashicorp/go-plugin" {
+			continue
+		}
 		packages = append(packages, name)
 		if module != "" && !seen[module] {
 			seen[module] = true
@@ -100,10 +74,16 @@ func (b *Builder) Linked(pkg string, lib Library) (packages, modules []string, e
 	return packages, modules, err
 }
 
-func (b *Builder) args(lib Library, command string, rest ...string) []string {
-	args := []string{command}
-	if lib == Ours {
-		args = append(args, "-modfile="+b.modfile())
+// List runs go list for packages and all that they import.
+func (b *Builder) List(lib Library, format string, packages ...string) ([]string, error) {
+	out, err := run(b.root, "go", lib.args("list", append([]string{"-deps", "-export", "-f", format}, packages...)...)...)
+	return strings.Split(out, "\n"), err
+}
+
+func (lib Library) args(command string, rest ...string) []string {
+	args := []string{command, "-tags=" + string(lib)}
+	if lib != GoPlugin {
+		args = append(args, "-modfile=libraries/"+string(lib)+".mod")
 	}
 	return append(args, rest...)
 }
