@@ -1,21 +1,16 @@
 package plugin
 
 import (
-	"bufio"
-	"bytes"
 	"errors"
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
-
-	"github.com/hashicorp/go-hclog"
 )
 
 // describe returns what a handshake says.
@@ -30,82 +25,49 @@ func describe(h handshake) string {
 	return text
 }
 
-var handshakeLines = []struct {
-	line, says string
-	err        string // a word
-}{
+var handshakeLines = []struct{ line, says string }{
 	// What plugins of this library and of go-plugin send.
-	{line: "1|3|unix|/tmp/plugin123|netrpc|", says: "3 unix:/tmp/plugin123 netrpc"},
-	{line: "1|3|unix|/tmp/plugin123|netrpc||flushes", says: "3 unix:/tmp/plugin123 netrpc flushes"},
-	{line: "1|0|tcp|127.0.0.1:10000|netrpc|+/8BAg", says: "0 tcp:127.0.0.1:10000 netrpc fbff0102"},
-	{line: "1|3|unix|/s|netrpc|+/8BAg|flushes", says: "3 unix:/s netrpc fbff0102 flushes"},
-	{line: "1|3|unix|/tmp/with a space|grpc|", says: "3 unix:/tmp/with a space grpc"},
+	{"1|3|unix|/tmp/plugin123|netrpc|", "3 unix:/tmp/plugin123 netrpc"},
+	{"1|3|unix|/tmp/plugin123|netrpc||flushes", "3 unix:/tmp/plugin123 netrpc flushes"},
+	{"1|0|tcp|127.0.0.1:10000|netrpc|+/8BAg", "0 tcp:127.0.0.1:10000 netrpc fbff0102"},
+	{"1|3|unix|/s|netrpc|+/8BAg|flushes", "3 unix:/s netrpc fbff0102 flushes"},
+	{"1|3|unix|/tmp/with a space|grpc|", "3 unix:/tmp/with a space grpc"},
 
 	// Fields may be missing, and further ones are ignored.
-	{line: "1|3|unix|/s|netrpc", says: "3 unix:/s netrpc"},
-	{line: "1|3|unix|/s|", says: "3 unix:/s netrpc"},
-	{line: "1|3|unix|/s", says: "3 unix:/s netrpc"},
-	{line: "1|3|unix|/s|netrpc||true", says: "3 unix:/s netrpc"},
-	{line: "1|3|unix|/s|netrpc|+/8BAg|false|more", says: "3 unix:/s netrpc fbff0102"},
-	{line: "1|1|tcp|[::1]:80|netrpc|\r\n", says: "1 tcp:[::1]:80 netrpc"},
+	{"1|3|unix|/s|netrpc", "3 unix:/s netrpc"},
+	{"1|3|unix|/s|", "3 unix:/s netrpc"},
+	{"1|3|unix|/s", "3 unix:/s netrpc"},
+	{"1|3|unix|/s|netrpc||true", "3 unix:/s netrpc"},
+	{"1|3|unix|/s|netrpc|+/8BAg|false|more", "3 unix:/s netrpc fbff0102"},
+	{"1|1|tcp|[::1]:80|netrpc|\r\n", "1 tcp:[::1]:80 netrpc"},
+}
 
-	{line: "2|3|unix|/s|netrpc|", err: "core"},
-	{line: "01|3|unix|/s|netrpc|", err: "core"},
-	{line: "99999999999999999999|3|unix|/s", err: "core"},
-	{line: "", err: "core"},
-	{line: "1", err: "fields"},
-	{line: "1|3|unix", err: "fields"},
-	{line: "1||unix|/s", err: "version"},
-	{line: "1|x|unix|/s", err: "version"},
-	{line: "1|99999999999999999999|unix|/s", err: "version"},
-	{line: "1|3|udp|127.0.0.1:1", err: "network"},
-	{line: "1|3||/s", err: "network"},
-	{line: "1|3|tcp|", err: "address"},
-	{line: "1|3|tcp|127.0.0.1", err: "address"},
-	{line: "1|3|tcp|127.0.0.1:http", err: "address"},
-	{line: "1|3|tcp|127.0.0.1:65536", err: "address"},
-	{line: "1|3|tcp|localhost:80", err: "address"}, // no name server is asked
-	{line: "1|3|unix|/s|netrpc|false", err: "certificate"},
-	{line: "1|3|unix|/s|netrpc|" + strings.Repeat("*", 80), err: "certificate"},
+// badHandshakes are lines by a word of their errors.
+var badHandshakes = map[string][]string{
+	"core":        {"2|3|unix|/s|netrpc|", "01|3|unix|/s|netrpc|", "99999999999999999999|3|unix|/s", ""},
+	"fields":      {"1", "1|3|unix"},
+	"version":     {"1||unix|/s", "1|x|unix|/s", "1|99999999999999999999|unix|/s"},
+	"network":     {"1|3|udp|127.0.0.1:1", "1|3||/s"},
+	"address":     {"1|3|tcp|", "1|3|tcp|127.0.0.1", "1|3|tcp|127.0.0.1:http", "1|3|tcp|127.0.0.1:65536", "1|3|tcp|localhost:80"},
+	"certificate": {"1|3|unix|/s|netrpc|false", "1|3|unix|/s|netrpc|" + strings.Repeat("*", 80)},
 }
 
 // A handshake line is read as it is meant, or the error says what is wrong.
 func TestHandshakeLine(t *testing.T) {
 	for i, test := range handshakeLines {
 		h, err := parseHandshake(test.line)
-		switch {
-		case test.err != "":
-			if err == nil || !strings.Contains(err.Error(), test.err) {
-				t.Errorf("%q: the error is %v, and should have the word %q", test.line, err, test.err)
-			}
-		case err != nil:
-			t.Errorf("%q: %v", test.line, err)
-		case describe(h) != test.says:
+		if check(t, err); describe(h) != test.says {
 			t.Errorf("%q is read as %q, and should be as %q", test.line, describe(h), test.says)
-		case i < 5 && h.String() != test.line:
+		}
+		if i < 5 && h.String() != test.line {
 			t.Errorf("%q is written as %q", test.line, h)
 		}
 	}
-}
-
-// A plugin may print before its handshake, which begins a line with a number
-// and a bar.
-func TestNoise(t *testing.T) {
-	t.Parallel()
-	noise := []string{"hello", "1", "|", "a|1", " 1|3|unix|/s", "-1|", "1 |", "loading 1|3|"}
-	cfg := newLab(t).config("say plugin", sayEnv+"="+strings.Join(noise, "\n"))
-	logger, records := recorder()
-	cfg.Logger = logger
-	_, p := start(t, cfg)
-	answers(t, p)
-	var warned []string
-	for _, r := range records.find("") {
-		if r.level == hclog.Warn {
-			warned = append(warned, r.args[1].(string))
+	for word, lines := range badHandshakes {
+		for _, line := range lines {
+			_, err := parseHandshake(line)
+			errorSays(t, err, word)
 		}
-	}
-	if !slices.Equal(warned, noise) {
-		t.Errorf("the host logged %q", warned)
 	}
 }
 
@@ -140,20 +102,12 @@ func TestHandshakeFields(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
-			cmd := exec.Command(os.Args[0])
-			cmd.Env = slices.Concat(os.Environ(), l.env(), []string{
-				modeEnv + "=plugin", testHandshake.MagicCookieKey + "=" + testHandshake.MagicCookieValue, envHost + "=" + test.host,
+			plugin := l.start("plugin", testCookie, envHost+"="+test.host)
+			var line string
+			await(t, "the handshake", func() (ok bool) {
+				line, _, ok = strings.Cut(plugin.output.String(), "\n")
+				return ok
 			})
-			stdout, err := cmd.StdoutPipe()
-			check(t, err)
-			check(t, cmd.Start())
-			defer cmd.Wait()
-			defer cmd.Process.Kill()
-			lines := bufio.NewReader(stdout)
-			line := receive(t, "a handshake", async(func() string {
-				line, _ := lines.ReadString('\n')
-				return line
-			}))
 			if n := strings.Count(line, "|") + 1; n != test.fields {
 				t.Errorf("the handshake has %d fields: %q", n, line)
 			}
@@ -168,13 +122,6 @@ func TestHandshakeFields(t *testing.T) {
 			check(t, err)
 			answers(t, host)
 			check(t, host.Close())
-			if rest := receive(t, "the end", async(func() string {
-				var rest bytes.Buffer
-				_, _ = lines.WriteTo(&rest)
-				return rest.String()
-			})); rest != "" {
-				t.Errorf("behind its handshake the plugin printed %q", rest)
-			}
 			l.read("plugin finished")
 		})
 	}
@@ -271,22 +218,5 @@ func TestVersions(t *testing.T) {
 			}
 			echo(t, client.Client)
 		})
-	}
-}
-
-// listenTCP listens on a free port of the range, or on any.
-func TestPorts(t *testing.T) {
-	taken, err := listenTCP("0", "0")
-	check(t, err)
-	defer taken.Close()
-	port := taken.Addr().(*net.TCPAddr).Port
-	if _, err := listenTCP(strconv.Itoa(port), strconv.Itoa(port)); err == nil || errors.Unwrap(err) == nil {
-		t.Errorf("listening on a port that is not free returned %v", err)
-	}
-	next, err := listenTCP(strconv.Itoa(port), strconv.Itoa(min(port+100, 65535)))
-	check(t, err)
-	defer next.Close()
-	if got := next.Addr().(*net.TCPAddr); got.Port <= port || got.Port > port+100 || !got.IP.IsLoopback() {
-		t.Errorf("it listens on %v, and port %d was the first", got, port)
 	}
 }

@@ -21,14 +21,16 @@ import (
 
 const testCookie = "TEST_PLUGIN_COOKIE=d5f1"
 
-// refusals are plugins that cannot serve. Each is also a step of its name.
-var refusals = []struct {
+// refusal is a plugin that cannot serve. It is also a step of its name.
+type refusal struct {
 	name string
-	edit func(*ServeConfig)
 	args []string
 	env  []string
+	edit func(*ServeConfig)
 	says string // on stderr
-}{
+}
+
+var refusals = []refusal{
 	{name: "by-hand", says: "host"},
 	{name: "wrong-cookie", env: []string{testHandshake.MagicCookieKey + "=wrong"}, says: "host"},
 	{name: "no-cookie", edit: func(c *ServeConfig) { c.MagicCookieKey = "" }, says: "MagicCookieKey"},
@@ -48,19 +50,16 @@ var refusals = []struct {
 
 func init() {
 	if runtime.GOOS != "windows" {
-		missing := EnvUnixSocketDir + "=" + filepath.Join(os.TempDir(), "missing")
-		refusals = append(refusals, refusals[0], refusals[0])
-		last := refusals[len(refusals)-2:]
-		last[0].name, last[0].env, last[0].says = "no-directory", []string{testCookie, missing}, "missing"
-		last[1].name, last[1].env, last[1].says = "no-group", []string{testCookie, EnvUnixSocketGroup + "=nobody-at-all"}, "nobody-at-all"
+		refusals = append(refusals,
+			refusal{name: "no-directory", env: []string{testCookie, EnvUnixSocketDir + "=/no/directory"}, says: "/no/directory"},
+			refusal{name: "no-group", env: []string{testCookie, EnvUnixSocketGroup + "=no-group"}, says: "no-group"})
 	}
-	for _, refusal := range refusals {
-		modes[refusal.name] = func() {
-			servePlugin(func(c *ServeConfig) {
-				if refusal.edit != nil {
-					refusal.edit(c)
-				}
-			})
+	for _, r := range refusals {
+		modes[r.name] = func() {
+			if r.edit == nil {
+				r.edit = func(*ServeConfig) {}
+			}
+			servePlugin(r.edit)
 		}
 	}
 	modes["mux"] = func() {
@@ -115,28 +114,6 @@ func TestServeMux(t *testing.T) {
 	}
 }
 
-// A plugin does not pass the variables of the handshake on.
-func TestServeEnvironment(t *testing.T) {
-	cfg := newLab(t).config("plugin")
-	cfg.AutoMTLS = true
-	_, p := start(t, cfg)
-	self := dispense(t, p).self(t)
-	handshake := func(env []string) (found []string) {
-		for _, v := range env {
-			if strings.HasPrefix(v, "PLUGIN_") || v == testCookie {
-				found = append(found, v)
-			}
-		}
-		return found
-	}
-	if began := handshake(self.Began); len(began) < 6 {
-		t.Errorf("a plugin begins with %q", began)
-	}
-	if now := handshake(self.Env); len(now) > 0 {
-		t.Errorf("a plugin serves with %q", now)
-	}
-}
-
 // foreignFile is a file where the step "foreign-lifeline" says that the lifeline is,
 // as after a process in between that closes what it does not know.
 var foreignFile *os.File
@@ -186,8 +163,8 @@ func serveTestMode(t *testing.T, test ServeTestConfig) (rc *ReattachConfig, stop
 	return receive(t, "the ReattachConfig", ready), stop, closing
 }
 
-// In test mode, Serve changes nothing of its process, and Kill changes nothing
-// at all. Close ends the serving.
+// In test mode, Serve changes nothing of its process, and ends when a host asks
+// it to.
 func TestTestMode(t *testing.T) {
 	leavesNothing(t)
 	dir, err := os.MkdirTemp("", "t*")
@@ -206,9 +183,6 @@ func TestTestMode(t *testing.T) {
 		t.Errorf("the socket is %v", rc.Addr)
 	}
 	cfg := attachTo(rc)
-	cfg.Managed = true
-	early := NewClient(cfg)
-	early.Kill()
 	_, p := start(t, cfg)
 	answers(t, p)
 	check(t, p.Close())
@@ -217,23 +191,8 @@ func TestTestMode(t *testing.T) {
 	if !slices.Equal(os.Environ(), environ) || os.Stdout != stdout || os.Stderr != stderr {
 		t.Error("the environment, stdout or stderr has changed")
 	}
-	if _, err := early.Start(); err != ErrProcessNotFound {
+	if _, err := NewClient(cfg).Start(); err != ErrProcessNotFound {
 		t.Errorf("a client of what was served returned %v", err)
-	}
-
-	rc, _, closed = serveTestMode(t, ServeTestConfig{})
-	cfg.Reattach = rc
-	c := NewClient(cfg)
-	c.Kill()
-	for range 2 { // before and after Kill
-		p, err = c.Client()
-		check(t, err)
-		answers(t, p)
-		c.Kill()
-		CleanupClients()
-	}
-	if again, err := c.Client(); err != nil || again != p || c.Exited() || ended(c.Done()) || ended(closed) || c.ID() != "" {
-		t.Errorf("after Kill, Client returned %v, Exited %v", err, c.Exited())
 	}
 }
 
@@ -307,26 +266,15 @@ var (
 // What the helpers have made ends with the test.
 func TestHelpers(t *testing.T) {
 	leavesNothing(t)
-	var conns []net.Conn
+	var conns [2]net.Conn
 	t.Run("helped", func(t *testing.T) {
-		a, b := TestConn(t)
-		conns = append(conns, a, b)
-		_, err := a.Write([]byte("abc"))
-		check(t, err)
-		got := make([]byte, 3)
-		if _, err := io.ReadFull(b, got); err != nil || string(got) != "abc" {
-			t.Errorf("read %q, %v", got, err)
-		}
+		conns[0], conns[1] = TestConn(t)
 		c, s := TestRPCConn(t)
 		check(t, s.RegisterName("Plugin", newTestServer()))
 		echo(t, c)
-
 		r, w := io.Pipe()
 		defer w.Close()
-		host, server := TestPluginRPCConn(t, PluginSet{"test": serves(newTestServer())}, &TestOptions{ServerStdout: io.NopCloser(strings.NewReader("to stdout")), ServerStderr: r})
-		if server == nil {
-			t.Error("there is no server")
-		}
+		host, _ := TestPluginRPCConn(t, testPlugins(newTestState()), &TestOptions{io.NopCloser(strings.NewReader("to stdout")), r})
 		var stdout, stderr syncBuffer
 		check(t, host.SyncStreams(&stdout, &stderr))
 		answers(t, host)

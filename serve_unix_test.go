@@ -9,8 +9,6 @@ import (
 	"os/signal"
 	"syscall"
 	"testing"
-
-	"github.com/hashicorp/go-hclog"
 )
 
 func init() {
@@ -41,14 +39,13 @@ func TestSignals(t *testing.T) {
 			if got := stdout.String(); got != "ended\n" {
 				t.Errorf("children that were sent signals printed %q", got)
 			}
-			call := test.Go("Plugin.Wait", "", new(string), nil)
+			test.Go("Plugin.Wait", "", new(string), nil)
 			l.read("in a call")
 			check(t, cfg.Cmd.Process.Signal(sig))
 			l.read("cause")
 			l.read("finishing")
 			l.write("finish", "")
 			receive(t, "Done", c.Done())
-			receive(t, "the call", call.Done)
 			var exit *ExitError
 			if !errors.As(c.Err(), &exit) || exit.State == nil || !exit.State.Success() {
 				t.Errorf("the plugin ended with %v", c.Err())
@@ -80,9 +77,7 @@ func TestTestModeSignals(t *testing.T) {
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGHUP, os.Interrupt)
 	defer signal.Stop(signals)
 	rc, _, closed := serveTestMode(t, ServeTestConfig{})
-	cfg := attachTo(rc)
-	cfg.Logger = hclog.NewNullLogger()
-	_, p := start(t, cfg)
+	_, p := start(t, attachTo(rc))
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT} {
 		check(t, syscall.Kill(os.Getpid(), sig))
 		if got := receive(t, sig.String(), signals); got != sig {
