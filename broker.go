@@ -279,7 +279,7 @@ func (b *MuxBroker) serve(svc *service, uses *group) (id uint32, stop func()) {
 		defer expire()
 		st, err := b.accept(dialling, id)
 		if err != nil {
-			b.session.logger.Debug("what is served was not dialled", "stream", id, "error", err)
+			b.session.debug("what is served was not dialled", "stream", id, "error", err)
 			cancel(nil)
 			return
 		}

@@ -266,21 +266,22 @@ func (s *RPCServer) log() hclog.Logger {
 
 // ServeConn serves one connection and returns when it has ended.
 func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
-	if err := s.serveConn(conn); err != nil {
-		s.log().Debug("a connection ended", "error", err)
-	}
-}
-
-func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 	s.begin()
 	sess, err := newSession(s.calls, conn, false, s.log(), func(bool) error {
 		return errors.New("plugin: the host is gone")
 	})
 	if err != nil {
-		return err
+		s.log().Debug("a connection could not be served", "error", err)
+		return
 	}
 	defer sess.close()
 	defer context.AfterFunc(s.conns, sess.close)()
+	if err := s.serveSession(sess); err != io.EOF {
+		sess.debug("a connection ended", "error", err)
+	}
+}
+
+func (s *RPCServer) serveSession(sess *session) error {
 	control, err := sess.accept()
 	if err != nil {
 		return err
@@ -305,10 +306,7 @@ func (s *RPCServer) serveConn(conn io.ReadWriteCloser) error {
 			return err
 		}
 	}
-	if err := server.serve(context.Background()); err != io.EOF {
-		return err
-	}
-	return nil
+	return server.serve(context.Background())
 }
 
 // begin makes what all connections share.

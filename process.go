@@ -324,9 +324,9 @@ func (p *stranger) Wait(ctx context.Context) error {
 	}
 	if p.mine() && ctx.Err() == nil {
 		_ = os.Remove(p.addr.String())
-		if dir := filepath.Dir(p.addr.String()); isPrivate(dir) {
-			_ = os.Remove(dir)
-		}
+	}
+	if dir := filepath.Dir(p.addr.String()); isPrivate(dir) {
+		_ = os.Remove(dir) // unless there is something in it
 	}
 	return &ExitError{Path: fmt.Sprintf("with pid %d", p.pid)}
 }

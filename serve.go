@@ -153,10 +153,11 @@ func serve(config *ServeConfig) error {
 	if err != nil {
 		return err
 	}
-	s.handshake.flushes = host.pid == os.Getppid() // and not a host further up
+	direct := func() bool { return host.pid == os.Getppid() } // and not a host further up, or gone
+	s.handshake.flushes = direct()
 	defer func() {
 		s.close()
-		if isClosed(orphaned) || !alive(host.pid) {
+		if isClosed(orphaned) || !direct() && !alive(host.pid) {
 			removePrivate(env[EnvUnixSocketDir]) // which the host would have done
 		}
 	}()

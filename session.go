@@ -77,7 +77,7 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		StreamCloseTimeout:     0,
 		MaxStreamWindowSize:    streamWindow,
 		// What matters in yamux's messages is in the errors of calls and streams.
-		Logger: log.New(&lineWriter{max: maxJoined, emit: func(line []byte, _ int) { logger.Debug(string(line)) }}, "", 0),
+		Logger: log.New(&lineWriter{max: maxJoined, emit: func(line []byte, _ int) { s.debug(string(line)) }}, "", 0),
 	}
 	begin := yamux.Server
 	if host {
@@ -217,7 +217,14 @@ func (s *session) explain(err error) error {
 func (s *session) serve(ctx context.Context, st *stream, svc *service) {
 	services := map[string]*service{"Plugin": svc}
 	if err := newRPCServer(st, services, s.logger, s.host).serve(ctx); err != io.EOF {
-		s.logger.Debug("an RPC stream ended", "error", err)
+		s.debug("an RPC stream ended", "error", err)
+	}
+}
+
+// debug logs what may explain a fault, and nothing once the session is to end.
+func (s *session) debug(msg string, args ...any) {
+	if !s.ending.Load() {
+		s.logger.Debug(msg, args...)
 	}
 }
 
@@ -324,7 +331,7 @@ func (s *session) accept() (*stream, error) {
 		return nil, err
 	}
 	if odd := st.StreamID()%2 == 1; odd == s.host || s.mux.NumStreams() > maxStreams {
-		s.logger.Debug("the peer opened a stream that is not allowed", "stream", st.StreamID())
+		s.debug("the peer opened a stream that is not allowed", "stream", st.StreamID())
 		_ = s.frames.Close()
 		return nil, yamux.ErrInvalidMsgType
 	}
