@@ -157,7 +157,7 @@ func serve(config *ServeConfig) error {
 	s.handshake.flushes = direct()
 	defer func() {
 		s.close()
-		if isClosed(orphaned) || !direct() && !alive(host.pid) {
+		if isClosed(orphaned) || host.pid != 0 && !direct() && !alive(host.pid) {
 			removePrivate(env[EnvUnixSocketDir]) // which the host would have done
 		}
 	}()
