@@ -102,7 +102,9 @@ func TestHandshakeFields(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
-			plugin := l.start("plugin", testCookie, envHost+"="+test.host)
+			dir := filepath.Join(l.tmp, "plugin-dir")
+			check(t, os.Mkdir(dir, 0o700))
+			plugin := l.start("plugin", testCookie, envHost+"="+test.host, EnvUnixSocketDir+"="+dir)
 			var line string
 			await(t, "the handshake", func() (ok bool) {
 				line, _, ok = strings.Cut(plugin.output.String(), "\n")
@@ -113,7 +115,7 @@ func TestHandshakeFields(t *testing.T) {
 			}
 			h, err := parseHandshake(line)
 			check(t, err)
-			if runtime.GOOS != "windows" && filepath.Dir(filepath.Dir(h.addr.String())) != l.tmp {
+			if runtime.GOOS != "windows" && filepath.Dir(h.addr.String()) != dir {
 				t.Errorf("the socket is %v", h.addr)
 			}
 			conn, err := net.Dial(h.addr.Network(), h.addr.String())
@@ -123,6 +125,8 @@ func TestHandshakeFields(t *testing.T) {
 			answers(t, host)
 			check(t, host.Close())
 			l.read("plugin finished")
+			receive(t, "the end", plugin.ended)
+			check(t, os.Remove(dir)) // it is the host's
 		})
 	}
 }
