@@ -272,18 +272,18 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 	if err == nil {
 		c.own(p)
 		var h handshake
-		if h, err = p.awaitHandshake(ctx, c.config.StartTimeout, c.gone); err == nil {
+		if h, err = p.awaitHandshake(ctx, c.config.StartTimeout); err == nil {
 			r, err = c.accept(h, p)
 		}
 		if err == nil {
 			return r, nil
 		}
-		if isClosed(c.gone) {
-			failed.State = p.cmd.ProcessState
-		} else {
+		if err != errNoHandshake {
 			_ = p.Kill(ctx)
 		}
-		waitFor(reapTimeout, c.gone)
+		if waitFor(reapTimeout, c.gone) && err == errNoHandshake {
+			failed.State = p.cmd.ProcessState
+		}
 		failed.Stdout, failed.Stderr = p.noise.String(), p.log.tail.String()
 	}
 	switch err {

@@ -218,8 +218,8 @@ type RPCServer struct {
 	// or when Serve returns.
 	DoneCh chan<- struct{}
 
-	logger  hclog.Logger // nil for none
-	release func()       // ends Stdout and Stderr, if that can be done
+	logger  hclog.Logger
+	release func() // ends Stdout and Stderr, if that can be done
 
 	begun    sync.Once // makes the fields below
 	outputs  [2]*output
@@ -241,6 +241,7 @@ func (s *RPCServer) Config() string { return "" }
 
 // Serve serves every connection that lis accepts, until lis is closed.
 func (s *RPCServer) Serve(lis net.Listener) {
+	s.begin()
 	defer s.done()
 	for {
 		conn, err := lis.Accept()
@@ -248,7 +249,7 @@ func (s *RPCServer) Serve(lis net.Listener) {
 			return
 		}
 		if err != nil {
-			s.log().Warn("a connection could not be accepted", "error", err)
+			s.logger.Warn("a connection could not be accepted", "error", err)
 			time.Sleep(acceptPause)
 			continue
 		}
@@ -257,21 +258,14 @@ func (s *RPCServer) Serve(lis net.Listener) {
 	}
 }
 
-func (s *RPCServer) log() hclog.Logger {
-	if s.logger == nil {
-		return hclog.NewNullLogger()
-	}
-	return s.logger
-}
-
 // ServeConn serves one connection and returns when it has ended.
 func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 	s.begin()
-	sess, err := newSession(s.calls, conn, false, s.log(), func(bool) error {
+	sess, err := newSession(s.calls, conn, false, s.logger, func(bool) error {
 		return errors.New("plugin: the host is gone")
 	})
 	if err != nil {
-		s.log().Debug("a connection could not be served", "error", err)
+		s.logger.Debug("a connection could not be served", "error", err)
 		return
 	}
 	defer sess.close()
@@ -296,7 +290,7 @@ func (s *RPCServer) serveSession(sess *session) error {
 	broker := newMuxBroker(sess)
 	// Ends with the session.
 	sess.spawn(func() { defer sess.cancel(); broker.Run() })
-	server := newRPCServer(control, nil, s.log(), false)
+	server := newRPCServer(control, nil, s.logger, false)
 	server.services = make(map[string]*service)
 	for name, rcvr := range map[string]any{
 		"Control":   &controlService{s, server},
@@ -312,6 +306,9 @@ func (s *RPCServer) serveSession(sess *session) error {
 // begin makes what all connections share.
 func (s *RPCServer) begin() {
 	s.begun.Do(func() {
+		if s.logger == nil {
+			s.logger = hclog.NewNullLogger()
+		}
 		s.calls, s.endCalls = context.WithCancel(context.Background())
 		s.conns, s.endConns = context.WithCancel(context.Background())
 		for i, src := range []io.Reader{s.Stdout, s.Stderr} {

@@ -843,10 +843,10 @@ func TestCrash(t *testing.T) {
 				explains(c.Err(), child)
 			}
 			for _, c := range []*testClient{test, idle} {
-				if err := c.Call("Plugin.Echo", "", new(string)); err != rpc.ErrShutdown {
+				if err := c.Call("Plugin.Echo", "", new(string)); err != rpc.ErrShutdown && !errors.As(err, new(*ExitError)) {
 					t.Errorf("a later call returned %v", err)
 				}
-				if err := Call(context.Background(), c.Client, "Plugin.Echo", "", new(string)); !errors.Is(err, rpc.ErrShutdown) {
+				if err := Call(context.Background(), c.Client, "Plugin.Echo", "", new(string)); !errors.Is(err, rpc.ErrShutdown) && !errors.As(err, new(*ExitError)) {
 					t.Errorf("a later Call returned %v", err)
 				}
 			}

@@ -77,7 +77,7 @@ type child struct {
 	release  sync.Once       // closes lifeline, or detaches the plugin
 
 	lines      [2]lineWriter // stdout's and stderr's
-	handshakes chan string   // receives the handshake line
+	handshakes chan string   // receives the handshake line; closed when there will be none
 	found      bool          // it has come; used by the reader of stdout alone
 	noise      tail          // what came before it
 	log        stderrLog
@@ -203,24 +203,22 @@ func (p *child) stdoutLine(line []byte, left int) {
 	}
 }
 
+var errNoHandshake = errors.New("it exited without a handshake")
+
 // awaitHandshake waits until the plugin says that it is ready.
-func (p *child) awaitHandshake(ctx context.Context, timeout time.Duration, gone <-chan struct{}) (h handshake, err error) {
+func (p *child) awaitHandshake(ctx context.Context, timeout time.Duration) (h handshake, err error) {
 	late := time.NewTimer(timeout)
 	defer late.Stop()
 	select {
-	case line := <-p.handshakes:
+	case line, ok := <-p.handshakes:
+		if !ok {
+			return h, errNoHandshake
+		}
 		return parseHandshake(line)
 	case <-ctx.Done():
 		return h, contextError(ctx)
 	case <-late.C:
 		return h, fmt.Errorf("it has not sent its handshake within %v: %w", timeout, context.DeadlineExceeded)
-	case <-gone:
-	}
-	select {
-	case line := <-p.handshakes:
-		return parseHandshake(line)
-	default:
-		return h, errors.New("it exited without a handshake")
 	}
 }
 
@@ -245,6 +243,7 @@ func (p *child) Wait(context.Context) error {
 	for i := range p.lines {
 		_ = p.lines[i].Close()
 	}
+	close(p.handshakes)
 	givenMu.Lock()
 	if p.given.Process == p.cmd.Process {
 		p.given.ProcessState = p.cmd.ProcessState
@@ -284,14 +283,19 @@ func findProcess(rc *ReattachConfig, logger hclog.Logger) (*stranger, error) {
 }
 
 // alive reports whether there is such a process. On Windows, where FindProcess
-// tells, it is true.
+// tells, it is true. A zombie is dead, though its parent may never reap it.
 func alive(pid int) bool {
 	p, err := os.FindProcess(pid)
 	if err != nil {
 		return false
 	}
 	defer p.Release()
-	return runtime.GOOS == "windows" || p.Signal(syscall.Signal(0)) == nil
+	if runtime.GOOS == "windows" {
+		return true
+	}
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, state, _ := bytes.Cut(stat, []byte(") "))
+	return p.Signal(syscall.Signal(0)) == nil && !bytes.HasPrefix(state, []byte("Z"))
 }
 
 // ID returns the pid.
@@ -318,7 +322,7 @@ func (p *stranger) Wait(ctx context.Context) error {
 	if runtime.GOOS == "windows" {
 		_, _ = p.process.Wait() // it cannot be interrupted
 	} else {
-		for p.process.Signal(syscall.Signal(0)) == nil && !waitFor(pollInterval, ctx.Done()) {
+		for alive(p.pid) && !waitFor(pollInterval, ctx.Done()) {
 		}
 		_ = p.process.Release()
 	}

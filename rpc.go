@@ -52,7 +52,7 @@ const (
 //
 // When the other side is gone, a call that was in flight fails with an error
 // in which errors.Is finds io.ErrUnexpectedEOF and, on the host, errors.As
-// finds an [*ExitError]; a later one fails with [rpc.ErrShutdown].
+// finds an [*ExitError]; a later one fails so, too, or with [rpc.ErrShutdown].
 //
 // A context that cannot end costs nothing. Any *rpc.Client will do, but the
 // errors and the cancelling need one that this package made: the one given to
@@ -120,8 +120,8 @@ type call struct {
 	args, reply any
 	own         any // what the answer is read into: reply, if the context cannot end
 	seq         uint64
-	err         error    // the reply could not be decoded
-	is          []string // names of the errors that the method's error is
+	err         error  // the reply could not be decoded
+	is          string // names of the errors that the method's error is
 }
 
 // fill sets the reply to what the answer was read into.
@@ -135,7 +135,7 @@ func (k *call) result(err error) error {
 	if k.err != nil {
 		return k.err
 	}
-	if se, ok := err.(rpc.ServerError); ok && len(k.is) > 0 {
+	if se, ok := err.(rpc.ServerError); ok && k.is != "" {
 		return &remoteError{se, knownErrors(k.is)}
 	}
 	return err
@@ -149,8 +149,8 @@ var codecs sync.Map
 type clientCodec struct {
 	w     *wire
 	spawn func(func()) bool
-	write func() // w.write, made once
-	head  header // the header that was read last
+	write func()   // w.write, made once
+	head  response // the header that was read last
 
 	mu     sync.Mutex // guards the fields below
 	client *rpc.Client
@@ -162,7 +162,7 @@ type clientCodec struct {
 // newRPCClient returns a client for the service on the other end of conn, which
 // starts goroutines with spawn.
 func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client {
-	codec := &clientCodec{w: newWire(conn), spawn: spawn, calls: make(map[uint64]*call)}
+	codec := &clientCodec{w: newWire(conn, rpc.Request{}), spawn: spawn, calls: make(map[uint64]*call)}
 	codec.write = codec.w.write
 	client := rpc.NewClientWithCodec(codec)
 	codec.mu.Lock()
@@ -184,7 +184,7 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 		c.calls[k.seq] = k
 		c.mu.Unlock()
 	}
-	err := c.send(&header{ServiceMethod: req.ServiceMethod, Seq: req.Seq}, body)
+	err := c.send(req, body)
 	if err == nil || err == errLost {
 		return nil // the end of reading will fail the call, with the reason
 	}
@@ -196,8 +196,8 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 	return fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w", req.ServiceMethod, body, err)
 }
 
-func (c *clientCodec) send(h *header, body any) error {
-	write, err := c.w.encode(h, body)
+func (c *clientCodec) send(req *rpc.Request, body any) error {
+	write, err := c.w.encode(req, body)
 	if write && !c.spawn(c.write) {
 		_ = c.w.conn.Close()
 	}
@@ -215,17 +215,17 @@ func (c *clientCodec) abandon(ctx context.Context, k *call) bool {
 	if waiting && !ended {
 		// If this cannot be sent, the connection is lost and the call with it.
 		deadline := errors.Is(ctx.Err(), context.DeadlineExceeded)
-		_ = c.send(&header{ServiceMethod: cancelMethod, Seq: k.seq | cancelBit}, deadline)
+		_ = c.send(&rpc.Request{ServiceMethod: cancelMethod, Seq: k.seq | cancelBit}, deadline)
 	}
 	return waiting
 }
 
 func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
-	c.head = header{}
+	c.head = response{}
 	if err := c.w.decode(&c.head); err != nil {
 		return c.end(c.w.reason(err))
 	}
-	resp.ServiceMethod, resp.Seq, resp.Error = c.head.ServiceMethod, c.head.Seq, c.head.Error
+	resp.Seq, resp.Error = c.head.Seq, c.head.Error
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if k := c.calls[resp.Seq]; k != nil && resp.Error != "" {
@@ -407,7 +407,7 @@ type rpcServer struct {
 }
 
 func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool) *rpcServer {
-	return &rpcServer{w: newWire(conn), services: services, logger: logger, catch: catch, cancels: make(map[uint64]context.CancelCauseFunc)}
+	return &rpcServer{w: newWire(conn, response{}), services: services, logger: logger, catch: catch, cancels: make(map[uint64]context.CancelCauseFunc)}
 }
 
 var (
@@ -435,7 +435,7 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 		if err := s.w.waitRoom(ctx); err != nil {
 			return err
 		}
-		var req header
+		var req rpc.Request
 		if err := s.w.decode(&req); err != nil {
 			return s.w.reason(err)
 		}
@@ -466,7 +466,7 @@ type inCall struct {
 
 // prepare finds the method and reads its argument. A method that takes a
 // context can be cancelled from here on.
-func (s *rpcServer) prepare(ctx context.Context, req *header) (*inCall, error) {
+func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*inCall, error) {
 	svc, m, err := s.find(req.ServiceMethod)
 	if err != nil {
 		_ = s.w.decode(nil)
@@ -526,7 +526,7 @@ func (s *rpcServer) cancel(seq uint64) {
 }
 
 // call runs a method and answers.
-func (s *rpcServer) call(req *header, c *inCall) {
+func (s *rpcServer) call(req *rpc.Request, c *inCall) {
 	if c.method.context {
 		defer func() {
 			s.mu.Lock()
@@ -549,7 +549,7 @@ func (s *rpcServer) call(req *header, c *inCall) {
 // invoke runs a method. In the host, a panic must not be the end of the
 // process; in a plugin it must be, so that its host learns of it and nobody
 // goes on with what the method may have left half done.
-func (s *rpcServer) invoke(req *header, c *inCall) (err error) {
+func (s *rpcServer) invoke(req *rpc.Request, c *inCall) (err error) {
 	if !c.service.calls.enter() {
 		return errStopped
 	}
@@ -571,10 +571,9 @@ func (s *rpcServer) invoke(req *header, c *inCall) (err error) {
 }
 
 // respond answers one call. If the reply cannot be sent, an error that says so
-// is sent instead. Unlike net/rpc's, the answer does not name the method: no
-// client looks.
-func (s *rpcServer) respond(req *header, reply any, err error) {
-	resp := header{Seq: req.Seq}
+// is sent instead.
+func (s *rpcServer) respond(req *rpc.Request, reply any, err error) {
+	resp := response{Seq: req.Seq}
 	if err != nil {
 		resp.Error, resp.Is = sendable(err)
 		reply = struct{}{}

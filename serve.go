@@ -161,7 +161,7 @@ func serve(config *ServeConfig) error {
 			removePrivate(env[EnvUnixSocketDir]) // which the host would have done
 		}
 	}()
-	if err := s.capture(nil, nil); err != nil {
+	if err := s.capture(io.Discard, io.Discard); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(stdout, s.handshake.String()+"\n"); err != nil {
@@ -195,8 +195,17 @@ func takeEnvironment(cookie string) map[string]string {
 // lives as long as the process, because the host may go while main finishes.
 func watchHost(host hostInfo, dir string) <-chan struct{} {
 	orphaned := make(chan struct{})
+	var pipe *os.File
+	if host.watch == watchPipe {
+		// A process in between may have closed it and used its number again.
+		pipe = os.NewFile(uintptr(host.fd), "lifeline")
+		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
+			foreign = pipe
+			return orphaned
+		}
+	}
 	go func() {
-		if waitHost(host) {
+		if waitHost(host, pipe) {
 			close(orphaned)
 			time.Sleep(orphanTimeout)
 			removePrivate(dir)
@@ -206,21 +215,15 @@ func watchHost(host hostInfo, dir string) <-chan struct{} {
 	return orphaned
 }
 
-// foreign is the file that waitHost found instead of a pipe. A file that
+// foreign is the file that watchHost found instead of a pipe. A file that
 // nothing refers to would be closed.
 var foreign *os.File
 
 // waitHost waits for the end of the host. It returns false if the host is not to
 // be watched, as those of go-plugin, or has detached the plugin.
-func waitHost(host hostInfo) bool {
+func waitHost(host hostInfo, pipe *os.File) bool {
 	switch host.watch {
 	case watchPipe:
-		// A process in between may have closed it and used its number again.
-		pipe := os.NewFile(uintptr(host.fd), "lifeline")
-		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
-			foreign = pipe
-			return false
-		}
 		_, err := pipe.Read(make([]byte, 1))
 		return err == io.EOF
 	case watchPid:
@@ -368,8 +371,7 @@ func (s *serving) unlisten() {
 	removePrivate(s.dir)
 }
 
-// capture makes what the process prints go to the host, and to the writers
-// that are not nil.
+// capture makes what the process prints go to the host, and to the writers.
 func (s *serving) capture(teeOut, teeErr io.Writer) (err error) {
 	stdout, stderr := os.Stdout, os.Stderr
 	var w [2]*os.File
@@ -378,7 +380,7 @@ func (s *serving) capture(teeOut, teeErr io.Writer) (err error) {
 			return cannotServe(err)
 		}
 	}
-	s.server.Stdout, s.server.Stderr = tee(s.output[0], teeOut), tee(s.output[1], teeErr)
+	s.server.Stdout, s.server.Stderr = io.TeeReader(s.output[0], teeOut), io.TeeReader(s.output[1], teeErr)
 	s.restore = sync.OnceFunc(func() {
 		os.Stdout, os.Stderr = stdout, stderr
 		_ = w[0].Close()
@@ -390,13 +392,6 @@ func (s *serving) capture(teeOut, teeErr io.Writer) (err error) {
 }
 
 func cannotServe(err error) error { return fmt.Errorf("plugin: cannot serve: %w", err) }
-
-func tee(r io.Reader, w io.Writer) io.Reader {
-	if w == nil {
-		return r
-	}
-	return io.TeeReader(r, w)
-}
 
 // serve accepts connections until close closes the listener and waits.
 func (s *serving) serve() {
