@@ -207,7 +207,6 @@ func TestTestModeEnds(t *testing.T) {
 		says   string
 	}{
 		{"nobody receives", ServeConfig{Plugins: testPlugins(nil), Test: &ServeTestConfig{Context: ctx, ReattachConfigCh: make(chan *ReattachConfig)}}, ""},
-		{"no channel", ServeConfig{Plugins: testPlugins(nil), Test: &ServeTestConfig{Context: ctx}}, ""},
 		{"no plugins", ServeConfig{Test: new(ServeTestConfig)}, "Plugins"},
 		{"no certificate", ServeConfig{Plugins: testPlugins(nil), Test: new(ServeTestConfig), TLSProvider: func() (*tls.Config, error) {
 			return nil, errors.New("out of paper")

@@ -5,7 +5,6 @@ package plugin
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"os/signal"
 	"syscall"
 	"testing"
@@ -56,9 +55,7 @@ func TestSignals(t *testing.T) {
 	t.Run("nohup", func(t *testing.T) {
 		t.Parallel()
 		cfg := newLab(t).config("plugin")
-		env := cfg.Cmd.Env
-		cfg.Cmd = exec.Command("sh", "-c", `trap "" HUP; exec "$0"`, os.Args[0])
-		cfg.Cmd.Env = env
+		cfg.Cmd.Path, cfg.Cmd.Args = "/bin/sh", []string{"sh", "-c", `trap "" HUP; exec "$0"`, os.Args[0]}
 		c, p := start(t, cfg)
 		test := dispense(t, p)
 		check(t, cfg.Cmd.Process.Signal(syscall.SIGHUP))
