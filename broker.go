@@ -7,31 +7,39 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/rpc"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// brokerTimeout is how long Accept and Dial wait for the other side, and how
-// long a stream that was dialled waits to be accepted.
-const brokerTimeout = 5 * time.Second
+const (
+	// brokerTimeout limits Accept, Dial, and how long a dialled stream waits to
+	// be accepted.
+	brokerTimeout = 5 * time.Second
+	// untilStopped is no limit.
+	untilStopped = math.MaxInt64
+	// readTimeout is how long a Read or Write that is running delays the Close of
+	// its reader or writer.
+	readTimeout = 100 * time.Millisecond
+)
 
-// MuxBroker hands out streams between the host and the plugin by number.
-// [Plugin].Server and [Plugin].Client are given one each, for the two ends of
-// their connection. One side takes a number from NextId, sends it to the other
-// in an ordinary call, and accepts the stream that the other side dials:
+// MuxBroker opens numbered streams between host and plugin. [Plugin].Server and
+// [Plugin].Client get the two ends. One side sends a number to the peer in a call, and the
+// peer dials it. ServeReader, ServeWriter and ServeRPC return the number of a reader, a
+// writer or a service:
 //
-//	id := broker.NextId()
-//	go broker.AcceptAndServe(id, &Callbacks{})
-//	err := client.Call("Plugin.Work", WorkArgs{Callbacks: id}, &reply)
+//	id, stop := broker.ServeRPC(&Callbacks{})
+//	defer stop()
+//	err := plugin.Call(ctx, client, "Plugin.Work", WorkArgs{Callbacks: id}, &reply)
 //
-// For what is passed most there are pairs that need no more than the number:
-// ServeReader and DialReader, ServeWriter and DialWriter, ServeRPC and DialRPC.
+// NextId returns a number for Accept or AcceptAndServe, which also work with go-plugin.
 //
-// All methods may be called concurrently. A MuxBroker lives as long as its
-// connection; the zero MuxBroker is not usable.
+// All methods may be called concurrently. A MuxBroker ends with its connection. The zero
+// MuxBroker cannot be used.
 type MuxBroker struct {
 	session *session
 	ids     atomic.Uint32
@@ -40,8 +48,8 @@ type MuxBroker struct {
 	meeting map[uint32]*meetingPoint
 }
 
-// meetingPoint is where the streams that are dialled as one id meet those who
-// accept it. There is one as long as either is there.
+// meetingPoint hands the streams that are dialled as one id to those that accept it. It
+// exists while there are any of them.
 type meetingPoint struct {
 	streams chan *stream
 	users   int
@@ -51,7 +59,7 @@ func newMuxBroker(s *session) *MuxBroker {
 	return &MuxBroker{session: s, meeting: make(map[uint32]*meetingPoint)}
 }
 
-// meet returns the meeting point of an id. leave must be called.
+// meet returns the streams of a meetingPoint. leave must be called.
 func (b *MuxBroker) meet(id uint32) (streams chan *stream, leave func()) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -70,9 +78,8 @@ func (b *MuxBroker) meet(id uint32) (streams chan *stream, leave func()) {
 	}
 }
 
-// NextId returns a number that names a stream. Numbers made by the host, those
-// made by the plugin, and those that go-plugin makes on either side never
-// meet; after 1,073,741,823 a side begins again with its first.
+// NextId returns a number for a stream. Host and plugin return different numbers, also if
+// one of them uses go-plugin. Numbers repeat after 1,073,741,823.
 func (b *MuxBroker) NextId() uint32 {
 	const bits = 1<<30 - 1
 	for {
@@ -92,9 +99,9 @@ func (b *MuxBroker) Accept(id uint32) (net.Conn, error) {
 	return b.AcceptContext(ctx, id)
 }
 
-// AcceptContext waits until the peer dials id, and returns the stream. A stream
-// that was dialled up to five seconds ago is returned at once. It fails when
-// ctx ends, with an error that wraps ctx.Err(), and when the connection ends.
+// AcceptContext waits until the peer dials id, and returns the stream. The peer may have
+// dialled it up to five seconds before. AcceptContext fails when ctx ends, with an error
+// that wraps ctx.Err(), and when the connection ends.
 func (b *MuxBroker) AcceptContext(ctx context.Context, id uint32) (net.Conn, error) {
 	st, err := b.accept(ctx, id)
 	if err != nil {
@@ -108,7 +115,7 @@ func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 	defer leave()
 	select {
 	case st := <-streams:
-		// The peer waits for these bytes, but may leave no room for them.
+		// The peer waits for these bytes, but may have no room for them.
 		_ = st.SetWriteDeadline(time.Now().Add(brokerTimeout))
 		if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
 			abort(st)
@@ -129,18 +136,17 @@ func (b *MuxBroker) Dial(id uint32) (net.Conn, error) {
 	return b.DialContext(ctx, id)
 }
 
-// DialContext opens a stream to the peer and waits until the peer accepts id.
-// It fails when ctx ends, with an error that wraps ctx.Err(), when the
-// connection ends, and when the peer closes the stream without having accepted
-// it, as it does after five seconds.
+// DialContext opens a stream as id and waits until the peer accepts it. It fails when ctx
+// ends, with an error that wraps ctx.Err(), when the connection ends, and when the peer
+// has not accepted the stream within five seconds.
 func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error) {
 	type result struct {
 		st  *stream
 		err error
 	}
 	dialled := make(chan result)
-	// Writing may block while the peer is stopped, whatever becomes of ctx.
-	// This ends with the answer of the peer, with ctx, or with the session.
+	// While the process of the peer is stopped, writing may block, and ctx does
+	// not end that. This goroutine ends with the answer, ctx or the session.
 	running := b.session.spawn(func() {
 		st, err := b.dial(ctx, id)
 		select {
@@ -192,8 +198,8 @@ func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
 	return st, err
 }
 
-// Run takes in the streams that the peer dials, until the connection ends. The
-// package runs it for every broker that it hands out.
+// Run receives the streams that the peer dials, until the connection ends. The package
+// calls it for every MuxBroker.
 func (b *MuxBroker) Run() {
 	for {
 		st, err := b.session.accept()
@@ -205,7 +211,7 @@ func (b *MuxBroker) Run() {
 	}
 }
 
-// receive reads what a stream was dialled as and offers it to who accepts that.
+// receive reads the id that a stream was dialled as, and waits until it is accepted.
 func (b *MuxBroker) receive(st *stream) {
 	timeout := time.NewTimer(brokerTimeout)
 	defer timeout.Stop()
@@ -226,15 +232,14 @@ func (b *MuxBroker) receive(st *stream) {
 	}
 }
 
-// Close ends the whole connection: every stream on it, and every wait.
+// Close closes the whole connection, with all of its streams. The error is always nil.
 func (b *MuxBroker) Close() error {
 	b.session.close()
 	return nil
 }
 
-// AcceptAndServe accepts id, as Accept does, and serves the methods of v under
-// the name "Plugin" until the peer hangs up. The package documentation says
-// which methods can be called. An error while accepting is logged.
+// AcceptAndServe accepts id and serves the methods of v as "Plugin.Name" until the peer
+// closes its client. [Plugin] describes the methods. An error of Accept is logged.
 func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
 	svc := b.service(v)
 	st, err := b.Accept(id)
@@ -245,8 +250,8 @@ func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
 	b.session.serve(b.session.calls, st.(*stream), svc)
 }
 
-// service returns v as a service. If none of its methods can be called, every
-// caller will be told why.
+// service returns a service for v. If none of its methods can be called, calls return an
+// error with the reason.
 func (b *MuxBroker) service(v any) *service {
 	svc, err := newService(v)
 	if err != nil {
@@ -256,26 +261,40 @@ func (b *MuxBroker) service(v any) *service {
 	return svc
 }
 
-// ServeRPC serves the methods of v to the peer, which gets a client for them
-// from DialRPC with the id, within five seconds. If v has no method that can be
-// called, that is logged and every caller is told.
+// ServeRPC serves the methods of v to the peer, which passes id to [MuxBroker.DialRPC]
+// within five seconds. [Plugin] describes the methods. If none can be called, that is
+// logged, and calls return an error with the reason.
 //
-// stop ends the serving. It ends the contexts of methods that run and waits for
-// them to return, so a method must not call it. After stop has returned, no
-// method of v runs or is called, and the peer's calls fail with an error that
-// says so. stop may be called at any time and more than once. Without it, the
-// serving ends when the peer closes its client, or with the connection.
+// stop ends the contexts of the methods that are running and waits for them to return. So
+// a method must not call it. After stop has returned, no method of v is called, and calls
+// of the peer fail. It is safe to call stop more than once and at any time. Without stop,
+// the service ends when the peer closes its client, or with the connection.
 func (b *MuxBroker) ServeRPC(v any) (id uint32, stop func()) {
 	svc := b.service(v)
-	return b.serve(svc, &svc.calls)
+	l := b.serve(svc, &svc.calls, brokerTimeout)
+	return l.id, l.stop
 }
 
-// serve serves svc to the peer. stop waits for the uses of what it serves.
-func (b *MuxBroker) serve(svc *service, uses *group) (id uint32, stop func()) {
-	id = b.NextId()
+// loan is a service, reader or writer that is served to the peer.
+type loan struct {
+	id    uint32
+	ctx   context.Context // ends with the loan
+	uses  *group          // calls, or Reads or Writes, that are running
+	end   func()          // ends the loan without waiting for uses
+	reads bool            // it is a reader
+}
+
+func (l *loan) stop() {
+	l.end()
+	l.uses.Wait()
+}
+
+// serve serves svc to the peer, which must dial it in time.
+func (b *MuxBroker) serve(svc *service, uses *group, timeout time.Duration) *loan {
+	id := b.NextId()
 	ctx, cancel := context.WithCancelCause(b.session.calls)
 	b.session.spawn(func() {
-		dialling, expire := context.WithTimeout(ctx, brokerTimeout)
+		dialling, expire := context.WithTimeout(ctx, timeout)
 		defer expire()
 		st, err := b.accept(dialling, id)
 		if err != nil {
@@ -283,90 +302,90 @@ func (b *MuxBroker) serve(svc *service, uses *group) (id uint32, stop func()) {
 			cancel(nil)
 			return
 		}
-		// Runs the caller's own code, so nothing waits for it but stop. It ends
+		// Only stop waits for this, because it runs the caller's code. It ends
 		// with the stream, or when that code returns.
 		go func() {
 			defer cancel(nil)
 			b.session.serve(ctx, st, svc)
 		}()
 	})
-	return id, func() {
+	return &loan{id: id, ctx: ctx, uses: uses, end: func() {
 		svc.calls.close()
 		uses.close()
 		cancel(errStopped)
-		uses.Wait()
-	}
+	}}
 }
 
-// DialRPC returns a client for what the peer serves as id with ServeRPC or
-// AcceptAndServe. Methods are called as "Plugin.Name". Closing the client ends
-// the serving; it should be closed. The error is that of Dial.
+// DialRPC returns a client for the service that the peer serves as id with ServeRPC or
+// AcceptAndServe. Call its methods as "Plugin.Name", and close it when it is no longer
+// needed. The errors are those of [MuxBroker.Dial].
 func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
-	conn, err := b.Dial(id)
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	defer cancel()
+	return b.dialRPC(ctx, id)
+}
+
+func (b *MuxBroker) dialRPC(ctx context.Context, id uint32) (*rpc.Client, error) {
+	conn, err := b.DialContext(ctx, id)
 	if err != nil {
 		return nil, err
 	}
 	return newRPCClient(conn, b.session.spawn), nil
 }
 
-// Readers and writers are RPC services. Their bytes flow on a stream of their
-// own, and one call lasts as long as they flow: its error is how they ended.
+// Readers and writers are services with one method, which copies the bytes from or to
+// another stream. Its error is the error of the reader or writer.
 
-// ServeReader lets the peer read from r with DialReader, within five seconds.
-// r is read as the peer reads, until it ends or fails, or the peer closes its
-// reader. r is not closed.
+// ServeReader lets the peer read from r. The peer passes id to [MuxBroker.DialReader]
+// within five seconds. r is read until it fails, or the peer closes its end. r is read
+// ahead, and not closed.
 //
-// stop ends that, as the stop of ServeRPC does. It waits for a Read of r that
-// is under way, so end a Read that may block for long first. After stop has
-// returned, r is not read any more, and the peer's Read fails with an error that
-// says so: it does not return io.EOF unless r did.
+// stop ends this like that of [MuxBroker.ServeRPC]. It waits for a Read that is running,
+// so first end one that may block for long. After stop has returned, r is not read, and
+// Read fails in the peer. It does not return io.EOF unless r did.
 func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
-	l := &lent{broker: b, use: r.Read}
-	return b.serve(b.service(readerService{l}), &l.uses)
+	l := b.serveStream("Read", r.Read, brokerTimeout, nil)
+	return l.id, l.stop
 }
 
-// DialReader returns a reader for what the peer serves with ServeReader. It
-// reads the same bytes and then fails as that reader failed, with an error that
-// keeps its identity as those of [Call] do. It must be closed. Read and Close
-// may be called concurrently. The error is that of Dial, or says that id is not
-// a reader.
+// DialReader returns a reader for the one that the peer serves as id with ServeReader.
+// Close it when it is no longer needed. Errors of that reader keep their identity, like
+// those of [Call]. Read and Close may be called concurrently. The errors are those of
+// [MuxBroker.Dial], and one if id is not a reader.
 func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
-	p, err := b.dialPipe(id, "Plugin.Read")
-	if err != nil {
-		return nil, err
-	}
-	return pipeReader{p}, nil
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	defer cancel()
+	p, err := b.dialStream(ctx, id, "Read", false)
+	r, _ := p.(io.ReadCloser)
+	return r, err
 }
 
-// ServeWriter lets the peer write to w with DialWriter, within five seconds. If
-// w fails, the peer is told. w is not closed. stop ends that, as the stop of
-// ServeReader does: after it has returned, w is not written to any more.
+// ServeWriter lets the peer write to w. The peer passes id to [MuxBroker.DialWriter]
+// within five seconds. w is not closed. stop ends this like that of
+// [MuxBroker.ServeReader]. After stop has returned, w is not written to.
 func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
-	l := &lent{broker: b, use: w.Write}
-	return b.serve(b.service(writerService{l}), &l.uses)
+	l := b.serveStream("Write", w.Write, brokerTimeout, nil)
+	return l.id, l.stop
 }
 
-// DialWriter returns a writer for what the peer serves with ServeWriter. An
-// error of that writer is returned by a later Write, or by Close, and keeps its
-// identity as those of [Call] do. Close waits until that writer has taken
-// everything; it must be called. Write and Close may be called concurrently.
-// The error is that of Dial, or says that id is not a writer.
+// DialWriter returns a writer for the one that the peer serves as id with ServeWriter.
+// Close must be called. It waits until everything has been written. An error of that writer
+// is returned by a later Write or by Close, and keeps its identity, like those of [Call].
+// Write and Close may be called concurrently. The errors are those of [MuxBroker.Dial], and
+// one if id is not a writer.
 func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
-	p, err := b.dialPipe(id, "Plugin.Write")
-	if err != nil {
-		return nil, err
-	}
-	// Ends a Write that waits for room when the call has ended.
-	b.session.spawn(func() { <-p.done; abort(p.conn) })
-	return pipeWriter{p}, nil
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	defer cancel()
+	p, err := b.dialStream(ctx, id, "Write", false)
+	w, _ := p.(io.WriteCloser)
+	return w, err
 }
 
-// lent is a reader or writer of the caller's. Waiting for its uses does not wait
-// for the stream, whose peer may take nothing.
+// lent is a reader or writer of the caller. Waiting for its uses does not wait for the
+// stream, because the peer may not read.
 type lent struct {
-	broker *MuxBroker
-	use    func([]byte) (int, error) // Read or Write
-	uses   group                     // closed when it is taken back
+	use  func([]byte) (int, error) // Read or Write
+	uses group                     // closed when the loan ends
 }
 
 func (l *lent) Read(p []byte) (int, error) {
@@ -379,59 +398,71 @@ func (l *lent) Read(p []byte) (int, error) {
 
 func (l *lent) Write(p []byte) (int, error) { return l.Read(p) }
 
-// copy copies l to or from the stream id, until ctx ends.
-func (l *lent) copy(ctx context.Context, id uint32, toPeer bool) (err error) {
-	conn, err := l.broker.DialContext(ctx, id)
-	if err != nil {
+// serveStream serves a reader or writer by the name of its method, "Read" or "Write". If
+// closer is not nil, it is called when the peer closes its end or the loan ends.
+func (b *MuxBroker) serveStream(name string, use func([]byte) (int, error), timeout time.Duration, closer func() error) *loan {
+	lent := &lent{use: use}
+	flow := func(ctx context.Context, arg, _ reflect.Value) (err error) {
+		conn, err := b.DialContext(ctx, uint32(arg.Uint()))
+		if err != nil {
+			return err
+		}
+		defer recoverTo(&err)
+		defer conn.Close()
+		defer context.AfterFunc(ctx, func() { abort(conn) })()
+		var w io.Writer = conn
+		var r io.Reader = lent
+		if name == "Write" {
+			w, r = lent, conn
+		}
+		_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, 64<<10))
 		return err
 	}
-	defer recoverTo(&err)
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { abort(conn) })()
-	var w io.Writer = conn
-	var r io.Reader = l
-	if !toPeer {
-		w, r = l, conn
+	end := sync.OnceValue(func() (err error) {
+		if closer == nil {
+			return nil
+		}
+		defer recoverTo(&err)
+		lent.uses.close()
+		waitFor(readTimeout, lent.uses.allDone())
+		return closer()
+	})
+	nothing := reflect.TypeFor[struct{}]()
+	l := b.serve(&service{methods: map[string]*method{
+		name:    {call: flow, context: true, arg: reflect.TypeFor[uint32](), into: nothing},
+		"Close": {call: func(context.Context, reflect.Value, reflect.Value) error { return end() }, arg: nothing, into: nothing},
+	}}, &lent.uses, timeout)
+	l.reads = name == "Read"
+	if closer != nil {
+		context.AfterFunc(l.ctx, func() { _ = end() })
 	}
-	_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, 64<<10))
-	return err
+	return l
 }
 
-type readerService struct{ l *lent }
-
-// Read copies the reader to the stream id.
-func (s readerService) Read(ctx context.Context, id uint32, _ *struct{}) error {
-	return s.l.copy(ctx, id, true)
-}
-
-type writerService struct{ l *lent }
-
-// Write copies the stream id to the writer.
-func (s writerService) Write(ctx context.Context, id uint32, _ *struct{}) error {
-	return s.l.copy(ctx, id, false)
-}
-
-// pipe is the end of a reader or writer that was dialled.
+// pipe is a reader or writer of the peer that was dialled.
 type pipe struct {
 	conn   net.Conn
 	client *rpc.Client
-	done   chan struct{} // closed when the call has ended
+	done   chan struct{} // closed when the call has returned
 	err    error         // its error
 	closed atomic.Bool
+	failed atomic.Bool // a Write has returned an error
+	owned  bool        // Close closes the reader or writer of the peer
 }
 
-func (b *MuxBroker) dialPipe(id uint32, method string) (*pipe, error) {
-	client, err := b.DialRPC(id)
+// dialStream returns a pipeReader or pipeWriter.
+func (b *MuxBroker) dialStream(ctx context.Context, id uint32, method string, owned bool) (io.Closer, error) {
+	client, err := b.dialRPC(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	p := &pipe{client: client, done: make(chan struct{})}
-	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	p := &pipe{client: client, done: make(chan struct{}), owned: owned}
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	data := b.NextId()
-	// Ends with the bytes, or when the client or the connection is closed.
+	// Ends with the copying, or when the client or the connection is closed.
 	go func() {
-		p.err = Call(context.Background(), client, method, data, nil)
+		p.err = Call(context.Background(), client, "Plugin."+method, data, nil)
 		close(p.done)
 		cancel()
 	}()
@@ -442,10 +473,24 @@ func (b *MuxBroker) dialPipe(id uint32, method string) (*pipe, error) {
 		_ = client.Close()
 		return nil, err
 	}
-	return p, nil
+	if method == "Read" {
+		return pipeReader{p}, nil
+	}
+	// Ends a Write that waits for the peer to read.
+	b.session.spawn(func() { <-p.done; abort(p.conn) })
+	return pipeWriter{p}, nil
 }
 
-// ended waits for the end of the call and returns its error, or else err.
+// close closes the client and, if owned, the reader or writer of the peer.
+func (p *pipe) close(err error) error {
+	if p.owned {
+		err = cmp.Or(err, Call(context.Background(), p.client, "Plugin.Close", struct{}{}, nil))
+	}
+	_ = p.client.Close()
+	return err
+}
+
+// ended waits until the call has returned, and returns its error or, if nil, err.
 func (p *pipe) ended(err error) error {
 	if p.closed.Load() {
 		return io.ErrClosedPipe
@@ -470,8 +515,7 @@ func (p pipeReader) Read(b []byte) (int, error) {
 func (p pipeReader) Close() error {
 	p.closed.Store(true)
 	abort(p.conn)
-	_ = p.client.Close()
-	return nil
+	return p.close(nil)
 }
 
 type pipeWriter struct{ *pipe }
@@ -479,6 +523,7 @@ type pipeWriter struct{ *pipe }
 func (p pipeWriter) Write(b []byte) (int, error) {
 	n, err := p.conn.Write(b)
 	if err != nil {
+		p.failed.Store(true)
 		err = p.ended(err)
 	}
 	return n, err
@@ -488,6 +533,5 @@ func (p pipeWriter) Close() error {
 	_ = p.conn.Close()
 	<-p.done
 	p.closed.Store(true)
-	_ = p.client.Close()
-	return p.err
+	return p.close(p.err)
 }

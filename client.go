@@ -25,106 +25,100 @@ const (
 	defaultKillTimeout   = 2 * time.Second
 	defaultLogBufferSize = 64 << 10
 
-	lostTimeout  = 3 * time.Second        // how long a process may outlive its connection before the error says so
-	reapTimeout  = 900 * time.Millisecond // how long Kill waits for what it has killed
-	drainTimeout = 500 * time.Millisecond // how long output is read after the process has exited
+	lostTimeout  = 3 * time.Second        // between the end of a connection and that of the process, if that is the cause
+	reapTimeout  = 900 * time.Millisecond // between the kill of a process and its end
+	drainTimeout = 500 * time.Millisecond // between the end of a process and that of its output
 )
 
-// ClientConfig describes a plugin to a host. NewClient copies it, and nothing
-// in it is changed but Cmd.Process and Cmd.ProcessState, so that one
-// ClientConfig can be used again to start the plugin again. Either Cmd or
-// Reattach must be set.
+// ClientConfig describes a plugin to its host. NewClient copies it, and it can be used
+// again to start the plugin again. Only Cmd.Process and Cmd.ProcessState are changed.
+// Either Cmd or Reattach must be set.
 type ClientConfig struct {
-	// HandshakeConfig must be the plugin's.
+	// HandshakeConfig must be that of the plugin.
 	HandshakeConfig
 
-	// Plugins are the plugins that can be dispensed where
-	// HandshakeConfig.ProtocolVersion is negotiated.
+	// Plugins are the plugins of version HandshakeConfig.ProtocolVersion.
 	Plugins PluginSet
 
-	// VersionedPlugins are the plugins that can be dispensed by the protocol
-	// version that is negotiated: the highest that both sides have. A version
-	// that is also HandshakeConfig.ProtocolVersion has these and not Plugins.
+	// VersionedPlugins are the plugins of each protocol version. The highest
+	// version that both sides have is used. If it has
+	// HandshakeConfig.ProtocolVersion, Plugins is ignored.
 	VersionedPlugins map[int]PluginSet
 
-	// Cmd is the command that starts the plugin. A copy of it is started.
-	// Cmd.Stdin is os.Stdin if nil. Cmd.Stdout and Cmd.Stderr must be nil: see
-	// SyncStdout, SyncStderr and Stderr. In the environment, the variables of
-	// the handshake win over Cmd.Env, and those over the host's own.
+	// Cmd is the command that starts the plugin. A copy of it is started. If
+	// Cmd.Stdin is nil, it is os.Stdin. Cmd.Stdout and Cmd.Stderr must be nil: see
+	// SyncStdout, SyncStderr and Stderr. Cmd.Env is added to the host's
+	// environment and wins over it.
 	Cmd *exec.Cmd
 
-	// Reattach describes a plugin that runs already.
+	// Reattach describes a plugin that is running.
 	Reattach *ReattachConfig
 
-	// SecureConfig, if not nil, is what the binary must be.
+	// SecureConfig, if not nil, has the checksum of the binary.
 	SecureConfig *SecureConfig
 
-	// TLSConfig, if not nil, is used on the connection. The plugin needs a
-	// ServeConfig.TLSProvider that goes with it.
+	// TLSConfig, if not nil, is used for the connection. The plugin needs a
+	// matching ServeConfig.TLSProvider.
 	TLSConfig *tls.Config
 
 	// Managed makes CleanupClients kill the plugin.
 	Managed bool
 
-	// MinPort and MaxPort are the TCP ports of the loopback interface among
-	// which a plugin picks one on Windows. If MaxPort is zero, any free one is
-	// taken. Any local user can connect to it: see AutoMTLS. Elsewhere plugins
-	// use Unix sockets.
+	// MinPort and MaxPort limit the TCP port of the plugin on Windows. If MaxPort
+	// is zero, it is any free port. Other systems use Unix sockets.
 	MinPort, MaxPort uint
 
-	// StartTimeout is how long the plugin may take until its handshake, and
-	// again until there is a connection. Zero or less means one minute.
+	// StartTimeout limits the time until the handshake, and then that until the
+	// connection. The default is one minute.
 	StartTimeout time.Duration
 
-	// KillTimeout is how long Kill gives the plugin to end by itself before it
-	// is killed. Zero or less means two seconds.
+	// KillTimeout is how long Kill waits for the plugin to exit before it kills
+	// the process. The default is two seconds.
 	KillTimeout time.Duration
 
-	// Stderr, if not nil, gets the bytes that the process writes to its
-	// stderr, which also go to Logger, line by line.
+	// Stderr, if not nil, gets what the process writes to stderr, byte for byte.
+	// Logger gets it line by line.
 	Stderr io.Writer
 
 	// SyncStdout and SyncStderr get what the plugin writes to os.Stdout and
-	// os.Stderr while it serves. Where one is nil, the lines go to Logger at
-	// Debug; io.Discard drops them.
+	// os.Stderr while it serves. If nil, output is logged line by line at Debug
+	// level; io.Discard drops it.
 	SyncStdout io.Writer
 	SyncStderr io.Writer
 
-	// AllowedProtocols are the protocols that the plugin may speak. Nil means
-	// ProtocolNetRPC, which is the only one that works.
+	// AllowedProtocols are the protocols that the plugin may use. The default is
+	// ProtocolNetRPC, the only one that works.
 	AllowedProtocols []Protocol
 
-	// Logger gets what the plugin logs, under the name of its binary, and what
-	// this library logs. Nil means hclog.Default() named "plugin".
+	// Logger logs for this library and, under the name of its binary, for the
+	// plugin. The default is hclog.Default() named "plugin".
 	Logger hclog.Logger
 
-	// PluginLogBufferSize is where a longer line of the plugin's output is cut
-	// before it is logged, in bytes. Zero or less means 64 KiB.
+	// PluginLogBufferSize is the length in bytes at which lines of the plugin are
+	// cut before they are logged. The default is 64 KiB.
 	PluginLogBufferSize int
 
-	// AutoMTLS encrypts the connection, with certificates that are made for
-	// this start, so that nobody but this host can connect and nobody but the
-	// plugin can answer. Without it, on Windows any local user can call the
-	// plugin. The plugin needs no setting. TLSConfig is ignored then, and
-	// Reattach is not possible.
+	// AutoMTLS encrypts the connection with certificates that are made for this
+	// start, so that only this host can connect and only the plugin can answer.
+	// The plugin needs no setting. TLSConfig is ignored. AutoMTLS cannot be used
+	// with Reattach.
 	AutoMTLS bool
 
-	// SkipHostEnv keeps the host's environment from the plugin: it gets Cmd.Env
-	// and the handshake.
+	// SkipHostEnv starts the plugin without the host's environment. It gets
+	// Cmd.Env and the variables of the handshake.
 	SkipHostEnv bool
 
-	// UnixSocketConfig says where the plugin's socket is made and who may
-	// connect. Nil means the directory for temporary files, and this user. On
-	// Windows, where there is no socket, it is ignored.
+	// UnixSocketConfig configures the plugin's Unix socket. If nil, it is the
+	// zero UnixSocketConfig.
 	UnixSocketConfig *UnixSocketConfig
 
-	// Detach lets the plugin live on when the host ends without having killed
-	// it, so that another host can reattach. Calling ReattachConfig does so,
-	// too, but not on Windows. Otherwise the plugin ends with its host.
+	// Detach lets the plugin run on when the host exits without Kill, so that
+	// another host can reattach. Otherwise the plugin exits. On systems other
+	// than Windows, a call of ReattachConfig does the same.
 	Detach bool
 }
 
-// validate says what is wrong with a configuration.
+// validate returns what is wrong with a configuration.
 func (c *ClientConfig) validate() error {
 	switch {
 	case c.SecureConfig != nil && c.Reattach != nil:
@@ -147,9 +141,8 @@ func (c *ClientConfig) validate() error {
 	return nil
 }
 
-// Client is a plugin as its host has it: it starts the process, connects to
-// it, and ends it. Use one for each process. All methods may be called
-// concurrently.
+// Client starts the process of a plugin, connects to it and kills it. [NewClient] returns
+// one, for one process. All methods may be called concurrently.
 type Client struct {
 	config ClientConfig
 	name   string // of the plugin, for errors
@@ -158,23 +151,17 @@ type Client struct {
 
 	life       context.Context // ends when Kill is called
 	end        context.CancelCauseFunc
-	watching   context.Context // ends when Kill has stopped waiting for the process
+	watching   context.Context // ends when Kill does not wait for the process any more
 	abandon    context.CancelFunc
-	starting   *once[ready]
+	starting   *once[handshake]
 	connecting *once[*RPCClient]
 	gone       chan struct{} // closed when the process has ended
-	done       chan struct{} // closed when its output has been delivered as well
+	done       chan struct{} // closed when its output has ended too
 
 	mu    sync.Mutex // guards the fields below, and closing done
 	proc  AttachedRunner
-	asked bool  // this client has ended the plugin
-	err   error // how the plugin ended, if not asked to; constant once done is closed
-}
-
-// ready is what is known of a plugin that can be connected to.
-type ready struct {
-	handshake
-	tls *tls.Config // nil for none
+	asked bool  // Kill was called while the plugin ran
+	err   error // how the plugin ended, or nil if asked; constant when done is closed
 }
 
 var errKilled = errors.New("plugin: Kill was called")
@@ -182,8 +169,8 @@ var errKilled = errors.New("plugin: Kill was called")
 // managed has the clients that CleanupClients kills, as keys.
 var managed sync.Map
 
-// CleanupClients kills all plugins whose ClientConfig has Managed set, at
-// once, and returns when all are gone: call it before the host exits.
+// CleanupClients kills all plugins whose ClientConfig has Managed set, and waits for
+// them to exit. Call it before the host exits.
 func CleanupClients() {
 	var killing sync.WaitGroup
 	for c := range managed.Range {
@@ -192,13 +179,12 @@ func CleanupClients() {
 	killing.Wait()
 }
 
-// NewClient returns a client for a plugin that it does not start yet: see
-// Start, and Client, which starts it, too. What is wrong with config is said
-// there. When the plugin is no longer needed, call Kill, or CleanupClients if
-// config has Managed set.
+// NewClient returns a Client for a plugin. It does not start the plugin: [Client.Client]
+// and [Client.Start] do, and return an error if config is invalid. Call [Client.Kill] when
+// the plugin is no longer needed, or [CleanupClients] if config has Managed set.
 func NewClient(config *ClientConfig) *Client {
 	c := &Client{
-		config: *config, starting: newOnce[ready](), connecting: newOnce[*RPCClient](),
+		config: *config, starting: newOnce[handshake](), connecting: newOnce[*RPCClient](),
 		gone: make(chan struct{}), done: make(chan struct{}),
 	}
 	cfg := &c.config
@@ -230,39 +216,37 @@ func NewClient(config *ClientConfig) *Client {
 
 func (c *Client) testMode() bool { return c.config.Reattach != nil && c.config.Reattach.Test }
 
-// Start is [Client.StartContext] without a context of its own.
+// Start calls [Client.StartContext] with a context that does not end.
 func (c *Client) Start() (net.Addr, error) { return c.StartContext(context.Background()) }
 
-// StartContext starts the plugin, or finds the one to reattach to, and returns
-// its address when it is ready. If ctx ends before, or Kill is called, the
-// plugin is not started. Calling it again returns the same result, also an
-// error; to try again, make a new client.
+// StartContext starts the plugin, or reattaches to it, and returns its address. If ctx
+// ends first, or Kill is called, it stops the plugin and returns an error. Later calls
+// return the same address or error; to try again, use a new Client.
 //
-// A plugin that does not start is a [*StartError]; if the versions do not
+// The error of a plugin that does not start is a [*StartError]. If the versions do not
 // match, errors.As finds a [*VersionError] in it. [ErrProcessNotFound],
-// [ErrChecksumsDoNotMatch], [ErrSecureConfigNoChecksum],
-// [ErrSecureConfigNoHash] and [ErrSecureConfigAndReattach] are returned as
-// they are.
+// [ErrChecksumsDoNotMatch], [ErrSecureConfigNoChecksum], [ErrSecureConfigNoHash] and
+// [ErrSecureConfigAndReattach] are not wrapped.
 func (c *Client) StartContext(ctx context.Context) (net.Addr, error) {
-	r, err := c.starting.do(ctx, func() (ready, error) {
+	h, err := c.starting.do(ctx, func() (handshake, error) {
 		ctx, cancel := context.WithCancelCause(ctx)
 		defer cancel(nil)
 		defer context.AfterFunc(c.life, func() { cancel(errKilled) })()
-		r, err := c.start(ctx)
+		h, err := c.start(ctx)
 		if err != nil {
 			c.finish(nil)
 		}
-		return r, err
+		return h, err
 	})
-	return r.addr, err
+	return h.addr, err
 }
 
-func (c *Client) start(ctx context.Context) (r ready, err error) {
+func (c *Client) start(ctx context.Context) (h handshake, err error) {
 	if c.life.Err() != nil {
-		return r, errKilled
+		return h, errKilled
 	}
 	if err := c.config.validate(); err != nil {
-		return r, err
+		return h, err
 	}
 	if c.config.Reattach != nil {
 		return c.reattach(ctx)
@@ -271,12 +255,11 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 	p, err := launch(&c.config, c.logger, versionList(c.sets))
 	if err == nil {
 		c.own(p)
-		var h handshake
 		if h, err = p.awaitHandshake(ctx, c.config.StartTimeout); err == nil {
-			r, err = c.accept(h, p)
+			h.tls, err = c.accept(h, p)
 		}
 		if err == nil {
-			return r, nil
+			return h, nil
 		}
 		if err != errNoHandshake {
 			_ = p.Kill(ctx)
@@ -288,14 +271,14 @@ func (c *Client) start(ctx context.Context) (r ready, err error) {
 	}
 	switch err {
 	case ErrSecureConfigNoChecksum, ErrSecureConfigNoHash, ErrChecksumsDoNotMatch:
-		return ready{}, err
+		return handshake{}, err
 	}
 	failed.Err = err
 	failed.hint = startHint(failed, &c.config)
-	return ready{}, failed
+	return handshake{}, failed
 }
 
-// own makes p the client's process and watches it.
+// own makes p the process of the client and watches it.
 func (c *Client) own(p AttachedRunner) {
 	c.mu.Lock()
 	c.proc = p
@@ -304,7 +287,7 @@ func (c *Client) own(p AttachedRunner) {
 	go c.watch(p) // ends with the process, or when Kill stops waiting for it
 }
 
-// watch waits for the end of the process and of its output.
+// watch waits until the process and its output have ended.
 func (c *Client) watch(p AttachedRunner) {
 	err := p.Wait(c.watching)
 	close(c.gone)
@@ -318,48 +301,48 @@ func (c *Client) watch(p AttachedRunner) {
 	if !errors.As(err, &exit) {
 		exit = &ExitError{Path: c.name, Err: err}
 	}
-	level := hclog.Error
+	level, reason := hclog.Error, any(exit)
 	switch {
 	case c.wasAsked() || c.starting.err != nil:
-		level = hclog.Debug
+		level, reason = hclog.Debug, exit.State
 	case exit.State != nil && exit.State.Success():
 		level = hclog.Info
 	}
-	c.logger.Log(level, "the process has ended", "plugin", c.name, "pid", p.ID(), "reason", exit)
+	c.logger.Log(level, "the process has ended", "plugin", c.name, "pid", p.ID(), "reason", reason)
 	c.finish(exit)
 }
 
-// accept says whether this host can use a plugin with that handshake, and how.
-func (c *Client) accept(h handshake, p *child) (r ready, err error) {
+// accept checks whether this host can use a plugin with that handshake, and returns the
+// TLS configuration for it.
+func (c *Client) accept(h handshake, p *child) (*tls.Config, error) {
 	if h.protocol == ProtocolGRPC {
-		return r, errors.New("it speaks gRPC, and this library speaks net/rpc alone: the plugin must be served with this library, or with the net/rpc half of go-plugin")
+		return nil, errors.New("it uses gRPC, and this library only net/rpc: the plugin must be served with this library, or with the net/rpc half of go-plugin")
 	}
 	if h.protocol != ProtocolNetRPC || !slices.Contains(c.config.AllowedProtocols, h.protocol) {
-		return r, fmt.Errorf("it speaks the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
+		return nil, fmt.Errorf("it uses the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
 	}
 	if _, known := c.sets[h.version]; !known {
-		return r, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
+		return nil, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
 	}
-	r = ready{h, c.config.TLSConfig}
-	if c.config.AutoMTLS {
-		if len(h.cert) == 0 {
-			return r, errors.New("it has not answered with a certificate, as AutoMTLS needs: was it served with a ServeConfig.TLSProvider?")
-		}
-		cert, err := x509.ParseCertificate(h.cert)
-		if err != nil {
-			return r, fmt.Errorf("its certificate cannot be read: %w", err)
-		}
-		pool := x509.NewCertPool()
-		pool.AddCert(cert)
-		r.tls = mutualTLS(p.cert, pool)
+	if !c.config.AutoMTLS {
+		return c.config.TLSConfig, nil
 	}
-	return r, nil
+	if len(h.cert) == 0 {
+		return nil, errors.New("it has not answered with a certificate, as AutoMTLS needs: was it served with a ServeConfig.TLSProvider?")
+	}
+	cert, err := x509.ParseCertificate(h.cert)
+	if err != nil {
+		return nil, fmt.Errorf("its certificate cannot be read: %w", err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(cert)
+	return mutualTLS(p.cert, pool), nil
 }
 
 // reattach finds the plugin that runs already.
-func (c *Client) reattach(ctx context.Context) (r ready, err error) {
+func (c *Client) reattach(ctx context.Context) (h handshake, err error) {
 	rc := c.config.Reattach
-	h := handshake{version: rc.ProtocolVersion, addr: rc.Addr, protocol: cmp.Or(rc.Protocol, ProtocolNetRPC)}
+	h = handshake{version: rc.ProtocolVersion, addr: rc.Addr, protocol: cmp.Or(rc.Protocol, ProtocolNetRPC)}
 	if c.sets[h.version] == nil && h.version == 0 && len(c.sets) == 1 {
 		h.version = sortedKeys(c.sets)[0] // go-plugin's configs do not tell
 	}
@@ -368,21 +351,21 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 			err = fmt.Errorf("plugin: reattaching: %w", err)
 		}
 	}()
-	if r, err = c.accept(h, nil); err != nil {
-		return ready{}, err
+	if h.tls, err = c.accept(h, nil); err != nil {
+		return handshake{}, err
 	}
 	conn, err := new(net.Dialer).DialContext(ctx, rc.Addr.Network(), rc.Addr.String())
 	switch {
 	case ctx.Err() != nil:
-		return ready{}, contextError(ctx)
+		return handshake{}, contextError(ctx)
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
-		return ready{}, ErrProcessNotFound
+		return handshake{}, ErrProcessNotFound
 	case err != nil: // says nothing about the plugin
-		return ready{}, err
+		return handshake{}, err
 	}
 	_ = conn.Close()
 	if rc.Test {
-		return r, nil
+		return h, nil
 	}
 	find := rc.ReattachFunc
 	if find == nil {
@@ -390,15 +373,15 @@ func (c *Client) reattach(ctx context.Context) (r ready, err error) {
 	}
 	p, err := find()
 	if err != nil {
-		return ready{}, err
+		return handshake{}, err
 	}
 	c.own(p)
-	return r, nil
+	return h, nil
 }
 
-// Client starts the plugin, if that has not been done, and connects to it. It
-// returns the same connection, or error, every time. The errors are those of
-// Start, and why there is no connection. After Kill it returns an error.
+// Client starts the plugin, if it has not been started, and connects to it. Later calls
+// return the same connection or error. The errors are those of [Client.StartContext]
+// and those of connecting. After Kill, Client returns an error.
 func (c *Client) Client() (ClientProtocol, error) {
 	if _, err := c.Start(); err != nil {
 		return nil, err
@@ -431,13 +414,13 @@ func (c *Client) connect(ctx context.Context) (*RPCClient, error) {
 }
 
 func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
-	r := c.starting.result()
-	conn, err := new(net.Dialer).DialContext(ctx, r.addr.Network(), r.addr.String())
+	h := c.starting.result()
+	conn, err := new(net.Dialer).DialContext(ctx, h.addr.Network(), h.addr.String())
 	if err != nil {
 		return nil, err
 	}
-	if r.tls != nil {
-		secure := tls.Client(conn, r.tls)
+	if h.tls != nil {
+		secure := tls.Client(conn, h.tls)
 		if err := secure.HandshakeContext(ctx); err != nil {
 			_ = conn.Close()
 			if err == io.EOF {
@@ -447,15 +430,15 @@ func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
 		}
 		conn = secure
 	}
-	rc, err := newConnection(conn, c.sets[r.version], c.logger, c.whyLost)
+	rc, err := newConnection(conn, c.sets[h.version], c.logger, c.whyLost)
 	if err != nil {
 		return nil, err
 	}
-	rc.flushes = r.flushes
+	rc.flushes = h.flushes
 	return rc, rc.SyncStreams(c.orLog(c.config.SyncStdout), c.orLog(c.config.SyncStderr))
 }
 
-// orLog returns w, or a writer that logs each line.
+// orLog returns w or, if w is nil, a writer that logs each line.
 func (c *Client) orLog(w io.Writer) io.Writer {
 	if w != nil {
 		return w
@@ -467,8 +450,8 @@ func (c *Client) orLog(w io.Writer) io.Writer {
 
 var errNotHeard = errors.New("the connection was closed during its handshake: does one side use TLS and the other not?")
 
-// whyLost says why the connection was lost. heard tells whether anything had
-// been received on it.
+// whyLost returns why the connection was lost. heard reports whether anything was
+// received on it.
 func (c *Client) whyLost(heard bool) error {
 	timeout, why := lostTimeout, errors.New("the connection was lost, though the process lives")
 	if !heard {
@@ -483,8 +466,8 @@ func (c *Client) whyLost(heard bool) error {
 	return fmt.Errorf("plugin %s: %w", c.name, why)
 }
 
-// wasAsked reports whether this client has ended the plugin: by itself, or by
-// closing the connection, which asks the plugin to quit.
+// wasAsked reports whether this client has asked the plugin to quit, by Kill or by
+// RPCClient.Close.
 func (c *Client) wasAsked() bool {
 	rc := c.connecting.result()
 	c.mu.Lock()
@@ -506,24 +489,22 @@ func (c *Client) finish(err error) {
 	}
 }
 
-// Kill asks the plugin to quit and waits until its process is gone, which it
-// forces after ClientConfig.KillTimeout. All that the plugin wrote before has
-// been delivered then. It returns about two seconds after KillTimeout at the
-// latest, may be called at any time, also while Start runs, which it
-// interrupts, and more than once.
+// Kill asks the plugin to quit and waits for it to exit. After ClientConfig.KillTimeout
+// it kills the process. It returns at most about two seconds later. When it returns,
+// the output of the plugin has been delivered. It is safe to call Kill more than once and
+// at any time. It interrupts a Start that is running.
 //
-// A plugin that was reattached to is killed only if its process is surely that
-// of the plugin, and so never on Windows, unless ReattachConfig.ReattachFunc
-// is set. In test mode Kill does nothing.
+// A reattached plugin is killed only if ReattachConfig.Pid is certainly its process, or
+// by ReattachConfig.ReattachFunc. In test mode, Kill does nothing.
 func (c *Client) Kill() {
 	if c.testMode() {
 		return
 	}
 	c.end(errKilled)
-	_, startErr := c.starting.do(context.Background(), func() (ready, error) { return ready{}, errKilled })
+	_, startErr := c.starting.do(context.Background(), func() (handshake, error) { return handshake{}, errKilled })
 	c.mu.Lock()
 	p := c.proc
-	c.asked = c.asked || p != nil && !isClosed(c.gone) // and not dead already
+	c.asked = c.asked || p != nil && !isClosed(c.gone)
 	c.mu.Unlock()
 	if p != nil {
 		if startErr == nil && !isClosed(c.gone) {
@@ -557,16 +538,16 @@ func (c *Client) quit(p AttachedRunner) {
 		}
 	}
 	c.logger.Warn("the plugin does not exit by itself and is killed", "pid", p.ID(), "error", err)
-	go func() { _ = p.Kill(c.watching) }() // the caller's, with ReattachFunc: nothing waits for it
+	go func() { _ = p.Kill(c.watching) }() // ends with watching, or when ReattachFunc's Kill returns
 }
 
-// Done is closed when the plugin has ended and all of its output has been
-// delivered; also when it could not be started, and when Kill has returned. A
-// plugin in test mode is not watched, and Done is never closed.
+// Done returns a channel that is closed when the plugin has exited and its output has
+// been delivered, when Start has failed, and when Kill has returned. In test mode it is
+// never closed.
 func (c *Client) Done() <-chan struct{} { return c.done }
 
-// Err returns how the plugin ended: nil until Done is closed, nil if this
-// client has ended it, and otherwise an [*ExitError].
+// Err returns an [*ExitError] if the plugin has exited and was not asked to. It returns
+// nil until Done is closed.
 func (c *Client) Err() error {
 	if !isClosed(c.done) {
 		return nil
@@ -574,10 +555,12 @@ func (c *Client) Err() error {
 	return c.err
 }
 
-// Exited reports whether Done is closed.
+// Exited reports whether Done is closed. If a call failed because the plugin died,
+// Exited is true when the call returns.
 func (c *Client) Exited() bool { return isClosed(c.done) }
 
-// ID returns the process's id, or "" before Start and in test mode.
+// ID returns the pid, or AttachedRunner.ID with ReattachConfig.ReattachFunc. It returns
+// "" before Start and in test mode.
 func (c *Client) ID() string {
 	if p := c.process(); p != nil {
 		return p.ID()
@@ -591,8 +574,8 @@ func (c *Client) process() AttachedRunner {
 	return c.proc
 }
 
-// Protocol starts the plugin, if that has not been done, and returns what it
-// speaks, or ProtocolInvalid if it does not start.
+// Protocol starts the plugin, if it has not been started, and returns its protocol, or
+// ProtocolInvalid if it does not start.
 func (c *Client) Protocol() Protocol {
 	if _, err := c.Start(); err != nil {
 		return ProtocolInvalid
@@ -600,17 +583,15 @@ func (c *Client) Protocol() Protocol {
 	return c.starting.result().protocol
 }
 
-// NegotiatedVersion returns the protocol version that both sides have agreed
-// on, or 0 before Start.
+// NegotiatedVersion returns the protocol version that both sides use, or 0 before Start.
 func (c *Client) NegotiatedVersion() int { return c.starting.result().version }
 
-// ReattachConfig returns what another host needs to use the plugin, or nil
-// before Start. A plugin that this client has started is detached by it: it
-// lives on when this host ends without having killed it. (On Windows only
-// ClientConfig.Detach does that.) To learn the pid without that, use ID.
+// ReattachConfig returns the configuration with which another host can use the plugin,
+// or nil before Start. It detaches the plugin, as ClientConfig.Detach does; on Windows,
+// only Detach does. To get the pid without detaching, use ID.
 func (c *Client) ReattachConfig() *ReattachConfig {
-	r := c.starting.result()
-	if r.addr == nil {
+	h := c.starting.result()
+	if h.addr == nil {
 		return nil
 	}
 	if c.config.Reattach != nil {
@@ -619,5 +600,5 @@ func (c *Client) ReattachConfig() *ReattachConfig {
 	}
 	p := c.process().(*child)
 	p.detach()
-	return &ReattachConfig{Protocol: r.protocol, ProtocolVersion: r.version, Addr: r.addr, Pid: p.cmd.Process.Pid}
+	return &ReattachConfig{Protocol: h.protocol, ProtocolVersion: h.version, Addr: h.addr, Pid: p.cmd.Process.Pid}
 }

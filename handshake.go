@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/ecdsa"
@@ -21,7 +22,6 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -30,48 +30,48 @@ import (
 	"time"
 )
 
-// CoreProtocolVersion is the version of the handshake and of what runs on the
-// connection after it. go-plugin has the same.
+// CoreProtocolVersion is the version of the handshake and of the connection. It is
+// the same in go-plugin.
 const CoreProtocolVersion = 1
 
 const (
-	// EnvUnixSocketDir names the environment variable with the directory in
-	// which the plugin makes its Unix socket. The host sets it.
+	// EnvUnixSocketDir is the environment variable with the directory in which
+	// the plugin makes its Unix socket. The host sets it.
 	EnvUnixSocketDir = "PLUGIN_UNIX_SOCKET_DIR"
 
-	// EnvUnixSocketGroup names the environment variable with the group, by
-	// name or number, that may connect to the plugin's Unix socket. The host
-	// sets it from UnixSocketConfig.Group.
+	// EnvUnixSocketGroup is the environment variable with the group that may
+	// connect to the plugin's Unix socket. The host sets it from
+	// UnixSocketConfig.Group.
 	EnvUnixSocketGroup = "PLUGIN_UNIX_SOCKET_GROUP"
 
 	envMinPort    = "PLUGIN_MIN_PORT"
 	envMaxPort    = "PLUGIN_MAX_PORT"
 	envVersions   = "PLUGIN_PROTOCOL_VERSIONS"
 	envClientCert = "PLUGIN_CLIENT_CERT"
-	envMultiplex  = "PLUGIN_MULTIPLEX_GRPC" // go-plugin's, of no use here
+	envMultiplex  = "PLUGIN_MULTIPLEX_GRPC" // of go-plugin; not used here
 
-	// envHost is this library's own: a hostInfo.
+	// envHost has a hostInfo. go-plugin does not know it.
 	envHost = "PLUGIN_HOST_LIFELINE"
 )
 
-// protocolEnv is every variable of the protocol but the cookie. None of them
-// is passed on from one plugin to another.
+// protocolEnv has the variables of the protocol, without the cookie. A host that is
+// a plugin itself does not pass on its own.
 var protocolEnv = []string{
 	EnvUnixSocketDir, EnvUnixSocketGroup, envMinPort, envMaxPort,
 	envVersions, envClientCert, envMultiplex, envHost,
 }
 
-// hostInfo tells a plugin about its host. The variable that it is sent in is
-// inherited: with a go-plugin host in between, it is about a host further up.
+// hostInfo tells a plugin about its host. Its variable is inherited: if the host
+// uses go-plugin, it may be about the host of that host.
 type hostInfo struct {
-	pid   int    // the host's
-	fd    int    // of watchPipe
-	watch string // by which the plugin notices that the host is gone
+	pid   int    // of the host
+	fd    int    // of the pipe, for watchPipe
+	watch string // how the plugin detects the end of the host
 }
 
 const (
-	watchPipe    = "pipe" // the read end of a pipe that the host holds, passed as fd
-	watchPid     = "pid"  // the process, on Windows
+	watchPipe    = "pipe" // by reading from a pipe that the host holds open
+	watchPid     = "pid"  // by waiting for the process, on Windows
 	watchNothing = "nothing"
 )
 
@@ -85,34 +85,35 @@ func parseHostInfo(s string) (h hostInfo) {
 	return h
 }
 
-// HandshakeConfig is what a host and its plugins must agree on. Both embed it;
-// programs usually share one in a package that both import.
+// HandshakeConfig must be the same in a host and its plugins. Programs usually
+// declare it in a package that both import.
 type HandshakeConfig struct {
-	// ProtocolVersion is the version of the interfaces in Plugins: raise it
-	// when a change to them is not compatible. It is not needed where all
-	// plugins are in VersionedPlugins. Zero is a version like any other.
+	// ProtocolVersion is the version of the interfaces in Plugins. Raise it with
+	// an incompatible change. Zero is a version like any other. It is not used
+	// if Plugins is nil and VersionedPlugins is not empty.
 	ProtocolVersion uint
 
 	// MagicCookieKey and MagicCookieValue are an environment variable and its
-	// value. The host sets it, and a plugin that does not find it says that it
-	// is a plugin and exits. This is a courtesy to whoever starts a plugin by
-	// hand and keeps a host from using the plugin of another program; it is no
-	// secret and protects nothing. Neither may be empty.
+	// value, which the host sets. A plugin that was started by hand or by another
+	// program does not find it, prints that it is a plugin and exits. It is not a
+	// secret and not a protection. Neither may be empty.
 	MagicCookieKey   string
 	MagicCookieValue string
 }
 
-// handshake is what a plugin says on its stdout when it is ready.
+// handshake is the line that a plugin writes to its stdout when it is ready.
 type handshake struct {
 	version  int
 	addr     net.Addr
 	protocol Protocol
 	cert     []byte // DER; empty without AutoMTLS
-	flushes  bool   // the plugin sends its output before it answers Quit, as this library's do
+	flushes  bool   // the plugin sends its output before it answers Quit; false for go-plugin
+
+	tls *tls.Config // with which the host connects; not part of the line
 }
 
-// flushesField is the seventh field of the handshake if flushes is set.
-// go-plugin before 1.6 takes it for a part of the certificate.
+// flushesField is the seventh field of the handshake if flushes is set. It is not sent
+// to other libraries: go-plugin before 1.6 reads it as a part of the certificate.
 const flushesField = "flushes"
 
 func (h handshake) String() string {
@@ -124,12 +125,14 @@ func (h handshake) String() string {
 	return line
 }
 
-// handshakeStart is how a line of a plugin's stdout begins that is meant as its
-// handshake.
-var handshakeStart = regexp.MustCompile(`^\d+\|`)
+// isHandshake reports whether a line is a handshake: it begins with digits and a bar.
+func isHandshake(line []byte) bool {
+	rest := bytes.TrimLeft(line, "0123456789")
+	return len(rest) < len(line) && bytes.HasPrefix(rest, []byte{'|'})
+}
 
-// parseHandshake reads the handshake line of a plugin, ours or go-plugin's.
-// Fields behind those known are ignored.
+// parseHandshake parses the handshake of a plugin. It ignores unknown fields at the
+// end.
 func parseHandshake(line string) (h handshake, err error) {
 	fields := strings.Split(strings.TrimSpace(line), "|")
 	if core := fields[0]; core != strconv.Itoa(CoreProtocolVersion) {
@@ -164,8 +167,8 @@ func parseAddr(network, address string) (net.Addr, error) {
 	return nil, fmt.Errorf("the network is %q, and must be unix or tcp", network)
 }
 
-// allVersions returns every version with its plugins. Where both arguments
-// have the same version, versioned wins.
+// allVersions returns the plugins of every version. If both arguments have the same
+// version, versioned wins.
 func allVersions(version uint, plugins PluginSet, versioned map[int]PluginSet) map[int]PluginSet {
 	all := make(map[int]PluginSet, len(versioned)+1)
 	maps.Copy(all, versioned)
@@ -175,9 +178,9 @@ func allVersions(version uint, plugins PluginSet, versioned map[int]PluginSet) m
 	return all
 }
 
-// negotiate picks the version that a plugin serves: the highest that the host
-// lists, too; else its own lowest, which an old host without a list may know,
-// and by which any other host can say what does not match.
+// negotiate returns the version that a plugin serves: its highest that is in the list
+// of the host. If there is none, it is the plugin's lowest, which an old host without a
+// list may have, and which other hosts can name in their error.
 func negotiate(own map[int]PluginSet, hostList string) int {
 	versions := sortedKeys(own)
 	for _, v := range slices.Backward(versions) {
@@ -188,7 +191,7 @@ func negotiate(own map[int]PluginSet, hostList string) int {
 	return versions[0]
 }
 
-// versionList is the host's list of versions as it is sent to the plugin.
+// versionList returns the list of versions that the host sends to the plugin.
 func versionList(sets map[int]PluginSet) string {
 	var list []string
 	for _, v := range sortedKeys(sets) {
@@ -197,8 +200,8 @@ func versionList(sets map[int]PluginSet) string {
 	return strings.Join(list, ",")
 }
 
-// newCertificate makes a certificate for AutoMTLS, used by one process for one
-// run. P-256 is used because it is the fastest to make that go-plugin takes.
+// newCertificate makes a certificate for AutoMTLS, for one start. P-256 is the fastest
+// kind of key that go-plugin accepts.
 func newCertificate() (tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -219,8 +222,8 @@ func newCertificate() (tls.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
 }
 
-// mutualTLS is the configuration of either side: it shows own, and trusts
-// only the peer's.
+// mutualTLS returns the configuration of one side. It trusts only the certificate of
+// the peer.
 func mutualTLS(own tls.Certificate, peer *x509.CertPool) *tls.Config {
 	return &tls.Config{
 		Certificates: []tls.Certificate{own},
@@ -232,15 +235,15 @@ func mutualTLS(own tls.Certificate, peer *x509.CertPool) *tls.Config {
 	}
 }
 
-// UnixSocketConfig is about the plugin's Unix socket.
+// UnixSocketConfig configures the plugin's Unix socket. It is ignored on Windows.
 type UnixSocketConfig struct {
-	// Group, a name or number, is a group whose members may connect, too. The
-	// host must be allowed to give files to it. Empty means no group.
+	// Group is the name or number of a group whose members may connect. The host
+	// must have the right to give files to it. If empty, only the user may connect.
 	Group string
 
-	// TempDir is where the private directory for the socket is made. It must
-	// exist. Empty means os.TempDir(), or /tmp where that is too long for the
-	// path of a socket.
+	// TempDir is the directory, which must exist, for the private directory (0700)
+	// of the socket. The default is os.TempDir(), or /tmp if the path of the socket
+	// would be too long.
 	TempDir string
 }
 
@@ -262,7 +265,7 @@ func (u *UnixSocketConfig) makeDir() (dir string, err error) {
 	if len(dir)+socketName > maxSocketPath {
 		err = fmt.Errorf("the path of its socket would be too long, in %s: set UnixSocketConfig.TempDir to a shorter one", base)
 	} else if u.Group != "" {
-		// A member may connect, but not put another file in a file's place.
+		// Members may connect, but not replace the socket.
 		err = giveToGroup(dir, u.Group, 0o770|os.ModeSticky)
 	}
 	if err != nil {
@@ -272,7 +275,7 @@ func (u *UnixSocketConfig) makeDir() (dir string, err error) {
 	return dir, nil
 }
 
-// giveToGroup gives a file to UnixSocketConfig.Group, a name or number.
+// giveToGroup gives a file to the group with that name or number.
 func giveToGroup(path, group string, mode os.FileMode) error {
 	gid, err := strconv.Atoi(group)
 	if err != nil {
@@ -297,32 +300,32 @@ func giveToGroup(path, group string, mode os.FileMode) error {
 func listenTCP(minPort, maxPort string) (net.Listener, error) {
 	low, _ := strconv.ParseUint(minPort, 10, 16)
 	high, _ := strconv.ParseUint(maxPort, 10, 16)
-	err := fmt.Errorf("no port from %d to %d is free", low, high)
 	if high > 0 {
 		low = max(low, 1) // 0 is any port
 	}
-	for port := low; port <= max(low, high); port++ {
-		listener, listenErr := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if listenErr == nil {
+	for port := low; ; port++ {
+		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
 			return listener, nil
 		}
-		err = fmt.Errorf("no port from %d to %d is free: %w", low, high, listenErr)
+		if port >= high {
+			return nil, fmt.Errorf("no port from %d to %d is free: %w", low, high, err)
+		}
 	}
-	return nil, err
 }
 
-// removePrivate removes the directory that the host has made for the socket.
+// removePrivate removes the directory that the host made for the socket.
 func removePrivate(dir string) {
 	if isPrivate(dir) {
 		_ = os.RemoveAll(dir)
 	}
 }
 
-// isPrivate reports whether a directory is named as those that makeDir makes.
+// isPrivate reports whether a directory has a name that makeDir makes.
 func isPrivate(dir string) bool { return strings.HasPrefix(filepath.Base(dir), socketPrefix) }
 
-// handshakeEnv makes what the plugin finds in its environment: a certificate,
-// and a directory for its socket.
+// handshakeEnv returns the plugin's variables. It makes the host's certificate and the
+// directory for the socket.
 func (p *child) handshakeEnv(config *ClientConfig, versions string) (env []string, err error) {
 	env = []string{
 		config.MagicCookieKey + "=" + config.MagicCookieValue,
@@ -354,8 +357,9 @@ func (p *child) handshakeEnv(config *ClientConfig, versions string) (env []strin
 	return env, nil
 }
 
-// environment is the plugin's: the host's, then the command's, then the
-// handshake's. A handshake that the host was itself started with stays here.
+// environment returns the plugin's environment: the host's, Cmd.Env and the variables
+// of the handshake, where later ones win. If the host is a plugin itself, its own
+// handshake is left out.
 func environment(config *ClientConfig, handshake []string) []string {
 	var env []string
 	if !config.SkipHostEnv {
@@ -368,23 +372,23 @@ func environment(config *ClientConfig, handshake []string) []string {
 	return append(env, handshake...)
 }
 
-// StartError says why a plugin could not be started.
+// StartError describes why a plugin did not start.
 type StartError struct {
-	// Path is the plugin's binary.
+	// Path is the path of the plugin's binary.
 	Path string
-	// State is how the process ended, if it ended by itself.
+	// State is how the process ended, or nil if it did not end by itself.
 	State *os.ProcessState
-	// Stdout is the first that the plugin wrote there instead of a handshake.
+	// Stdout is the end of the output to stdout before a handshake, at most 8 KiB.
 	Stdout string
-	// Stderr is the last that the plugin wrote there, 8 KiB at most.
+	// Stderr is the end of the output to stderr, at most 8 KiB.
 	Stderr string
-	// Err is what went wrong, or was being waited for.
+	// Err is the cause.
 	Err error
 
 	hint string
 }
 
-// Error has all that is known, and what may be the cause.
+// Error returns the cause, a hint if there is one, and the output.
 func (e *StartError) Error() string {
 	text := fmt.Sprintf("plugin %s did not start: %v%s", pluginName(e.Path), e.Err, inBrackets(e.State))
 	if e.hint != "" {
@@ -401,12 +405,12 @@ func (e *StartError) Error() string {
 // Unwrap returns Err.
 func (e *StartError) Unwrap() error { return e.Err }
 
-// VersionError says that a plugin and its host have no protocol version in
-// common. Start returns it in a [*StartError].
+// VersionError reports that a plugin and its host have no protocol version in common.
+// [Client.Start] returns it in a [*StartError].
 type VersionError struct {
 	// Plugin is the version that the plugin offers.
 	Plugin int
-	// Host is the versions that the host has.
+	// Host has the versions of the host.
 	Host []int
 }
 
@@ -415,7 +419,7 @@ func (e *VersionError) Error() string {
 	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: one of them is too old (see HandshakeConfig.ProtocolVersion)", e.Plugin, e.Host)
 }
 
-// startHint says what may be the cause, where that can be known.
+// startHint returns a possible cause, or "".
 func startHint(e *StartError, config *ClientConfig) string {
 	silent := e.Stdout == "" && e.Stderr == ""
 	switch {

@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"math"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,16 +19,14 @@ import (
 )
 
 const (
-	// tailSize is how much of the end of a plugin's stderr is kept, in bytes.
-	tailSize = 8 << 10
-	// crashSize is how much of a panic and its trace is kept, in bytes.
-	crashSize = 64 << 10
+	tailSize  = 8 << 10  // how many bytes of the end of a plugin's stderr are kept
+	crashSize = 64 << 10 // how many bytes of a panic and its trace are kept
 )
 
-// lineWriter cuts what is written to it into lines.
+// lineWriter splits what is written to it into lines.
 type lineWriter struct {
-	max  int                         // a longer line is cut there
-	emit func(line []byte, left int) // gets a line, and how many bytes of it were left out
+	max  int                         // the length at which lines are cut
+	emit func(line []byte, left int) // gets a line, and how many bytes were cut off
 
 	mu   sync.Mutex // serialises writing; guards the fields below
 	line []byte
@@ -53,7 +50,7 @@ func (w *lineWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Close emits a last line that was not ended.
+// Close emits the last line if it has no line feed.
 func (w *lineWriter) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -69,7 +66,7 @@ func (w *lineWriter) end() {
 	w.emit(line, left)
 }
 
-// cutMark says that a line was cut.
+// cutMark returns a mark for the end of a line that was cut, or "".
 func cutMark(left int) string {
 	if left == 0 {
 		return ""
@@ -77,32 +74,29 @@ func cutMark(left int) string {
 	return fmt.Sprintf(" [%d more bytes]", left)
 }
 
-// stderrLog makes log records of the lines of a plugin's stderr, and keeps
-// what may be needed to say why the plugin died.
+// stderrLog logs the lines of a plugin's stderr, and keeps those that may explain its
+// end.
 type stderrLog struct {
 	logger hclog.Logger
 	tail   tail
-	crash  []byte // a panic or fatal error and the lines behind it
-	more   int    // how many more lines may belong to it
+	crash  []byte // a panic or fatal error and its trace
+	more   int    // how many more lines may be part of it
 }
 
 func (l *stderrLog) line(line []byte, left int) {
-	level, message, args, ok := parseRecord(line)
-	if ok && left == 0 {
+	if level, message, args, ok := parseRecord(line); ok && left == 0 {
 		l.logger.Log(level, message, args...)
 		return
 	}
-	if left == 0 || level == hclog.NoLevel { // only of a record that was cut here the level is known
-		level, line = textLevel(line)
-	}
+	level, line := textLevel(line)
 	if l.crashing(line, level) {
 		level = hclog.Error
 	}
 	l.logger.Log(cmp.Or(level, hclog.Debug), printable(string(line))+cutMark(left))
 }
 
-// crashing reports whether a line belongs to a panic or a fatal error, and
-// keeps it if so. A message without a trace soon ends: it was only printed.
+// crashing reports whether a line is part of a panic or fatal error, and keeps the line
+// if it is. Without a trace, this ends after 50 lines: the plugin only printed something.
 func (l *stderrLog) crashing(line []byte, level hclog.Level) bool {
 	switch {
 	case bytes.HasPrefix(line, []byte("panic: ")), bytes.HasPrefix(line, []byte("fatal error: ")):
@@ -120,92 +114,52 @@ func (l *stderrLog) crashing(line []byte, level hclog.Level) bool {
 	return true
 }
 
-// parseRecord reads a line of hclog's or slog's JSON. The values keep their
-// order. The level is returned also for a record that cannot be read to its end.
+// parseRecord parses a JSON record of hclog or slog. It sorts the values by their keys.
 func parseRecord(line []byte) (level hclog.Level, message string, args []any, ok bool) {
-	pairs, whole := readObject(line)
-	names := slogNames
-	if slices.ContainsFunc(pairs, func(p pair) bool { return p.key == hclogNames.level || p.key == hclogNames.message }) {
-		names = hclogNames
+	var record map[string]json.RawMessage
+	if json.Unmarshal(line, &record) != nil {
+		return level, "", nil, false
 	}
-	var timestamp, messageText any
-	for _, p := range pairs {
-		switch {
-		case p.key == names.level && level == hclog.NoLevel:
-			text, _ := p.value.(string)
-			level = parseLevel(text)
-		case p.key == names.message && messageText == nil:
-			messageText = p.value
-		case p.key == names.time && timestamp == nil:
-			timestamp = p.value
-		default:
-			args = append(args, oneLine(p.key), p.value)
+	names := []string{"level", "msg", "time"} // slog's
+	if record["@level"] != nil || record["@message"] != nil {
+		names = []string{"@level", "@message", "@timestamp"}
+	}
+	var texts [3]string
+	for i, name := range names {
+		if json.Unmarshal(record[name], &texts[i]) != nil && i < 2 {
+			return level, "", nil, false
 		}
+		delete(record, name)
 	}
-	message, ok = messageText.(string)
-	if t, isText := timestamp.(string); isText {
+	for _, key := range sortedKeys(record) {
+		var value any = rawJSON{record[key]}
+		if text := ""; record[key][0] == '"' && json.Unmarshal(record[key], &text) == nil {
+			value = text
+		}
+		args = append(args, oneLine(key), value)
+	}
+	if t := texts[2]; t != "" {
 		if at, err := time.Parse(time.RFC3339Nano, t); err == nil {
 			t = at.Format(hclog.TimeFormat)
 		}
 		args = append(args, "timestamp", t)
 	}
-	return level, oneLine(message), args, ok && whole && level != hclog.NoLevel
+	level = parseLevel(texts[0])
+	return level, oneLine(texts[1]), args, level != hclog.NoLevel
 }
 
-// The names that hclog and slog give to what every record has.
-var (
-	hclogNames = recordNames{"@level", "@message", "@timestamp"}
-	slogNames  = recordNames{"level", "msg", "time"}
-)
-
-type recordNames struct{ level, message, time string }
-
-type pair struct {
-	key   string
-	value any
-}
-
-// readObject reads a JSON object as far as it can be read, and reports whether
-// that is all of the line.
-func readObject(line []byte) (pairs []pair, whole bool) {
-	if len(line) == 0 || line[0] != '{' {
-		return nil, false
-	}
-	dec := json.NewDecoder(bytes.NewReader(line))
-	if _, err := dec.Token(); err != nil {
-		return nil, false
-	}
-	for dec.More() {
-		key, err := dec.Token()
-		if err != nil {
-			return pairs, false
-		}
-		var raw json.RawMessage
-		if dec.Decode(&raw) != nil {
-			return pairs, false
-		}
-		var value any = rawJSON{raw}
-		if text := ""; json.Unmarshal(raw, &text) == nil && raw[0] == '"' {
-			value = text
-		}
-		pairs = append(pairs, pair{key.(string), value})
-	}
-	_, err := dec.Token()
-	return pairs, err == nil && dec.InputOffset() == int64(len(bytes.TrimRight(line, " \t")))
-}
-
-// oneLine is printable for what must not be taken for a record of the host's.
+// oneLine is printable for text that must stay in one record.
 func oneLine(s string) string {
 	return strings.NewReplacer("\n", `\n`, "\t", `\t`).Replace(printable(s))
 }
 
-// rawJSON is what a record holds and is no string. JSON has no control
-// characters that are not escaped.
+// rawJSON is a value of a record that is not a string. JSON escapes control
+// characters.
 type rawJSON struct{ json.RawMessage }
 
 func (r rawJSON) String() string { return printable(string(r.RawMessage)) }
 
-// parseLevel reads hclog's levels, and slog's, which may have an offset.
+// parseLevel parses a level of hclog or slog. The latter may have an offset.
 func parseLevel(text string) hclog.Level {
 	if level := hclog.LevelFromString(text); level != hclog.NoLevel && level != hclog.Off {
 		return level
@@ -214,32 +168,35 @@ func parseLevel(text string) hclog.Level {
 	if l.UnmarshalText([]byte(text)) != nil {
 		return hclog.NoLevel
 	}
-	return min(max(hclog.Info+hclog.Level(l>>2), hclog.Trace), hclog.Error) // slog's are four apart
+	return min(max(hclog.Info+hclog.Level(l>>2), hclog.Trace), hclog.Error) // levels of slog are four apart
 }
 
-var (
-	// levelPrefix is a level in brackets, maybe behind the date and time of
-	// package log, or what slog's default handler writes.
-	levelPrefix = regexp.MustCompile(`^(?:\d{4}/\d\d/\d\d )?(?:\d\d:\d\d:\d\d(?:\.\d+)? )?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?|` +
-		`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d(?:\.\d+)? ((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `)
-	// slogText is how a line of slog's TextHandler begins.
-	slogText = regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) (?:source=\S+ )?msg=`)
-)
+// levelPatterns are compiled when they are needed, because plugins do not need them.
+// The first matches a level in brackets, with or without the date and time of package
+// log, and the prefix of slog's default handler. The second matches the beginning of a
+// line of slog's TextHandler.
+var levelPatterns = sync.OnceValue(func() [2]*regexp.Regexp {
+	return [2]*regexp.Regexp{
+		regexp.MustCompile(`^(?:\d{4}/\d\d/\d\d )?(?:\d\d:\d\d:\d\d(?:\.\d+)? )?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?|` +
+			`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d(?:\.\d+)? ((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `),
+		regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) (?:source=\S+ )?msg=`),
+	}
+})
 
-// textLevel returns the level that is written at the front of a line, and the
-// line without a prefix that says no more than the record will.
+// textLevel returns the level at the beginning of a line, and the line without the
+// date, time and level that the record will have.
 func textLevel(line []byte) (hclog.Level, []byte) {
-	if m := levelPrefix.FindSubmatch(line); m != nil {
+	if m := levelPatterns()[0].FindSubmatch(line); m != nil {
 		return parseLevel(string(m[1]) + string(m[2])), line[len(m[0]):]
 	}
-	if m := slogText.FindSubmatch(line); m != nil {
+	if m := levelPatterns()[1].FindSubmatch(line); m != nil {
 		return parseLevel(string(m[1])), line
 	}
 	return hclog.NoLevel, line
 }
 
-// printable returns s, escaped if anything in it could do something to a
-// terminal or a log file, except tabs and the ends of lines.
+// printable escapes characters that a terminal or log file could interpret, except tabs
+// and line feeds.
 func printable(s string) string {
 	var b strings.Builder
 	for line := range strings.Lines(s) {
@@ -252,7 +209,7 @@ func printable(s string) string {
 	return b.String()
 }
 
-// tail keeps the end of what is written to it.
+// tail keeps the last tailSize bytes that are written to it.
 type tail struct {
 	mu  sync.Mutex // guards buf
 	buf []byte
@@ -262,30 +219,24 @@ type tail struct {
 func (t *tail) Write(p []byte) (int, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.buf = append(t.buf, p[max(0, len(p)-tailSize):]...)
-	if over := len(t.buf) - tailSize; over > tailSize {
-		t.buf = append(t.buf[:0], t.buf[over:]...)
-	}
+	t.buf = append(t.buf, p...)
+	t.buf = t.buf[max(0, len(t.buf)-tailSize):]
 	return len(p), nil
 }
 
-// String returns the last lines, 8 KiB at most.
+// String returns the last whole lines.
 func (t *tail) String() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	b := t.buf
-	if over := len(b) - tailSize; over > 0 {
-		b = b[over:]
-		if _, after, found := bytes.Cut(b, []byte{'\n'}); found {
-			b = after
-		}
+	if _, after, found := bytes.Cut(t.buf, []byte{'\n'}); found && len(t.buf) == tailSize {
+		return string(after)
 	}
-	return string(b)
+	return string(t.buf)
 }
 
-// forgiving writes to a writer of the host's until that fails: it must not stop
-// the plugin.
-type forgiving struct{ w io.Writer } // w is nil if there is none any more
+// forgiving writes to a writer of the host until it fails. A failed writer must not
+// stop the plugin.
+type forgiving struct{ w io.Writer } // w is nil if there is none, or if it has failed
 
 func (f *forgiving) Write(p []byte) (int, error) {
 	if f.w != nil {

@@ -16,35 +16,29 @@ import (
 )
 
 const (
-	// pingTimeout is how long Ping waits.
-	pingTimeout = 4 * time.Second
-	// quitTimeout is how long RPCClient.Close waits for the plugin.
-	quitTimeout = 2 * time.Second
-	// acceptPause is how long a server waits before it accepts again.
-	acceptPause = 100 * time.Millisecond
-	// outputTimeout is how long a plugin that quits waits until its output is
-	// sent, and outputIdle how long it waits for more where the end of the
-	// output cannot be seen because a child process holds it open.
-	outputTimeout = time.Second
+	pingTimeout   = 4 * time.Second        // how long Ping waits
+	quitTimeout   = 2 * time.Second        // how long RPCClient.Close waits
+	acceptPause   = 100 * time.Millisecond // between a failed Accept and the next
+	outputTimeout = time.Second            // how long a plugin that quits sends output
 )
 
-// RPCClient is the host's end of a connection to a plugin. It is what
-// [Client.Client] returns. Its methods may be called concurrently.
+// RPCClient is the host's end of a connection to a plugin. [Client.Client] returns one.
+// Its methods may be called concurrently.
 type RPCClient struct {
 	session *session
 	broker  *MuxBroker
 	control *rpc.Client
 	plugins map[string]Plugin
 
-	output [2]*yamux.Stream // the plugin's stdout and stderr
-	copied [2]chan struct{} // closed when all of one has been copied
+	output [2]*yamux.Stream // stdout and stderr of the plugin
+	copied [2]chan struct{} // closed when the output has been copied
 
 	flushes  bool // the plugin sends its output before it answers Quit
 	quitting *once[struct{}]
 }
 
-// NewRPCClient makes a client for the plugin on the other end of conn, which
-// it closes if it fails. Most programs get theirs from [Client.Client].
+// NewRPCClient returns a client for the plugin at the other end of conn. If it fails,
+// it closes conn. Most programs use [Client.Client].
 func NewRPCClient(conn io.ReadWriteCloser, plugins map[string]Plugin) (*RPCClient, error) {
 	return newConnection(conn, plugins, hclog.NewNullLogger(), nil)
 }
@@ -71,12 +65,11 @@ func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hc
 	return c, nil
 }
 
-// SyncStreams copies the plugin's stdout and stderr to the given writers, from
-// goroutines of their own, until the plugin ends them. It returns nil, and
-// should be called once, at the beginning: a plugin that nobody listens to is
-// stopped by its own output after a while. [Client.Client] calls it with
-// [ClientConfig].SyncStdout and SyncStderr. A writer that fails loses the
-// rest; the plugin is not stopped by it.
+// SyncStreams starts to copy the plugin's stdout and stderr to the writers, each in its
+// own goroutine, until the plugin exits. A writer that fails is not written to again.
+// [Client.Client] calls SyncStreams with [ClientConfig].SyncStdout and SyncStderr. After
+// [NewRPCClient], call it once: without a reader, the plugin blocks when it has written
+// much. The error is always nil.
 func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 	for i, dst := range []io.Writer{stdout, stderr} {
 		c.copied[i] = make(chan struct{})
@@ -93,20 +86,16 @@ func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 	return nil
 }
 
-// Dispense asks the plugin for an instance of the plugin with that name, and
-// returns what [Plugin].Client makes of it. The function [Dispense] returns it
-// with its type. It fails for a name that either side does not know, if Server
-// or Client fails, panics or returns nothing, and if the connection is lost.
-// Otherwise it waits for as long as Server takes.
-func (c *RPCClient) Dispense(name string) (any, error) {
-	v, err := c.dispense(name)
-	if err != nil {
-		return nil, fmt.Errorf("plugin %q cannot be dispensed: %w", name, err)
-	}
-	return v, nil
-}
-
-func (c *RPCClient) dispense(name string) (any, error) {
+// Dispense calls [Plugin].Server in the plugin and returns the result of [Plugin].Client,
+// which is a new instance. It fails if either side does not have the name, if Server or
+// Client fails or returns nil, or if the connection is lost. It waits for Server without
+// a limit. The function [Dispense] returns the instance with its type.
+func (c *RPCClient) Dispense(name string) (v any, err error) {
+	defer func() {
+		if err != nil {
+			v, err = nil, fmt.Errorf("plugin %q cannot be dispensed: %w", name, err)
+		}
+	}()
 	p := c.plugins[name]
 	if p == nil {
 		return nil, fmt.Errorf("the host knows no such plugin; ClientConfig.Plugins has %s", nameList(c.plugins))
@@ -115,34 +104,28 @@ func (c *RPCClient) dispense(name string) (any, error) {
 	if err := Call(context.Background(), c.control, "Dispenser.Dispense", name, &id); err != nil {
 		return nil, err
 	}
-	conn, err := c.broker.Dial(id)
+	client, err := c.broker.DialRPC(id)
 	if err != nil {
 		return nil, err
 	}
-	client := newRPCClient(conn, c.session.spawn)
-	v, err := build(func() (any, error) { return p.Client(c.broker, client) })
-	if err != nil {
+	if v, err = notNil(p.Client(c.broker, client)); err != nil {
 		_ = client.Close()
-		return nil, fmt.Errorf("its Client %w", err)
+		return nil, fmt.Errorf("its Client failed: %w", err)
 	}
 	return v, nil
 }
 
-// build calls a Plugin's Client or Server method.
-func build(f func() (any, error)) (any, error) {
-	v, err := f()
-	if err != nil {
-		return nil, fmt.Errorf("failed: %w", err)
+// notNil returns the results of Client or Server of a Plugin, or an error if v is nil.
+func notNil(v any, err error) (any, error) {
+	if v == nil && err == nil {
+		err = errors.New("it returned nil")
 	}
-	if v == nil {
-		return nil, errors.New("returned nil")
-	}
-	return v, nil
+	return v, err
 }
 
-// Ping asks the plugin for a sign of life. It fails if the connection is lost,
-// and with an error that wraps context.DeadlineExceeded if none comes within
-// four seconds, as from a process that is stopped.
+// Ping checks whether the plugin answers within four seconds. If not, as when the
+// process is stopped, the error wraps context.DeadlineExceeded. It also fails if the
+// connection is lost.
 func (c *RPCClient) Ping() error {
 	ctx, cancel := context.WithTimeout(context.Background(), pingTimeout)
 	defer cancel()
@@ -156,10 +139,9 @@ func (c *RPCClient) ping(ctx context.Context) error {
 	return Call(ctx, c.control, "Control.Ping", true, &struct{}{})
 }
 
-// Close asks the plugin to quit, waits until its output is here, but not
-// longer than two seconds, and ends the connection. It returns an error if the
-// plugin did not answer. Calling it again returns the same.
-// The process is the business of [Client.Kill].
+// Close asks the plugin to quit, waits up to two seconds for its output, and closes the
+// connection. It returns an error if the plugin does not answer. Later calls return the
+// same error. Close does not wait for the process: see [Client.Kill].
 func (c *RPCClient) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 	defer cancel()
@@ -173,8 +155,8 @@ func (c *RPCClient) quit(ctx context.Context) error {
 	_, err := c.quitting.do(ctx, func() (struct{}, error) {
 		c.session.ending.Store(true)
 		for i := 0; i < 3 && !c.flushes; i++ {
-			// A go-plugin plugin sends no output after its answer to Quit. A
-			// few round trips give it the time to send it before.
+			// A go-plugin plugin exits when it has answered Quit. A few round
+			// trips give it time to send its output before.
 			if err := c.ping(ctx); err != nil {
 				return struct{}{}, err
 			}
@@ -201,16 +183,15 @@ func (c *RPCClient) waitOutput(ctx context.Context) {
 	}
 }
 
-// RPCServer is the plugin's end: it serves plugins on connections from hosts.
-// [Serve] makes one; a program needs its own only to serve in another way, and
-// it then ends with its connections. The fields must not be changed after the
-// first use. The methods may be called concurrently.
+// RPCServer is the plugin's end: it serves plugins on connections from hosts. Most
+// programs use [Serve]. The zero RPCServer has no plugins. The fields must not be changed
+// after the first use. The methods may be called concurrently.
 type RPCServer struct {
 	// Plugins are the plugins that can be dispensed.
 	Plugins map[string]Plugin
 
-	// Stdout and Stderr are read and sent to the host that connected last. If
-	// nil, the host gets nothing. They are not closed.
+	// Stdout and Stderr are copied to the host that connected last. They may be
+	// nil, and are not closed.
 	Stdout io.Reader
 	Stderr io.Reader
 
@@ -219,13 +200,13 @@ type RPCServer struct {
 	DoneCh chan<- struct{}
 
 	logger  hclog.Logger
-	release func() // ends Stdout and Stderr, if that can be done
+	release func() // ends Stdout and Stderr; may be nil
 
-	begun    sync.Once // makes the fields below
+	begun    sync.Once // sets the fields below
 	outputs  [2]*output
-	calls    context.Context // ends when methods should stop
+	calls    context.Context // ends when methods should return
 	endCalls context.CancelFunc
-	conns    context.Context // ends when connections should
+	conns    context.Context // ends when connections should be closed
 	endConns context.CancelFunc
 
 	serving  sync.WaitGroup // ServeConn calls that Serve has started
@@ -233,13 +214,13 @@ type RPCServer struct {
 	flushed  sync.Once
 }
 
-// Init does nothing; it is part of [ServerProtocol].
+// Init does nothing. It is part of [ServerProtocol].
 func (s *RPCServer) Init() error { return nil }
 
-// Config returns nothing; it is part of [ServerProtocol].
+// Config returns "". It is part of [ServerProtocol].
 func (s *RPCServer) Config() string { return "" }
 
-// Serve serves every connection that lis accepts, until lis is closed.
+// Serve serves the connections that lis accepts. It returns when lis is closed.
 func (s *RPCServer) Serve(lis net.Listener) {
 	s.begin()
 	defer s.done()
@@ -253,16 +234,16 @@ func (s *RPCServer) Serve(lis net.Listener) {
 			time.Sleep(acceptPause)
 			continue
 		}
-		// Ends with the connection; close ends that and waits.
+		// Ends with the connection.
 		s.serving.Go(func() { s.ServeConn(conn) })
 	}
 }
 
-// ServeConn serves one connection and returns when it has ended.
+// ServeConn serves one connection. It returns when the connection has ended.
 func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 	s.begin()
 	sess, err := newSession(s.calls, conn, false, s.logger, func(bool) error {
-		return errors.New("plugin: the host is gone")
+		return errors.New("plugin: the connection to the host has ended")
 	})
 	if err != nil {
 		s.logger.Debug("a connection could not be served", "error", err)
@@ -276,7 +257,7 @@ func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 }
 
 func (s *RPCServer) serveSession(sess *session) error {
-	control, err := sess.accept()
+	st, err := sess.accept()
 	if err != nil {
 		return err
 	}
@@ -290,20 +271,14 @@ func (s *RPCServer) serveSession(sess *session) error {
 	broker := newMuxBroker(sess)
 	// Ends with the session.
 	sess.spawn(func() { defer sess.cancel(); broker.Run() })
-	server := newRPCServer(control, nil, s.logger, false)
-	server.services = make(map[string]*service)
-	for name, rcvr := range map[string]any{
-		"Control":   &controlService{s, server},
-		"Dispenser": &dispenseService{s.Plugins, broker},
-	} {
-		if server.services[name], err = newService(rcvr); err != nil {
-			return err
-		}
-	}
+	server := newRPCServer(st, nil, s.logger, false)
+	control, _ := newService(&controlService{s, server})
+	dispenser, _ := newService(&dispenseService{s.Plugins, broker})
+	server.services = map[string]*service{"Control": control, "Dispenser": dispenser}
 	return server.serve(context.Background())
 }
 
-// begin makes what all connections share.
+// begin sets the fields that all connections share.
 func (s *RPCServer) begin() {
 	s.begun.Do(func() {
 		if s.logger == nil {
@@ -320,7 +295,7 @@ func (s *RPCServer) begin() {
 	})
 }
 
-// done tells whoever waits at DoneCh.
+// done closes DoneCh.
 func (s *RPCServer) done() {
 	s.doneOnce.Do(func() {
 		if s.DoneCh != nil {
@@ -329,7 +304,7 @@ func (s *RPCServer) done() {
 	})
 }
 
-// flush ends the contexts of all calls and sends what is left of the output.
+// flush ends the contexts of all calls and sends the rest of the output.
 func (s *RPCServer) flush() {
 	s.begin()
 	s.flushed.Do(func() {
@@ -345,19 +320,19 @@ func (s *RPCServer) flush() {
 	})
 }
 
-// output sends what the plugin prints to the host that connected last. What
-// is printed before the first one connects waits for it; what is printed when
-// none is connected any more is dropped, so that it cannot stop the plugin.
+// output copies the output of the plugin to the host that connected last. Output before
+// the first connection waits for it. Output after the last connection is dropped, so
+// that it does not block the plugin.
 type output struct {
 	src   io.Reader
-	start sync.Once     // begins to send
+	start sync.Once     // starts to send
 	done  chan struct{} // closed when all of src has been sent
 
 	mu   sync.Mutex // guards host
 	host *stream
 }
 
-// attach makes st the stream of the host that gets the output.
+// attach makes st the stream that gets the output.
 func (o *output) attach(st *stream) {
 	o.mu.Lock()
 	before := o.host
@@ -367,7 +342,7 @@ func (o *output) attach(st *stream) {
 		_ = before.Close()
 	}
 	o.start.Do(func() {
-		go func() { // ends with src, which Serve closes; another reader is its owner's
+		go func() { // ends with src, which Serve or the owner of another reader closes
 			defer close(o.done)
 			_, _ = io.Copy(o, o.src)
 		}()
@@ -392,9 +367,9 @@ func (o *output) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// finish ends the host's stream when all has been sent, or ctx ends.
+// finish closes the stream when all output has been sent, or ctx ends.
 func (o *output) finish(ctx context.Context) {
-	o.start.Do(func() { close(o.done) }) // nobody has connected
+	o.start.Do(func() { close(o.done) }) // no host has connected
 	select {
 	case <-o.done:
 	case <-ctx.Done():
@@ -412,13 +387,13 @@ type controlService struct {
 	stream *rpcServer
 }
 
-// Ping is a sign of life.
+// Ping returns, which shows that the plugin answers.
 func (c *controlService) Ping(bool, *struct{}) error { return nil }
 
-// Quit ends the plugin, once it has been answered.
+// Quit ends the plugin when its answer has been sent.
 func (c *controlService) Quit(ctx context.Context, _ bool, _ *struct{}) error {
 	c.server.flush()
-	// A call's context ends when its answer is under way.
+	// The context of a call ends when its answer has been encoded.
 	context.AfterFunc(ctx, func() {
 		ctx, cancel := context.WithTimeout(context.Background(), outputTimeout)
 		defer cancel()
@@ -434,15 +409,15 @@ type dispenseService struct {
 	broker  *MuxBroker
 }
 
-// Dispense makes an instance of a plugin and serves it to whoever dials id.
+// Dispense makes an instance of a plugin and serves it as id.
 func (d *dispenseService) Dispense(name string, id *uint32) error {
 	p := d.plugins[name]
 	if p == nil {
 		return fmt.Errorf("the plugin knows no such plugin; ServeConfig.Plugins has %s", nameList(d.plugins))
 	}
-	v, err := build(func() (any, error) { return p.Server(d.broker) })
+	v, err := notNil(p.Server(d.broker))
 	if err != nil {
-		return fmt.Errorf("its Server %w", err)
+		return fmt.Errorf("its Server failed: %w", err)
 	}
 	svc, err := newService(v)
 	if err != nil {
@@ -452,7 +427,7 @@ func (d *dispenseService) Dispense(name string, id *uint32) error {
 	sess := d.broker.session
 	dispensed := *id
 	sess.spawn(func() {
-		// No time-out: the host dials at once, unless it is stopped or gone.
+		// Without a limit: the host dials at once, unless it is stopped or gone.
 		st, err := d.broker.accept(context.Background(), dispensed)
 		if err == nil {
 			sess.serve(sess.calls, st, svc)

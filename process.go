@@ -25,74 +25,74 @@ import (
 )
 
 const (
-	pollInterval  = 50 * time.Millisecond // how often a process that is not a child is looked at
-	maxHandshake  = 64 << 10              // how long the handshake line may be
-	maxSocketPath = 103                   // what every system takes
+	pollInterval  = 50 * time.Millisecond // how often a process that is not a child is checked
+	maxHandshake  = 64 << 10              // the length of the handshake line
+	maxSocketPath = 103                   // the shortest limit of any system
 	socketName    = len("/plugin-4194304-ffffffff")
 	socketPrefix  = "plugin-" // of sockets and their directories
 )
 
-// AttachedRunner is the process of a plugin that a [Client] has reattached to
-// with [ReattachConfig].ReattachFunc. Its methods are called concurrently.
+// AttachedRunner is a process that [ReattachConfig].ReattachFunc has found. Its methods
+// are called concurrently.
 type AttachedRunner interface {
-	// Wait waits for the end of the process. Its error is in the Client's Err.
-	// ctx ends when the Client no longer waits.
+	// Wait waits until the process has ended. Client.Err has its error. ctx ends
+	// when the Client does not wait any more.
 	Wait(ctx context.Context) error
 
-	// Kill ends the process. ctx ends when the Client no longer waits.
+	// Kill ends the process. ctx ends when the Client does not wait any more.
 	Kill(ctx context.Context) error
 
-	// ID returns what identifies the process, such as its pid.
+	// ID identifies the process. It may be the pid.
 	ID() string
 }
 
-// ReattachConfig describes a plugin that runs, for a host that has not started
-// it. Get one from [Client.ReattachConfig] or [ServeTestConfig].
+// ReattachConfig describes a running plugin to a host that has not started it.
+// [Client.ReattachConfig] and [ServeTestConfig] return one.
 type ReattachConfig struct {
-	// Protocol is ProtocolNetRPC, also if empty.
+	// Protocol is the protocol of the plugin. If empty, it is ProtocolNetRPC.
 	Protocol Protocol
-	// ProtocolVersion is the version that was negotiated. Zero means the only
-	// one that the ClientConfig has.
+	// ProtocolVersion is the negotiated version. If zero, it is the version of
+	// the ClientConfig, if that has only one.
 	ProtocolVersion int
-	// Addr is where the plugin listens.
+	// Addr is the address of the plugin.
 	Addr net.Addr
-	// Pid is its process. If that process is not the plugin at Addr, it is
-	// never signalled; nor is it on Windows, where that cannot be known.
+	// Pid is the id of the process. The process is killed only if the name of its
+	// socket, Addr, shows that it is the plugin, and never on Windows.
 	Pid int
-	// ReattachFunc, if not nil, finds the process, and Pid is not used.
+	// ReattachFunc, if not nil, finds the process instead of Pid.
 	ReattachFunc func() (AttachedRunner, error)
-	// Test says that the plugin runs in test mode: Kill does nothing.
+	// Test reports that the plugin runs in test mode, where Kill does nothing.
 	Test bool
 }
 
-// child is a plugin's process that this host has started.
+// child is the process of a plugin that this host has started.
 type child struct {
 	cmd    *exec.Cmd // a copy of given
-	given  *exec.Cmd // the caller's
+	given  *exec.Cmd // of the caller
 	logger hclog.Logger
 
-	dir      string          // private, for the socket; "" for none
-	cert     tls.Certificate // the host's, under AutoMTLS
+	dir      string          // private, for the socket; "" if there is none
+	cert     tls.Certificate // of the host, with AutoMTLS
 	lifeline *os.File        // the plugin exits when this is closed; nil if it is detached
-	release  sync.Once       // closes lifeline, or detaches the plugin
+	release  sync.Once       // closes lifeline or detaches the plugin
 
-	lines      [2]lineWriter // stdout's and stderr's
-	handshakes chan string   // receives the handshake line; closed when there will be none
-	found      bool          // it has come; used by the reader of stdout alone
-	noise      tail          // what came before it
+	lines      [2]lineWriter // of stdout and stderr
+	handshakes chan string   // receives the handshake; closed if there will be none
+	found      bool          // the handshake has been read; used by the reader of stdout
+	noise      tail          // output to stdout before the handshake
 	log        stderrLog
 }
 
-// givenMu guards Process and ProcessState of the callers' commands, which
-// clients with one ClientConfig share.
+// givenMu guards Process and ProcessState of the callers' commands. Clients with the
+// same ClientConfig share them.
 var givenMu sync.Mutex
 
-// launch starts a plugin. What it has opened is freed when the process ends.
+// launch starts a plugin. free releases what it opens.
 func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *child, err error) {
 	cmd := *config.Cmd
 	cmd.Process, cmd.ProcessState = nil, nil
 	p := &child{cmd: &cmd, given: config.Cmd, logger: logger, handshakes: make(chan string, 1), log: stderrLog{logger: logger}}
-	var passed []*os.File // to the process, and closed here
+	var passed []*os.File // to the process; closed here
 	defer func() {
 		for _, f := range passed {
 			_ = f.Close()
@@ -132,7 +132,7 @@ func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *chil
 	started := make(chan struct{})
 	defer close(started)
 	if cancel := cmd.Cancel; cancel != nil {
-		// It uses the caller's command, which must have its Process.
+		// It may use the Process of the caller's command.
 		cmd.Cancel = func() error { <-started; return cancel() }
 	}
 	if err := cmd.Start(); err != nil {
@@ -144,7 +144,7 @@ func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *chil
 	return p, nil
 }
 
-// executed is the file that a command executes.
+// executed returns the path of the file that a command executes.
 func executed(cmd *exec.Cmd) string {
 	if filepath.IsAbs(cmd.Path) {
 		return cmd.Path
@@ -158,8 +158,8 @@ func (p *child) pass(f *os.File) int {
 	return 2 + len(p.cmd.ExtraFiles)
 }
 
-// pin makes the command execute the open file f, whatever becomes of its path.
-// The process finds it under a name like the binary's, among its descriptors.
+// pin makes the command execute the open file f, even if its path changes. The link
+// keeps the name of the binary.
 func (p *child) pin(f *os.File) {
 	if _, err := os.Stat("/proc/self/fd"); err != nil || runtime.GOOS != "linux" {
 		return
@@ -170,9 +170,9 @@ func (p *child) pin(f *os.File) {
 	}
 }
 
-// hold makes the plugin's life depend on this process, and returns what tells
-// the plugin so. On Unix that is a pipe of which it reads the returned end: it
-// comes to an end with this process, however that ends.
+// hold makes the plugin exit when this process does. It returns the variable for the
+// plugin and, on Unix, the end of a pipe that the plugin reads. The system closes the
+// other end when this process exits or crashes.
 func (p *child) hold(detach bool) (life string, end *os.File, err error) {
 	host := hostInfo{pid: os.Getpid(), watch: watchPid}
 	switch {
@@ -187,14 +187,14 @@ func (p *child) hold(detach bool) (life string, end *os.File, err error) {
 	return host.String(), end, nil
 }
 
-// stdoutLine takes a line of the process's own stdout. That is the handshake,
-// once; what is printed before is a mistake of the plugin's, but no fatal one.
+// stdoutLine handles a line of the process's stdout. Lines before the handshake are a
+// mistake in the plugin, but not a fatal one.
 func (p *child) stdoutLine(line []byte, left int) {
 	text := printable(string(line)) + cutMark(left)
 	switch {
 	case p.found:
 		p.logger.Debug(text)
-	case handshakeStart.Match(line):
+	case isHandshake(line):
 		p.found = true
 		p.handshakes <- string(line)
 	case text != "":
@@ -205,7 +205,7 @@ func (p *child) stdoutLine(line []byte, left int) {
 
 var errNoHandshake = errors.New("it exited without a handshake")
 
-// awaitHandshake waits until the plugin says that it is ready.
+// awaitHandshake waits for the handshake.
 func (p *child) awaitHandshake(ctx context.Context, timeout time.Duration) (h handshake, err error) {
 	late := time.NewTimer(timeout)
 	defer late.Stop()
@@ -236,10 +236,10 @@ func (p *child) ID() string { return strconv.Itoa(p.cmd.Process.Pid) }
 // Kill kills the process.
 func (p *child) Kill(context.Context) error { return p.cmd.Process.Kill() }
 
-// Wait waits for the end of the process and its output, frees all it had, and
-// returns an *ExitError. Its context is not needed: the system ends the wait.
+// Wait waits until the process and its output have ended, and returns an *ExitError.
+// It does not use its context: a client kills a process rather than stop waiting.
 func (p *child) Wait(context.Context) error {
-	_ = p.cmd.Wait() // the state says it all
+	_ = p.cmd.Wait() // ProcessState has the error
 	for i := range p.lines {
 		_ = p.lines[i].Close()
 	}
@@ -257,7 +257,7 @@ func (p *child) Wait(context.Context) error {
 	return e
 }
 
-// free gives back what the host holds for the process.
+// free releases what the host holds for the process.
 func (p *child) free() {
 	p.release.Do(func() { _ = p.lifeline.Close() })
 	if p.dir != "" {
@@ -265,7 +265,7 @@ func (p *child) free() {
 	}
 }
 
-// stranger is a plugin's process that this host has not started.
+// stranger is the process of a plugin that this host has not started.
 type stranger struct {
 	process *os.Process
 	pid     int
@@ -273,7 +273,7 @@ type stranger struct {
 	logger  hclog.Logger
 }
 
-// findProcess finds the process of a plugin that listens.
+// findProcess finds the process of a plugin.
 func findProcess(rc *ReattachConfig, logger hclog.Logger) (*stranger, error) {
 	proc, err := os.FindProcess(rc.Pid)
 	if err != nil || rc.Pid <= 0 || !alive(rc.Pid) {
@@ -282,8 +282,8 @@ func findProcess(rc *ReattachConfig, logger hclog.Logger) (*stranger, error) {
 	return &stranger{proc, rc.Pid, rc.Addr, logger}, nil
 }
 
-// alive reports whether there is such a process. On Windows, where FindProcess
-// tells, it is true. A zombie is dead, though its parent may never reap it.
+// alive reports whether a process exists. A zombie does not, because its parent may
+// never reap it. On Windows, FindProcess fails if it does not.
 func alive(pid int) bool {
 	p, err := os.FindProcess(pid)
 	if err != nil {
@@ -301,14 +301,14 @@ func alive(pid int) bool {
 // ID returns the pid.
 func (p *stranger) ID() string { return strconv.Itoa(p.pid) }
 
-// mine reports whether the process is surely the plugin: the socket, which was
-// alive when the process was looked up, has its pid in its name, as those of
-// this library's plugins do.
+// mine reports whether the process is certainly the plugin: plugins of this library
+// have their pid in the name of the socket, and the socket accepted a connection just
+// before the process was found.
 func (p *stranger) mine() bool {
 	return strings.HasPrefix(filepath.Base(p.addr.String()), fmt.Sprintf("%s%d-", socketPrefix, p.pid))
 }
 
-// Kill kills the process, unless it may not be the plugin.
+// Kill kills the process if it is certainly the plugin.
 func (p *stranger) Kill(context.Context) error {
 	if p.mine() {
 		return p.process.Kill()
@@ -317,7 +317,7 @@ func (p *stranger) Kill(context.Context) error {
 	return nil
 }
 
-// Wait waits for the end of the process, and removes what that leaves behind.
+// Wait waits until the process has ended and removes its socket.
 func (p *stranger) Wait(ctx context.Context) error {
 	if runtime.GOOS == "windows" {
 		_, _ = p.process.Wait() // it cannot be interrupted
@@ -335,23 +335,24 @@ func (p *stranger) Wait(ctx context.Context) error {
 	return &ExitError{Path: fmt.Sprintf("with pid %d", p.pid)}
 }
 
-// SecureConfig describes a binary by its checksum. On Linux with /proc the file
-// that is summed is the file that is executed, even if another is put in its
-// place meanwhile; a script then finds another path than its own in $0.
-// Elsewhere that other file would be executed, and nothing helps if the file
-// itself is rewritten. Kill waits while a binary is summed.
+// SecureConfig has the checksum of a plugin's binary. On Linux with /proc, the file
+// that was checked is the file that runs, even if its path gets another file. (A script
+// sees another path in $0.) On other systems, the other file runs. A file that is
+// changed in place after the check runs on every system. Kill waits for the check.
+//
+// Several clients may use one SecureConfig.
 type SecureConfig struct {
-	// Checksum is what Hash must sum the binary up to.
+	// Checksum is the expected checksum.
 	Checksum []byte
-	// Hash is the algorithm, as from sha256.New(). Several clients may share it.
+	// Hash computes the checksum, such as sha256.New().
 	Hash hash.Hash
 }
 
 var hashMu sync.Mutex // guards every Hash
 
-// Check reports whether the file's checksum is the right one; that it is not is
-// no error. [ErrSecureConfigNoChecksum] and [ErrSecureConfigNoHash] are. It may
-// be called again and again.
+// Check reports whether a file has the expected checksum. It returns
+// [ErrSecureConfigNoChecksum], [ErrSecureConfigNoHash], or an error of reading the file.
+// Another checksum is not an error.
 func (s *SecureConfig) Check(filePath string) (bool, error) {
 	f, err := s.open(filePath)
 	if err == ErrChecksumsDoNotMatch {
@@ -361,7 +362,7 @@ func (s *SecureConfig) Check(filePath string) (bool, error) {
 	return err == nil, err
 }
 
-// open opens a file whose checksum is the right one.
+// open opens a file if it has the expected checksum.
 func (s *SecureConfig) open(path string) (*os.File, error) {
 	switch {
 	case len(s.Checksum) == 0:

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"go/token"
 	"io"
 	"net/rpc"
 	"reflect"
@@ -15,51 +14,43 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// This file is one RPC stream: net/rpc's protocol over gob, with what net/rpc
-// itself cannot do. A stock net/rpc peer on the other end notices nothing.
+// This file is one RPC stream: the protocol of net/rpc over gob, with additions that a
+// stock net/rpc peer does not notice.
 //
-//   - A value that gob cannot encode, or decode, costs one call and not the
-//     stream (wire.go). (A reply that does not fit ends a client that was
-//     called without Call: net/rpc itself sees to that.)
-//   - A call can be cancelled: a request for a service that does not exist,
-//     with a sequence number that no call has, tells our server and is
-//     answered by a stock server with an error that nobody waits for.
-//   - A response's header has one more field, which a stock decoder skips: the
-//     names of the errors that the returned error is.
+//   - A value that gob cannot encode or decode fails only its own call. (With a client
+//     that is used without Call, net/rpc closes the client if a reply does not fit.)
+//   - A request for a service that does not exist, with a sequence number that no call
+//     has, cancels a call. A stock server answers it with an error that the client
+//     ignores.
+//   - The header of a response has one more field, which a stock decoder skips: the
+//     registered errors that the error of the method is.
 
 const (
-	// cancelBit is set in the sequence number of a request to cancel a call.
-	cancelBit = 1 << 63
-	// cancelMethod is what such a request asks for.
-	cancelMethod = "Context.Cancel"
+	cancelBit    = 1 << 63          // in the sequence number of a request that cancels a call
+	cancelMethod = "Context.Cancel" // the method of such a request
 )
 
-// Call calls a method through c, like c.Call, and returns when ctx ends, if
-// the method has not returned before. It then returns an error in which
-// errors.Is finds both ctx.Err() and context.Cause(ctx), and leaves reply
-// alone; a reply that comes later is dropped.
+// Call calls a method through c, like c.Call, and returns early if ctx ends. Then it does
+// not change reply, and errors.Is finds ctx.Err() and context.Cause(ctx) in its error. If
+// reply is nil, the reply is dropped.
 //
-// Where both sides use this library and the served method takes a context,
-// that context ends with ctx; its Err is context.Canceled, and context.Cause
-// tells a deadline apart. Any other method runs to its end, unheard.
+// If both sides use this library and the method takes a context, that context ends with
+// ctx. Its Err is context.Canceled, and its Cause wraps context.DeadlineExceeded if ctx
+// has reached its deadline. Other methods run to their end.
 //
-// An error that the method returned is found as an [rpc.ServerError] by
-// errors.As. Where both sides use this library, errors.Is also finds those
-// errors of the standard library that plugins return most (io.EOF,
-// io.ErrUnexpectedEOF, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
-// fs.ErrInvalid, fs.ErrClosed, os.ErrDeadlineExceeded, context.Canceled and
-// context.DeadlineExceeded), and those given to [RegisterError] on both sides.
+// errors.As finds an [rpc.ServerError] in an error that the method returned. If both sides
+// use this library, errors.Is finds io.EOF, io.ErrUnexpectedEOF, fs.ErrNotExist,
+// fs.ErrExist, fs.ErrPermission, fs.ErrInvalid, fs.ErrClosed, os.ErrDeadlineExceeded,
+// context.Canceled, context.DeadlineExceeded, and the errors given to [RegisterError] on
+// both sides, if the method returned them.
 //
-// When the other side is gone, a call that was in flight fails with an error
-// in which errors.Is finds io.ErrUnexpectedEOF and, on the host, errors.As
-// finds an [*ExitError]; a later one fails so, too, or with [rpc.ErrShutdown].
+// If the peer exits during the call, errors.Is finds io.ErrUnexpectedEOF in the error and,
+// in the host, errors.As finds an [*ExitError]. A later call fails with the same error or
+// with [rpc.ErrShutdown].
 //
-// A context that cannot end costs nothing. Any *rpc.Client will do, but the
-// errors and the cancelling need one that this package made: the one given to
-// [Plugin].Client or returned by [MuxBroker.DialRPC]. With another, args must
-// not be changed before its call has ended, even if ctx ends sooner.
-//
-// Call may be called concurrently.
+// Errors and cancelling work as described if c is the client that [Plugin].Client gets or
+// that [MuxBroker.DialRPC] returns. With another rpc.Client, args must not be changed until
+// the method has returned, even if ctx ends first.
 func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply any) error {
 	if v := reflect.ValueOf(reply); reply != nil && (v.Kind() != reflect.Pointer || v.IsNil()) {
 		return fmt.Errorf("plugin: %s cannot be called: its reply cannot be written into a %T, which must be a pointer that is not nil", serviceMethod, reply)
@@ -74,8 +65,8 @@ func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply 
 	done := make(chan *rpc.Call, 1)
 	v, ours := codecs.Load(c)
 	if !ours {
-		// Nothing can stop a codec of another kind from blocking while it writes
-		// the request. This ends when it is written or the connection fails.
+		// Another codec may block while it writes the request. This goroutine ends
+		// when the request has been written or the connection fails.
 		go c.Go(serviceMethod, args, k.own, done)
 		select {
 		case rc := <-done:
@@ -104,7 +95,7 @@ func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply 
 	return k.result(rc.Error)
 }
 
-// contextError is why ctx ended: ctx.Err(), and the cause, if there is another.
+// contextError returns ctx.Err(), with the cause if that is another error.
 func contextError(ctx context.Context) error {
 	err, cause := ctx.Err(), context.Cause(ctx)
 	if cause == err {
@@ -113,18 +104,18 @@ func contextError(ctx context.Context) error {
 	return fmt.Errorf("%w: %w", err, cause)
 }
 
-// call is what Call gives to an *rpc.Client of ours both as the arguments and
-// as the reply, so that the codec knows it when it sees it.
+// call is a call by Call. It is passed to rpc.Client as the arguments and as the reply, so
+// that the codec recognises it.
 type call struct {
 	method      string
 	args, reply any
-	own         any // what the answer is read into: reply, if the context cannot end
+	own         any // what the reply is decoded into; is reply if the context cannot end
 	seq         uint64
-	err         error  // the reply could not be decoded
-	is          string // names of the errors that the method's error is
+	err         error  // why the reply could not be decoded
+	is          string // the registered errors that the error of the method is
 }
 
-// fill sets the reply to what the answer was read into.
+// fill sets reply to own.
 func (k *call) fill() {
 	if k.own != k.reply {
 		reflect.ValueOf(k.reply).Elem().Set(reflect.ValueOf(k.own).Elem())
@@ -141,26 +132,26 @@ func (k *call) result(err error) error {
 	return err
 }
 
-// codecs finds the codec of an *rpc.Client made here: *rpc.Client to
-// *clientCodec. An entry leaves when its stream ends.
+// codecs maps each *rpc.Client of this package to its *clientCodec, until its stream
+// ends.
 var codecs sync.Map
 
 // clientCodec is the rpc.ClientCodec of every client that this package makes.
 type clientCodec struct {
 	w     *wire
 	spawn func(func()) bool
-	write func()   // w.write, made once
-	head  response // the header that was read last
+	write func()   // w.write, allocated once
+	head  response // the last header that was read
 
 	mu     sync.Mutex // guards the fields below
 	client *rpc.Client
-	calls  map[uint64]*call // made by Call and not yet answered
-	closed bool             // the user has called Close
+	calls  map[uint64]*call // by Call, and not answered yet
+	closed bool             // Close has been called
 	ended  bool             // reading has ended
 }
 
-// newRPCClient returns a client for the service on the other end of conn, which
-// starts goroutines with spawn.
+// newRPCClient returns a client for the service at the other end of conn. It starts
+// goroutines with spawn.
 func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client {
 	codec := &clientCodec{w: newWire(conn, rpc.Request{}), spawn: spawn, calls: make(map[uint64]*call)}
 	codec.write = codec.w.write
@@ -174,8 +165,8 @@ func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client 
 	return client
 }
 
-// WriteRequest encodes a request. It does not wait until that is written:
-// net/rpc holds a lock while it calls, and nobody could end the wait.
+// WriteRequest encodes a request. It does not wait until the request is written, because
+// net/rpc holds a lock meanwhile and no context could end the wait.
 func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 	k, ours := body.(*call)
 	if ours {
@@ -186,7 +177,7 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 	}
 	err := c.send(req, body)
 	if err == nil || err == errLost {
-		return nil // the end of reading will fail the call, with the reason
+		return nil // the call fails with the reason when reading ends
 	}
 	if ours {
 		c.mu.Lock()
@@ -204,8 +195,8 @@ func (c *clientCodec) send(req *rpc.Request, body any) error {
 	return err
 }
 
-// abandon gives up on a call whose context has ended and tells the other side.
-// It reports false if the answer is here.
+// abandon cancels a call whose context has ended. It returns false if the answer has
+// arrived.
 func (c *clientCodec) abandon(ctx context.Context, k *call) bool {
 	c.mu.Lock()
 	waiting := c.calls[k.seq] == k
@@ -213,7 +204,7 @@ func (c *clientCodec) abandon(ctx context.Context, k *call) bool {
 	ended := c.ended
 	c.mu.Unlock()
 	if waiting && !ended {
-		// If this cannot be sent, the connection is lost and the call with it.
+		// If this cannot be sent, the connection is lost, which cancels the call.
 		deadline := errors.Is(ctx.Err(), context.DeadlineExceeded)
 		_ = c.send(&rpc.Request{ServiceMethod: cancelMethod, Seq: k.seq | cancelBit}, deadline)
 	}
@@ -239,7 +230,7 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 	k, ours := body.(*call)
 	if !ours {
 		if err := c.w.decode(body); err != nil {
-			return c.end(cutShort(c.w.reason(err))) // net/rpc reads no more after that
+			return c.end(cutShort(c.w.reason(err))) // net/rpc does not read on after an error
 		}
 		return nil
 	}
@@ -259,7 +250,7 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 	return nil
 }
 
-// end is called once, when nothing more can be read, with the reason.
+// end is called once, when reading has failed with err. It returns the error for net/rpc.
 func (c *clientCodec) end(err error) error {
 	c.w.failed.Store(true)
 	c.mu.Lock()
@@ -267,7 +258,7 @@ func (c *clientCodec) end(err error) error {
 	closed, client := c.closed, c.client
 	if !closed && errors.Is(err, rpc.ErrShutdown) {
 		for _, k := range c.calls {
-			k.err = err // of which net/rpc's own callers expect
+			k.err = err // callers of net/rpc expect the bare rpc.ErrShutdown
 		}
 		err = rpc.ErrShutdown
 	}
@@ -276,12 +267,12 @@ func (c *clientCodec) end(err error) error {
 	codecs.Delete(client)
 	_ = c.w.conn.Close()
 	if closed || err == io.ErrUnexpectedEOF {
-		return io.EOF // net/rpc makes an ErrShutdown or an ErrUnexpectedEOF of it
+		return io.EOF // net/rpc turns it into ErrShutdown or ErrUnexpectedEOF
 	}
 	return err
 }
 
-// Close ends the stream. Calls in flight fail with rpc.ErrShutdown.
+// Close closes the stream. Calls in flight fail with rpc.ErrShutdown.
 func (c *clientCodec) Close() error {
 	c.mu.Lock()
 	c.closed = true
@@ -290,20 +281,19 @@ func (c *clientCodec) Close() error {
 	return nil
 }
 
-// service is a receiver whose methods can be called.
+// service has the methods of a receiver.
 type service struct {
-	rcvr    reflect.Value
 	methods map[string]*method
-	unfit   map[string]string // exported methods that cannot be called, and why
-	err     error             // why none can be called, told to every caller
-	calls   group             // closed when the service is stopped
+	unfit   map[string]string // exported methods that cannot be called: name to reason
+	err     error             // if not nil, the error of every call
+	calls   group             // that are running; closed when the service is stopped
 }
 
 // method is one method of a service.
 type method struct {
-	fn        func(in []reflect.Value) error // in are receiver, maybe context, argument, reply
-	context   bool                           // it takes a context first
-	ignores   bool                           // it accepts any argument and ignores it
+	call      func(ctx context.Context, arg, reply reflect.Value) error
+	context   bool // it needs a context of its own
+	ignores   bool // it accepts and ignores any argument
 	arg, into reflect.Type
 }
 
@@ -312,9 +302,9 @@ var (
 	typeOfContext = reflect.TypeFor[context.Context]()
 )
 
-// newService finds the methods of rcvr that can be called: those that
-// net/rpc's documentation describes, and the same with a context first. It
-// fails if there is none. A *service is one already.
+// newService returns a service for rcvr. Its methods are those that net/rpc describes, and
+// the same with a context first. It fails if there are none. If rcvr is a *service, it
+// returns that.
 func newService(rcvr any) (*service, error) {
 	if s, ok := rcvr.(*service); ok {
 		return s, nil
@@ -322,16 +312,17 @@ func newService(rcvr any) (*service, error) {
 	if rcvr == nil {
 		return nil, errors.New("there is nothing to serve: the receiver is nil")
 	}
-	s := &service{rcvr: reflect.ValueOf(rcvr), methods: make(map[string]*method), unfit: make(map[string]string)}
-	t := s.rcvr.Type()
+	s := &service{methods: make(map[string]*method), unfit: make(map[string]string)}
+	v := reflect.ValueOf(rcvr)
+	t := v.Type()
 	for i := range t.NumMethod() {
-		m := t.Method(i)
-		fit, why := newMethod(m)
+		name := t.Method(i).Name
+		fit, why := newMethod(v.Method(i))
 		if why != "" {
-			s.unfit[m.Name] = why
+			s.unfit[name] = why
 			continue
 		}
-		s.methods[m.Name] = fit
+		s.methods[name] = fit
 	}
 	if len(s.methods) > 0 {
 		return s, nil
@@ -346,15 +337,12 @@ func newService(rcvr any) (*service, error) {
 	return nil, errors.New(text)
 }
 
-// newMethod returns m as one that can be called, or says what is wrong with it.
-func newMethod(m reflect.Method) (fit *method, why string) {
-	t := m.Type
-	fit = &method{fn: func(in []reflect.Value) error {
-		err, _ := m.Func.Call(in)[0].Interface().(error)
-		return err
-	}}
-	in := 1 // behind the receiver
-	if t.NumIn() > in && t.In(in) == typeOfContext {
+// newMethod returns a method for f, or why it cannot be called.
+func newMethod(f reflect.Value) (fit *method, why string) {
+	t := f.Type()
+	fit = &method{}
+	in := 0
+	if t.NumIn() > 0 && t.In(0) == typeOfContext {
 		fit.context = true
 		in++
 	}
@@ -365,62 +353,43 @@ func newMethod(m reflect.Method) (fit *method, why string) {
 		return nil, "it does not return exactly an error"
 	case t.In(in+1).Kind() != reflect.Pointer:
 		return nil, fmt.Sprintf("its reply, a %v, is not a pointer", t.In(in+1))
-	case !exportedOrBuiltin(t.In(in)):
-		return nil, fmt.Sprintf("its argument's type, %v, is not exported", t.In(in))
-	case !exportedOrBuiltin(t.In(in + 1)):
-		return nil, fmt.Sprintf("its reply's type, %v, is not exported", t.In(in+1))
 	}
 	fit.arg, fit.into = t.In(in), t.In(in+1).Elem()
+	fit.call = func(ctx context.Context, arg, reply reflect.Value) error {
+		args := []reflect.Value{arg, reply}
+		if fit.context {
+			args = []reflect.Value{reflect.ValueOf(ctx), arg, reply}
+		}
+		err, _ := f.Call(args)[0].Interface().(error)
+		return err
+	}
 	return fit, ""
 }
 
-func exportedOrBuiltin(t reflect.Type) bool {
-	for t.Kind() == reflect.Pointer {
-		t = t.Elem()
-	}
-	return token.IsExported(t.Name()) || t.PkgPath() == ""
-}
-
-// find returns the method with that name, or says why there is none.
-func (s *service) find(full, name string) (*method, error) {
-	if s.err != nil {
-		return nil, fmt.Errorf("plugin: %s cannot be called: %w", full, s.err)
-	}
-	if m := s.methods[name]; m != nil {
-		return m, nil
-	}
-	if why := s.unfit[name]; why != "" {
-		return nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, why)
-	}
-	return nil, fmt.Errorf("rpc: can't find method %s; there are %s. The side that serves it may have been built from an older version: see HandshakeConfig.ProtocolVersion", full, nameList(s.methods))
-}
-
-// rpcServer serves the calls that arrive on one stream.
+// rpcServer answers the calls on one stream.
 type rpcServer struct {
 	w        *wire
 	services map[string]*service
 	logger   hclog.Logger
-	catch    bool // a panic in a method is an error of that call
-
-	mu      sync.Mutex // guards cancels
-	cancels map[uint64]context.CancelCauseFunc
+	catch    bool     // a panic in a method is an error of that call
+	cancels  sync.Map // cancel functions of calls by their sequence numbers
 }
 
 func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool) *rpcServer {
-	return &rpcServer{w: newWire(conn, response{}), services: services, logger: logger, catch: catch, cancels: make(map[uint64]context.CancelCauseFunc)}
+	return &rpcServer{w: newWire(conn, response{}), services: services, logger: logger, catch: catch}
 }
 
 var (
-	errCanceled   = fmt.Errorf("plugin: the caller gave the call up: %w", context.Canceled)
-	errTimedOut   = fmt.Errorf("plugin: the caller gave the call up: %w", context.DeadlineExceeded)
+	errCanceled   = fmt.Errorf("plugin: the caller cancelled the call: %w", context.Canceled)
+	errTimedOut   = fmt.Errorf("plugin: the caller cancelled the call: %w", context.DeadlineExceeded)
 	errCallerGone = errors.New("plugin: the caller is gone")
 	errExited     = errors.New("plugin: the method called runtime.Goexit")
 	errStopped    = errors.New("plugin: the peer has stopped serving this")
 )
 
-// serve answers calls until the caller hangs up. Methods run in goroutines of
-// their own, which end when the methods return; their contexts end with ctx,
-// with the caller, and when the call has been answered. It returns why it ended.
+// serve answers calls until the caller closes the stream, and returns why it ended. Each
+// method runs in its own goroutine. Contexts of methods end with ctx, with the stream, and
+// when the call has been answered.
 func (s *rpcServer) serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	err := s.readRequests(ctx)
@@ -451,21 +420,22 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 			s.respond(&req, nil, err)
 			continue
 		}
-		// Ends when the method returns, which is the caller's own code.
+		// Ends when the method returns. Nothing waits for it, as it is the caller's code.
 		go s.call(&req, c)
 	}
 }
 
-// inCall is a call that has arrived.
+// inCall is a call to a method of this side.
 type inCall struct {
-	service *service
-	method  *method
-	in      []reflect.Value // what method.fn is called with
-	cancel  context.CancelCauseFunc
+	service    *service
+	method     *method
+	ctx        context.Context
+	arg, reply reflect.Value
+	cancel     context.CancelCauseFunc
 }
 
-// prepare finds the method and reads its argument. A method that takes a
-// context can be cancelled from here on.
+// prepare finds the method and decodes its argument. From then on, the call can be
+// cancelled.
 func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*inCall, error) {
 	svc, m, err := s.find(req.ServiceMethod)
 	if err != nil {
@@ -486,92 +456,76 @@ func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*inCall, err
 	case reflect.Slice:
 		reply.Elem().Set(reflect.MakeSlice(m.into, 0, 0))
 	}
-	c := &inCall{service: svc, method: m, in: []reflect.Value{svc.rcvr, arg.Elem(), reply}}
+	c := &inCall{svc, m, ctx, arg.Elem(), reply, func(error) {}}
 	if m.context {
-		ctx, c.cancel = context.WithCancelCause(ctx)
-		s.mu.Lock()
-		s.cancels[req.Seq] = c.cancel
-		s.mu.Unlock()
-		c.in = []reflect.Value{svc.rcvr, reflect.ValueOf(ctx), arg.Elem(), reply}
+		c.ctx, c.cancel = context.WithCancelCause(ctx)
+		s.cancels.Store(req.Seq, c.cancel)
 	}
 	return c, nil
 }
 
+// find returns the method with that name, or why it cannot be called.
 func (s *rpcServer) find(full string) (*service, *method, error) {
 	dot := strings.LastIndex(full, ".")
-	if dot < 0 {
+	name := full[dot+1:]
+	svc := s.services[full[:max(dot, 0)]]
+	switch {
+	case dot < 0:
 		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s: call it Plugin.%s", full, full)
-	}
-	svc := s.services[full[:dot]]
-	if svc == nil {
+	case svc == nil:
 		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, nameList(s.services))
+	case svc.err != nil:
+		return nil, nil, fmt.Errorf("plugin: %s cannot be called: %w", full, svc.err)
+	case svc.unfit[name] != "":
+		return nil, nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, svc.unfit[name])
+	case svc.methods[name] == nil:
+		return nil, nil, fmt.Errorf("rpc: can't find method %s; there are %s. The peer may be older: see HandshakeConfig.ProtocolVersion", full, nameList(svc.methods))
 	}
-	m, err := svc.find(full, full[dot+1:])
-	return svc, m, err
+	return svc, svc.methods[name], nil
 }
 
-// cancel ends the context of a call, if there is still such a call.
+// cancel ends the context of a call that is running.
 func (s *rpcServer) cancel(seq uint64) {
 	cause := errCanceled
 	var deadline bool
 	if s.w.decode(&deadline) == nil && deadline {
 		cause = errTimedOut
 	}
-	s.mu.Lock()
-	cancel := s.cancels[seq]
-	s.mu.Unlock()
-	if cancel != nil {
-		cancel(cause)
+	if cancel, ok := s.cancels.Load(seq); ok {
+		cancel.(context.CancelCauseFunc)(cause)
 	}
 }
 
-// call runs a method and answers.
+// call runs a method and answers. In the host, a panic must not end the process. In a
+// plugin it must: the host gets an ExitError, and nothing uses the state that the method
+// may have left inconsistent.
 func (s *rpcServer) call(req *rpc.Request, c *inCall) {
-	if c.method.context {
-		defer func() {
-			s.mu.Lock()
-			delete(s.cancels, req.Seq)
-			s.mu.Unlock()
-			c.cancel(nil)
-		}()
+	if !c.service.calls.enter() {
+		s.respond(req, nil, errStopped)
+		return
 	}
 	err := errExited
-	// Also runs if the method calls runtime.Goexit, as t.Fatal does. A panic in a
-	// plugin ends the process and is not answered.
-	defer func() {
-		if err != errExited || s.catch {
-			s.respond(req, c.in[len(c.in)-1].Interface(), err)
-		}
-	}()
-	err = s.invoke(req, c)
-}
-
-// invoke runs a method. In the host, a panic must not be the end of the
-// process; in a plugin it must be, so that its host learns of it and nobody
-// goes on with what the method may have left half done.
-func (s *rpcServer) invoke(req *rpc.Request, c *inCall) (err error) {
-	if !c.service.calls.enter() {
-		return errStopped
-	}
-	defer func() {
-		if c.service.calls.isClosed() {
-			err = errStopped
-		}
-		c.service.calls.Done()
-	}()
-	if s.catch {
-		defer func() {
+	defer func() { // also if the method calls runtime.Goexit, as t.Fatal does
+		if s.catch {
 			if p := recover(); p != nil {
 				s.logger.Error("a method that a plugin called panicked", "method", req.ServiceMethod, "panic", p, "trace", string(debug.Stack()))
 				err = fmt.Errorf("plugin: %s panicked: %v", req.ServiceMethod, p)
 			}
-		}()
-	}
-	return c.method.fn(c.in)
+		}
+		if c.service.calls.isClosed() {
+			err = errStopped
+		}
+		c.service.calls.Done()
+		if err != errExited || s.catch { // otherwise it may be a panic
+			s.respond(req, c.reply.Interface(), err)
+		}
+		s.cancels.Delete(req.Seq)
+		c.cancel(nil)
+	}()
+	err = c.method.call(c.ctx, c.arg, c.reply)
 }
 
-// respond answers one call. If the reply cannot be sent, an error that says so
-// is sent instead.
+// respond answers a call. If the reply cannot be encoded, it sends an error instead.
 func (s *rpcServer) respond(req *rpc.Request, reply any, err error) {
 	resp := response{Seq: req.Seq}
 	if err != nil {

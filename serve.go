@@ -24,70 +24,69 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// orphanTimeout is how long a plugin whose host is gone may take to end.
+// orphanTimeout is how long a plugin may run when its host is gone.
 const orphanTimeout = 1500 * time.Millisecond
 
-// ServeConfig describes what a plugin serves.
+// ServeConfig describes a plugin to its host.
 type ServeConfig struct {
-	// HandshakeConfig must be the host's.
+	// HandshakeConfig must be that of the host.
 	HandshakeConfig
 
-	// TLSProvider, if not nil, returns the configuration of the connection.
-	// The host needs a ClientConfig.TLSConfig that goes with it. It is not
-	// needed for ClientConfig.AutoMTLS, which it disables. It is called once,
-	// and its error is why Serve cannot serve.
+	// TLSProvider, if not nil, returns the configuration of the connection. The
+	// host needs a matching ClientConfig.TLSConfig. TLSProvider disables
+	// ClientConfig.AutoMTLS, which needs nothing in the plugin. If it returns an
+	// error, Serve fails.
 	TLSProvider func() (*tls.Config, error)
 
-	// Plugins are served where HandshakeConfig.ProtocolVersion is negotiated.
+	// Plugins are the plugins of version HandshakeConfig.ProtocolVersion.
 	Plugins PluginSet
 
-	// VersionedPlugins are served by the protocol version that is negotiated:
-	// the highest that both sides have, or the lowest here if the host does
-	// not tell its own. A version that is also HandshakeConfig.ProtocolVersion
-	// has these and not Plugins.
+	// VersionedPlugins are the plugins of each protocol version. The highest
+	// version that both sides have is used, or the lowest if the host does not
+	// send its versions. If it has HandshakeConfig.ProtocolVersion, Plugins is
+	// ignored.
 	VersionedPlugins map[int]PluginSet
 
-	// Logger gets what this library logs. Nil means a logger to stderr in the
-	// form that hosts understand.
+	// Logger logs for this library. The default logs JSON to stderr, for the
+	// Logger of the host; in test mode, it is hclog.Default() named "plugin".
 	Logger hclog.Logger
 
-	// Test, if not nil, makes Serve serve within a test. See ServeTestConfig.
+	// Test, if not nil, makes Serve run in test mode.
 	Test *ServeTestConfig
 }
 
-// ServeTestConfig is the test mode of [Serve], in which the plugin runs in the
-// process of a test, debugger or program of its author's, and the host, there
-// or elsewhere, reattaches to it. Nothing that belongs to the whole process is
-// touched: no environment, signals or exit, and the cookie is not asked for.
+// ServeTestConfig configures the test mode of [Serve], in which a plugin runs in the
+// process of a test or a debugger, and a host in any process reattaches to it. Serve does
+// not check the cookie, and does not change the environment or the handling of signals.
 type ServeTestConfig struct {
-	// Context ends the serving. Nil means context.Background().
+	// Context makes Serve return when it ends. The default is
+	// context.Background().
 	Context context.Context
 
-	// ReattachConfigCh, if not nil, gets what a host needs to connect. Nobody
-	// is served before that has been received.
+	// ReattachConfigCh, if not nil, gets the configuration for the host. Serve
+	// accepts connections when it has been received.
 	ReattachConfigCh chan<- *ReattachConfig
 
-	// CloseCh, if not nil, is closed when the serving has ended.
+	// CloseCh, if not nil, is closed when Serve returns.
 	CloseCh chan<- struct{}
 
-	// SyncStdio sends what the process prints to the host, too, which takes
-	// replacing os.Stdout and os.Stderr after all, until the serving ends.
+	// SyncStdio sends the output of the process to the host too. Serve replaces
+	// os.Stdout and os.Stderr while it runs.
 	SyncStdio bool
 }
 
-// Serve serves plugins to the host that has started this process: a plugin's
-// main calls it and little else. It returns when the host has asked the plugin
-// to quit, when the host is gone, and on SIGTERM and SIGHUP; what main does
-// then it should do in two seconds. An interrupt (SIGINT) is left to the host.
-// On Windows the closing of its console and the end of the user's session count
-// as SIGTERM, and Ctrl-C as SIGINT.
+// Serve serves plugins to the host that started this process. The main function of a
+// plugin calls it, once. Serve returns when the host asks the plugin to quit, when the host
+// is gone, and on SIGTERM and SIGHUP. Then main should return: the process is ended after
+// ClientConfig.KillTimeout, or after 1.5 seconds if the host is gone. SIGINT is left to the
+// host.
 //
-// While it serves, os.Stdout and os.Stderr go to the host; before and after,
-// they are the process's own. The variables of the handshake are removed from
-// the environment, so that no child inherits them.
+// While Serve runs, output to os.Stdout and os.Stderr goes to the host; outside Serve, they
+// behave normally. Serve removes the variables of the handshake from the environment, so
+// that child processes do not inherit them.
 //
-// If it cannot serve, it prints why to stderr and exits with status 1, also
-// where the process was not started by a host. In test mode it logs why and
+// If the process was not started by a host, or Serve fails for another reason, it prints
+// the reason to stderr and exits with status 1. In test mode, it logs the reason and
 // returns.
 func Serve(config *ServeConfig) {
 	if config.Test != nil {
@@ -100,11 +99,11 @@ func Serve(config *ServeConfig) {
 	}
 }
 
-// ServeMuxMap is the plugins of one binary by the argument that selects them.
+// ServeMuxMap has the plugins of one binary by their names.
 type ServeMuxMap map[string]*ServeConfig
 
-// ServeMux serves one of several plugins: the one that the only argument on
-// the command line names. It exits with status 1 if there is none.
+// ServeMux calls [Serve] for the plugin that the only argument of the command names. If
+// there is none, it prints the names to stderr and exits with status 1.
 func ServeMux(m ServeMuxMap) {
 	if len(os.Args) == 2 {
 		if config := m[os.Args[1]]; config != nil {
@@ -116,7 +115,7 @@ func ServeMux(m ServeMuxMap) {
 	os.Exit(1)
 }
 
-// serve is Serve in a process of its own. An error is what to tell a person.
+// serve is Serve outside test mode. Its error is for a person.
 func serve(config *ServeConfig) error {
 	if config.MagicCookieKey == "" || config.MagicCookieValue == "" {
 		return errors.New("plugin: ServeConfig has no magic cookie: set HandshakeConfig.MagicCookieKey and MagicCookieValue")
@@ -131,9 +130,9 @@ func serve(config *ServeConfig) error {
 		logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: os.Stderr, JSONFormat: true})
 	}
 
-	// Signals are caught, and not ignored, because children would inherit that.
-	// These two are so to the end: main should finish, also when it prints what
-	// nobody reads any more.
+	// Signals are caught and not ignored, because child processes inherit the
+	// latter. SIGINT and SIGPIPE stay so after Serve: main should finish, even if
+	// it writes to a pipe that is closed.
 	terminate := make(chan os.Signal, 1)
 	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGPIPE)
 	signal.Notify(terminate, syscall.SIGTERM)
@@ -143,7 +142,7 @@ func serve(config *ServeConfig) error {
 	host := parseHostInfo(env[envHost])
 	orphaned := watchHost(host, env[EnvUnixSocketDir])
 	defer func() {
-		// The signal that ended the host may be under way to this process, too.
+		// The signal that ended the host may reach this process later.
 		if !isClosed(orphaned) {
 			signal.Stop(terminate)
 		}
@@ -153,12 +152,12 @@ func serve(config *ServeConfig) error {
 	if err != nil {
 		return err
 	}
-	direct := func() bool { return host.pid == os.Getppid() } // and not a host further up, or gone
+	direct := func() bool { return host.pid == os.Getppid() } // not the host of a go-plugin host, and not gone
 	s.handshake.flushes = direct()
 	defer func() {
 		s.close()
 		if isClosed(orphaned) || host.pid != 0 && !direct() && !alive(host.pid) {
-			removePrivate(env[EnvUnixSocketDir]) // which the host would have done
+			removePrivate(env[EnvUnixSocketDir]) // the host cannot do it
 		}
 	}()
 	if err := s.capture(io.Discard, io.Discard); err != nil {
@@ -166,7 +165,7 @@ func serve(config *ServeConfig) error {
 	}
 	if _, err := io.WriteString(stdout, s.handshake.String()+"\n"); err != nil {
 		if waitFor(orphanTimeout/2, orphaned) {
-			return nil // which is why
+			return nil // the host is gone
 		}
 		return fmt.Errorf("plugin: the handshake could not be written: %w", err)
 	}
@@ -190,17 +189,17 @@ func takeEnvironment(cookie string) map[string]string {
 	return env
 }
 
-// watchHost returns a channel that is closed when the host is gone. A little
-// later the process exits, whatever it does. The goroutine that watches
-// lives as long as the process, because the host may go while main finishes.
+// watchHost returns a channel that is closed when the host is gone. After orphanTimeout,
+// the process exits. The goroutine runs as long as the process, because the host may exit
+// while main finishes.
 func watchHost(host hostInfo, dir string) <-chan struct{} {
 	orphaned := make(chan struct{})
 	var pipe *os.File
 	if host.watch == watchPipe {
-		// A process in between may have closed it and used its number again.
+		// A process in between may have closed it and reused the descriptor.
 		pipe = os.NewFile(uintptr(host.fd), "lifeline")
 		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
-			foreign = pipe
+			foreign = append(foreign, pipe)
 			return orphaned
 		}
 	}
@@ -215,12 +214,12 @@ func watchHost(host hostInfo, dir string) <-chan struct{} {
 	return orphaned
 }
 
-// foreign is the file that watchHost found instead of a pipe. A file that
-// nothing refers to would be closed.
-var foreign *os.File
+// foreign has the files that watchHost found instead of a pipe. References keep them
+// open.
+var foreign []*os.File
 
-// waitHost waits for the end of the host. It returns false if the host is not to
-// be watched, as those of go-plugin, or has detached the plugin.
+// waitHost waits until the host is gone. It returns false if the host has detached the
+// plugin or uses go-plugin.
 func waitHost(host hostInfo, pipe *os.File) bool {
 	switch host.watch {
 	case watchPipe:
@@ -276,19 +275,19 @@ func serveTest(config *ServeConfig) {
 	}
 }
 
-// serving is what a plugin has while it serves.
+// serving is the state of a Serve that runs.
 type serving struct {
 	server    *RPCServer
 	listener  net.Listener
 	handshake handshake
 	quit      chan struct{} // closed when a host has asked the plugin to quit
-	dir       string        // of the socket, if it is to be removed
+	dir       string        // of the socket, if it has to be removed
 
-	restore func()      // gives the process its stdout and stderr back
-	output  [2]*os.File // where its output is read meanwhile
+	restore func()      // restores os.Stdout and os.Stderr
+	output  [2]*os.File // what is written to them
 }
 
-// newServing listens, with what the host has said in the environment.
+// newServing listens as the variables of the host say.
 func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger) (_ *serving, err error) {
 	sets := allVersions(config.ProtocolVersion, config.Plugins, config.VersionedPlugins)
 	maps.DeleteFunc(sets, func(_ int, set PluginSet) bool { return len(set) == 0 })
@@ -326,7 +325,7 @@ func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger)
 	return s, nil
 }
 
-// answerMutualTLS makes the plugin's certificate for the host's, which is PEM.
+// answerMutualTLS makes the certificate of the plugin. That of the host is PEM.
 func answerMutualTLS(host string) (*tls.Config, []byte, error) {
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM([]byte(host)) {
@@ -339,8 +338,8 @@ func answerMutualTLS(host string) (*tls.Config, []byte, error) {
 	return mutualTLS(own, pool), own.Certificate[0], nil
 }
 
-// listen listens on a Unix socket, in the directory that the host has made or
-// in one of its own; on Windows, on a port of the loopback interface.
+// listen listens on a Unix socket, in the directory of the host or a new one. On Windows,
+// it listens on a TCP port.
 func (s *serving) listen(env map[string]string) (err error) {
 	if runtime.GOOS == "windows" {
 		s.listener, err = listenTCP(env[envMinPort], env[envMaxPort])
@@ -363,7 +362,7 @@ func (s *serving) listen(env map[string]string) (err error) {
 	return nil
 }
 
-// unlisten gives back what listen has taken.
+// unlisten undoes listen.
 func (s *serving) unlisten() {
 	if s.listener != nil {
 		_ = s.listener.Close()
@@ -371,7 +370,7 @@ func (s *serving) unlisten() {
 	removePrivate(s.dir)
 }
 
-// capture makes what the process prints go to the host, and to the writers.
+// capture sends the output of the process to the host, and copies it to the writers.
 func (s *serving) capture(teeOut, teeErr io.Writer) (err error) {
 	stdout, stderr := os.Stdout, os.Stderr
 	var w [2]*os.File
@@ -398,9 +397,8 @@ func (s *serving) serve() {
 	s.server.serving.Go(func() { s.server.Serve(s.listener) })
 }
 
-// close ends the serving: what was printed is sent, and the process has its own
-// stdout and stderr again. The connections are closed, too, but it does not wait
-// for that: the process is about to exit.
+// close sends the rest of the output and restores os.Stdout and os.Stderr. It ends the
+// connections without waiting for them, as the process is about to exit.
 func (s *serving) close() {
 	s.unlisten()
 	s.server.flush()
@@ -411,24 +409,24 @@ func (s *serving) close() {
 	}
 }
 
-// TestOptions are options of TestPluginRPCConn.
+// TestOptions are options of [TestPluginRPCConn].
 type TestOptions struct {
-	// ServerStdout and ServerStderr, if not nil, are what the plugin's end
-	// sends as its stdout and stderr. They are not closed.
+	// ServerStdout and ServerStderr, if not nil, are sent as the stdout and
+	// stderr of the plugin. They are not closed.
 	ServerStdout io.ReadCloser
 	ServerStderr io.ReadCloser
 }
 
-// TestingT is what the test helpers use of a *testing.T, a *testing.B or a
-// testing.TB.
+// TestingT has the methods of *testing.T, *testing.B and testing.TB that the test helpers
+// use.
 type TestingT interface {
 	Helper()
 	Fatalf(format string, args ...any)
 	Cleanup(func())
 }
 
-// TestConn returns the two ends of a connection over the loopback interface,
-// the client's first. The test closes them when it ends.
+// TestConn returns the client's and the server's end of a local TCP connection. They are
+// closed when the test ends.
 func TestConn(t TestingT) (net.Conn, net.Conn) {
 	t.Helper()
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
@@ -436,7 +434,7 @@ func TestConn(t TestingT) (net.Conn, net.Conn) {
 		t.Fatalf("plugin: listening: %v", err)
 	}
 	defer lis.Close()
-	// The kernel completes the connection before it is accepted.
+	// The system connects before Accept is called.
 	client, err := net.Dial("tcp", lis.Addr().String())
 	if err != nil {
 		t.Fatalf("plugin: dialling: %v", err)
@@ -452,8 +450,8 @@ func TestConn(t TestingT) (net.Conn, net.Conn) {
 	return client, server
 }
 
-// TestRPCConn returns an RPC client and the server at its other end, with
-// which services can be registered. The test closes them when it ends.
+// TestRPCConn returns a client and a server of net/rpc that are connected. They are closed
+// when the test ends.
 func TestRPCConn(t TestingT) (*rpc.Client, *rpc.Server) {
 	t.Helper()
 	clientConn, serverConn := TestConn(t)
@@ -462,19 +460,15 @@ func TestRPCConn(t TestingT) (*rpc.Client, *rpc.Server) {
 	return rpc.NewClient(clientConn), server
 }
 
-// TestPluginRPCConn returns the two ends of a connection over which plugins
-// can be dispensed and called without a process of their own. opts may be nil.
-// The test closes them when it ends.
+// TestPluginRPCConn returns the two ends of a connection, over which plugins can be
+// dispensed and called within a test. opts may be nil. They are closed when the test ends.
 func TestPluginRPCConn(t TestingT, plugins map[string]Plugin, opts *TestOptions) (*RPCClient, *RPCServer) {
 	t.Helper()
 	clientConn, serverConn := TestConn(t)
-	server := &RPCServer{Plugins: plugins}
-	if opts != nil && opts.ServerStdout != nil {
-		server.Stdout = opts.ServerStdout
+	if opts == nil {
+		opts = &TestOptions{}
 	}
-	if opts != nil && opts.ServerStderr != nil {
-		server.Stderr = opts.ServerStderr
-	}
+	server := &RPCServer{Plugins: plugins, Stdout: opts.ServerStdout, Stderr: opts.ServerStderr}
 	go server.ServeConn(serverConn) // ends with the connection
 	client, err := NewRPCClient(clientConn, plugins)
 	if err != nil {

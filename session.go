@@ -19,38 +19,33 @@ import (
 )
 
 const (
-	// streamWindow is how much a stream may hold that nobody has read, in bytes.
-	streamWindow = 1 << 20
-	// socketBuffer is how much the kernel is asked to hold of what is sent.
-	socketBuffer = 1 << 20
-	// maxJoined is the longest body that is copied behind its header.
-	maxJoined = 4 << 10
-	// lastTimeout is how long a connection that takes nothing more is read, and
-	// how long the ends of streams may take to be written at the end.
+	streamWindow = 1 << 20 // how many bytes a stream holds that have not been read
+	socketBuffer = 1 << 20 // the size of the system's send buffer
+	maxJoined    = 4 << 10 // the longest body that is copied behind its header
+	maxStreams   = 1 << 16 // how many streams a session may have
+	// lastTimeout limits reading after an error of writing, and the writing of the
+	// ends of streams when a session is closed.
 	lastTimeout = 250 * time.Millisecond
-	// maxStreams is how many streams there may be at a time.
-	maxStreams = 1 << 16
 )
 
-// session is one connection: a yamux session, what runs on it, and why it ended.
+// session is one connection: a yamux session and what runs on it.
 type session struct {
 	mux     *yamux.Session
-	frames  *frameConn // what mux runs on
-	host    bool       // this side is the host's
+	frames  *frameConn // the connection of mux
+	host    bool       // this is the host's side
 	logger  hclog.Logger
-	whyLost func() error // why the connection ended; may take a moment to find out
+	whyLost func() error // why the connection ended; may wait for the end of the process
 
-	calls  context.Context // ends when methods that are served here should stop
+	calls  context.Context // ends when methods of this side should return
 	cancel context.CancelFunc
-	ending atomic.Bool // this side has asked the other to end, or will now
+	ending atomic.Bool // this side has asked the peer to quit, or closes the session
 
-	running group // closed when this side ends the session
-	ends    group // streams whose end is being written
+	running group // goroutines of spawn; closed with the session
+	ends    group // streams whose end is being written; closed with the session
 }
 
-// newSession begins a session on conn. Methods are served on it until ctx
-// ends. If why is not nil it tells why the connection ended; heard is whether
-// anything had been received.
+// newSession starts a session on conn. Contexts of methods end with ctx. If why is not
+// nil, it returns why the connection ended; heard reports whether anything was received.
 func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func(heard bool) error) (*session, error) {
 	s := &session{host: host, logger: logger, frames: &frameConn{conn: conn, flows: make(map[uint32]*flow)}}
 	s.calls, s.cancel = context.WithCancel(ctx)
@@ -64,19 +59,15 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		return &lostError{errors.New("plugin: the connection was lost")}
 	})
 	if b, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
-		_ = b.SetWriteBuffer(socketBuffer) // slower without, no more
+		_ = b.SetWriteBuffer(socketBuffer) // only for speed
 	}
 	config := &yamux.Config{
-		AcceptBacklog: 256, // what go-plugin has: more would be refused there
-		// A process that is stopped is not lost: as long as it lives, nothing
-		// here runs out of time.
-		EnableKeepAlive:        false,
+		AcceptBacklog: 256, // as in go-plugin, which refuses more
+		// No timeouts: a process that is stopped keeps its connection.
 		KeepAliveInterval:      math.MaxInt64,
 		ConnectionWriteTimeout: math.MaxInt64,
-		StreamOpenTimeout:      0,
-		StreamCloseTimeout:     0,
 		MaxStreamWindowSize:    streamWindow,
-		// What matters in yamux's messages is in the errors of calls and streams.
+		// Errors of calls and streams have what matters of yamux's messages.
 		Logger: log.New(&lineWriter{max: maxJoined, emit: func(line []byte, _ int) { s.debug(string(line)) }}, "", 0),
 	}
 	begin := yamux.Server
@@ -91,20 +82,20 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 	return s, nil
 }
 
-// lostError is what every call and stream gets when the connection was lost.
+// lostError is the error of every call and stream when the connection was lost.
 type lostError struct{ cause error }
 
 func (e *lostError) Error() string   { return e.cause.Error() }
 func (e *lostError) Unwrap() []error { return []error{e.cause, io.ErrUnexpectedEOF} }
 
-// group is what is under way, until it is closed.
+// group is a sync.WaitGroup that can be closed.
 type group struct {
-	mu     sync.Mutex // guards closed, and adding to the rest
+	mu     sync.Mutex // guards closed, and calls of Add
 	closed bool
 	sync.WaitGroup
 }
 
-// enter reports whether there is one more, which must call Done.
+// enter adds one, which must call Done. It returns false if the group is closed.
 func (g *group) enter() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -126,7 +117,7 @@ func (g *group) isClosed() bool {
 	return g.closed
 }
 
-// allDone returns a channel that is closed when all of the group is done.
+// allDone returns a channel that is closed when all have called Done.
 func (g *group) allDone() <-chan struct{} {
 	done := make(chan struct{})
 	go func() { // ends with the group
@@ -136,8 +127,8 @@ func (g *group) allDone() <-chan struct{} {
 	return done
 }
 
-// spawn runs f in a goroutine that close waits for. It reports false, and does
-// nothing, if the session is being closed. f must end when the session does.
+// spawn runs f in a goroutine that close waits for. It returns false if the session is
+// closed. f must return when the session ends.
 func (s *session) spawn(f func()) bool {
 	if !s.running.enter() {
 		return false
@@ -149,8 +140,8 @@ func (s *session) spawn(f func()) bool {
 	return true
 }
 
-// close ends the session and waits for its goroutines, except one that is
-// inside the caller's own code: a GobEncode, say.
+// close closes the session and waits for its goroutines, but not for one that runs the
+// caller's code, such as a GobEncode.
 func (s *session) close() {
 	s.ending.Store(true)
 	s.running.close()
@@ -158,15 +149,15 @@ func (s *session) close() {
 	s.cancel()
 	ends := s.ends.allDone()
 	waitFor(lastTimeout, ends)
-	// Readers of yamux's streams spin between the beginning of a Close and the
-	// end of receiving. So receiving is ended first, if the connection lets it.
+	// Readers of yamux streams spin while Close waits for the end of receiving. So
+	// end receiving first.
 	_ = s.frames.Close()
 	waitFor(lastTimeout, s.ended())
 	_ = s.mux.Close()
 	waitFor(reapTimeout, ends, s.running.allDone())
 }
 
-// once does something once, for all who ask.
+// once calls a function once and keeps its result.
 type once[T any] struct {
 	begun atomic.Bool
 	done  chan struct{} // closed when v and err are set
@@ -176,8 +167,7 @@ type once[T any] struct {
 
 func newOnce[T any]() *once[T] { return &once[T]{done: make(chan struct{})} }
 
-// do runs f for the first caller. The others wait for its result, or for the
-// end of ctx.
+// do calls f for the first caller. Other callers wait for the result or the end of ctx.
 func (o *once[T]) do(ctx context.Context, f func() (T, error)) (v T, err error) {
 	if o.begun.CompareAndSwap(false, true) {
 		defer close(o.done)
@@ -193,7 +183,7 @@ func (o *once[T]) do(ctx context.Context, f func() (T, error)) (v T, err error) 
 	}
 }
 
-// result returns what f has returned, or the zero value before.
+// result returns the result of f, or the zero value before f has returned.
 func (o *once[T]) result() (v T) {
 	if isClosed(o.done) {
 		return o.v
@@ -201,10 +191,10 @@ func (o *once[T]) result() (v T) {
 	return v
 }
 
-// ended is closed when the session has ended, from whichever side.
+// ended returns a channel that is closed when the session has ended.
 func (s *session) ended() <-chan struct{} { return s.mux.CloseChan() }
 
-// explain returns err, or why the connection was lost if that is the cause.
+// explain returns why the connection was lost, if it was, and otherwise err.
 func (s *session) explain(err error) error {
 	if err == nil || !s.mux.IsClosed() {
 		return err
@@ -212,8 +202,8 @@ func (s *session) explain(err error) error {
 	return s.whyLost()
 }
 
-// serve serves calls on a stream until the caller hangs up. The contexts of
-// methods end with ctx.
+// serve answers calls on a stream until the peer closes it. Contexts of methods end with
+// ctx.
 func (s *session) serve(ctx context.Context, st *stream, svc *service) {
 	services := map[string]*service{"Plugin": svc}
 	if err := newRPCServer(st, services, s.logger, s.host).serve(ctx); err != io.EOF {
@@ -221,27 +211,27 @@ func (s *session) serve(ctx context.Context, st *stream, svc *service) {
 	}
 }
 
-// debug logs what may explain a fault, and nothing once the session is to end.
+// debug logs, unless the session is about to end.
 func (s *session) debug(msg string, args ...any) {
 	if !s.ending.Load() {
 		s.logger.Debug(msg, args...)
 	}
 }
 
-// stream is one stream of a session. Its errors say why a session was lost.
+// stream is one stream of a session. If the session was lost, its errors have the reason.
 type stream struct {
 	*yamux.Stream
 	session *session
 	flow    *flow
 
 	writing sync.Mutex                // serialises writers
-	late    atomic.Pointer[time.Time] // when writing shall end; nil or zero for never
+	late    atomic.Pointer[time.Time] // the deadline of Write; nil or zero for none
 }
 
 func (st *stream) Read(p []byte) (int, error) {
 	n, err := st.Stream.Read(p)
 	if err == io.EOF && st.session.frames.hasEnded(st.flow) {
-		return n, err // whatever has become of the connection since
+		return n, err // also if the connection was lost later
 	}
 	return n, st.session.explain(err)
 }
@@ -263,7 +253,7 @@ func (st *stream) Write(p []byte) (n int, err error) {
 	return n, st.session.explain(err)
 }
 
-// waitWindow waits until the other side has read something.
+// waitWindow waits until the peer has read something.
 func (st *stream) waitWindow() error {
 	var late <-chan time.Time
 	if t := st.late.Load(); t != nil && !t.IsZero() {
@@ -278,12 +268,11 @@ func (st *stream) waitWindow() error {
 	return nil
 }
 
-// Close ends the stream. It waits for nobody: the other side is told when the
-// connection takes it.
+// Close closes the stream. It does not wait until that has been written.
 func (st *stream) Close() error {
 	st.session.frames.finish(st.flow)
 	if ends := &st.session.ends; ends.enter() {
-		// Ends when that is written, or with the session.
+		// Ends when the end has been written, or with the session.
 		go func() {
 			defer ends.Done()
 			_ = st.Stream.Close()
@@ -292,7 +281,7 @@ func (st *stream) Close() error {
 	return nil
 }
 
-// abort closes conn and ends a Read or Write that is waiting on it.
+// abort closes conn and ends a Read or Write that is running.
 func abort(conn io.ReadWriteCloser) {
 	_ = conn.Close()
 	if d, ok := conn.(interface{ SetDeadline(time.Time) error }); ok {
@@ -306,14 +295,14 @@ func (st *stream) SetDeadline(t time.Time) error {
 	return st.SetWriteDeadline(t)
 }
 
-// SetWriteDeadline sets until when Write waits for the other side to read.
+// SetWriteDeadline sets the deadline until which Write waits for the peer to read.
 func (st *stream) SetWriteDeadline(t time.Time) error {
 	st.late.Store(&t)
 	st.flow.signal()
 	return nil
 }
 
-// open returns a new stream, which the other side has yet to be told of.
+// open returns a new stream. The peer does not know it before the first Write.
 func (s *session) open() (*stream, error) {
 	st, err := s.mux.OpenStream()
 	if err != nil {
@@ -322,9 +311,9 @@ func (s *session) open() (*stream, error) {
 	return s.stream(st), nil
 }
 
-// accept returns the next stream that the peer opens. One with a number of this
-// side's ends the session, because yamux would forget it when that number is
-// given out here; so does one too many.
+// accept returns the next stream that the peer opens. A stream with a number of this side
+// ends the session, because yamux would lose it when this side uses the number. So does a
+// stream above the limit.
 func (s *session) accept() (*stream, error) {
 	st, err := s.mux.AcceptStream()
 	if err != nil {
@@ -342,42 +331,40 @@ func (s *session) stream(st *yamux.Stream) *stream {
 	return &stream{Stream: st, session: s, flow: s.frames.flow(st.StreamID())}
 }
 
-// frameConn is the connection below yamux. yamux looks after the streams and
-// takes in what arrives. What a stream sends is written here directly: yamux
-// would copy it, start a timer and have another goroutine write it, in two
-// pieces. So this keeps account of what each stream may send, from the frames
-// that pass; they are described in
+// frameConn is the connection below yamux. yamux manages the streams and handles what
+// arrives. Data is written here directly, because yamux copies it, starts a timer, and
+// lets another goroutine write it in two pieces. So frameConn reads the frames that pass
+// to know how much each stream may send. The frames are described in
 // https://github.com/hashicorp/yamux/blob/master/spec.md.
 //
-// An error of writing is reported to nobody: the other side is gone, but what it
-// sent before may not have been read. The session ends when reading does, which has
-// a bound from then on.
+// An error of writing is not returned: the peer is gone, but data from it may not have
+// been read. The session ends when reading ends, which has a limit from then on.
 type frameConn struct {
 	conn  io.ReadWriteCloser
 	heard atomic.Bool // something has been received
 
 	writing sync.Mutex // serialises writers; guards the fields below
 	broken  bool       // nothing can be written any more
-	frame   []byte     // what is written next, to be used again
+	frame   []byte     // a buffer for writing
 
 	mu    sync.Mutex // guards flows and each flow
 	flows map[uint32]*flow
 
-	// What of a frame has been read. There is one reader.
+	// The state of the one reader:
 	header [frameHeader]byte
-	have   int    // how much of the header
-	body   uint32 // how much of the body is to come
+	have   int    // how many bytes of the header have been read
+	body   uint32 // how many bytes of the body have not been read
 }
 
-// flow is what a stream may send. There is one from the first frame of a
-// stream to the last.
+// flow is the sending side of a stream. It exists from the first frame of the stream to
+// the last.
 type flow struct {
-	window   uint32        // how many bytes
-	received bool          // all that the other side sends
-	finished bool          // this side sends no more
-	sent     bool          // the other side has been told so
-	reset    bool          // the stream was broken off
-	changed  chan struct{} // holds something when one of these has changed
+	window   uint32        // how many bytes may be sent
+	received bool          // the peer has closed its side
+	finished bool          // this side is closed
+	sent     bool          // the peer has been told so
+	reset    bool          // the stream was reset
+	changed  chan struct{} // holds one if a field has changed
 }
 
 const (
@@ -419,7 +406,7 @@ func (c *frameConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write writes a frame of yamux's own, which has no body.
+// Write writes a frame for yamux, which has no body.
 func (c *frameConn) Write(p []byte) (int, error) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
@@ -430,7 +417,7 @@ func (c *frameConn) Write(p []byte) (int, error) {
 
 func (c *frameConn) Close() error { return c.conn.Close() }
 
-// pass takes account of a frame.
+// pass updates the flow of a frame.
 func (c *frameConn) pass(header []byte, received bool) {
 	flags := binary.BigEndian.Uint16(header[2:])
 	id := binary.BigEndian.Uint32(header[4:])
@@ -459,14 +446,14 @@ func (c *frameConn) pass(header []byte, received bool) {
 	f.signal()
 }
 
-// hasEnded reports whether the other side has said that it sends no more.
+// hasEnded reports whether the peer has closed its side.
 func (c *frameConn) hasEnded(f *flow) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return f.received
 }
 
-// finish says that no more will be sent.
+// finish closes this side.
 func (c *frameConn) finish(f *flow) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -474,7 +461,7 @@ func (c *frameConn) finish(f *flow) {
 	f.signal()
 }
 
-// signal has the stream look at its flow again.
+// signal wakes a Write that waits for a change.
 func (f *flow) signal() {
 	select {
 	case f.changed <- struct{}{}:
@@ -482,14 +469,14 @@ func (f *flow) signal() {
 	}
 }
 
-// flow returns that of a stream.
+// flow returns the flow of a stream.
 func (c *frameConn) flow(id uint32) *flow {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if f := c.flows[id]; f != nil {
 		return f
 	}
-	return &flow{reset: true, changed: make(chan struct{}, 1)} // it is over already
+	return &flow{reset: true, changed: make(chan struct{}, 1)} // the stream has ended
 }
 
 // reserve takes up to size bytes of what f may send.
@@ -507,10 +494,10 @@ func (c *frameConn) reserve(f *flow, size int) (int, error) {
 	return int(n), nil
 }
 
-// sendData sends as much of p as the window lets it: maybe nothing.
+// sendData sends as much of p as the window allows, which may be nothing.
 func (c *frameConn) sendData(id uint32, f *flow, p []byte) (int, error) {
 	if _, err := c.reserve(f, 0); err != nil {
-		return 0, err // without waiting for others
+		return 0, err // without waiting for other writers
 	}
 	c.writing.Lock()
 	defer c.writing.Unlock()
@@ -530,7 +517,7 @@ func (c *frameConn) sendData(id uint32, f *flow, p []byte) (int, error) {
 	return n, nil
 }
 
-// send writes a frame, in one system call where there is one for two pieces.
+// send writes a frame, if possible in one system call.
 func (c *frameConn) send(header, body []byte) {
 	if c.broken {
 		return
@@ -546,14 +533,14 @@ func (c *frameConn) send(header, body []byte) {
 		return
 	}
 	c.broken = true
-	// Some, as a file, have deadlines in name only.
+	// Files have this method, but it may fail.
 	d, ok := c.conn.(interface{ SetReadDeadline(time.Time) error })
 	if !ok || d.SetReadDeadline(time.Now().Add(lastTimeout)) != nil {
 		_ = c.conn.Close()
 	}
 }
 
-// waitFor waits until all channels are closed, but not longer than that.
+// waitFor waits until all channels are closed. It returns false after the timeout.
 func waitFor(timeout time.Duration, chans ...<-chan struct{}) bool {
 	late := time.NewTimer(timeout)
 	defer late.Stop()

@@ -62,6 +62,7 @@ var works = []work{
 	{name: "host: resident memory per plugin", unit: bytes, long: true, measure: hosting(func(c hostCosts) float64 { return c.Resident })},
 	{name: "host: descriptors per plugin", unit: count, long: true, measure: hosting(func(c hostCosts) float64 { return c.Descriptors })},
 	{name: "plugin: resident memory", unit: bytes, measure: residentPlugin},
+	{name: "plugin: resident memory after all of the above", unit: bytes, measure: residentAfter},
 	{name: "plugin: binary", unit: bytes, static: true, long: true, measure: binarySize},
 	{name: "plugin: modules linked, the library included", unit: count, static: true, long: true, measure: linked(func(_, modules []string) int { return len(modules) })},
 	{name: "plugin: packages linked, the standard library's included", unit: count, static: true, long: true, measure: linked(func(packages, _ []string) int { return len(packages) })},
@@ -183,6 +184,11 @@ func residentPlugin(_ effort, _ *build.Builder, p *peer, _ *instance) (float64, 
 	if err := i.small(); err != nil {
 		return 0, err
 	}
+	return resident(i.pid)
+}
+
+// residentAfter measures the plugin that the other rows have used.
+func residentAfter(_ effort, _ *build.Builder, _ *peer, i *instance) (float64, error) {
 	return resident(i.pid)
 }
 
