@@ -51,16 +51,16 @@ func (r logRecord) String() string {
 var stderrLines = []struct{ line, record string }{
 	// hclog
 	{`{"@level":"info","@message":"hello","@module":"m","@timestamp":"2024-05-06T07:08:09.123456Z","zebra":1,"apple":"two","mango":true}`,
-		`info: hello | @module="m" zebra=1 apple="two" mango=true timestamp="2024-05-06T07:08:09.123Z"`},
+		`info: hello | @module="m" apple="two" mango=true zebra=1 timestamp="2024-05-06T07:08:09.123Z"`},
 	{`{"@level":"trace","@message":"x"}`, `trace: x`}, {`{"@level":"debug","@message":"x"}`, `debug: x`}, {`{"@message":"x","@level":"warn"}`, `warn: x`},
 	{`{"@level":"error","@message":"x","id":12345678901234567890}`, `error: x | id=12345678901234567890`},
-	{`{"@level":"info","@message":"x","list":["a", 1],"o":{"p":{}},"null":null}`, `info: x | list=["a", 1] o={"p":{}} null=null`},
+	{`{"@level":"info","@message":"x","list":["a", 1],"o":{"p":{}},"null":null}`, `info: x | list=["a", 1] null=null o={"p":{}}`},
 	{`{"@level":"info","@message":"x","@timestamp":"noon"}`, `info: x | timestamp="noon"`},
 	{`{"1st":1,"@level":"info","@message":"x","level":"error","msg":"y","time":"noon"}`, `info: x | 1st=1 level="error" msg="y" time="noon"`},
 
 	// slog's JSON and its levels
 	{`{"time":"2024-05-06T07:08:09.123456789+02:00","level":"WARN","msg":"careful","z":"1","a":"2"}`,
-		`warn: careful | z="1" a="2" timestamp="2024-05-06T07:08:09.123+0200"`},
+		`warn: careful | a="2" z="1" timestamp="2024-05-06T07:08:09.123+0200"`},
 	{`{"level":"DEBUG-4","msg":"x"}`, `trace: x`}, {`{"level":"DEBUG","msg":"x"}`, `debug: x`}, {`{"level":"INFO-1","msg":"x"}`, `debug: x`},
 	{`{"level":"INFO","msg":"x"}`, `info: x`}, {`{"level":"INFO+2","msg":"x"}`, `info: x`}, {`{"level":"ERROR","msg":"x"}`, `error: x`},
 	{`{"level":"ERROR+8","msg":"x"}`, `error: x`},
@@ -120,8 +120,8 @@ func tame(t testing.TB, text string, n int) {
 	}
 }
 
-// A line that is too long is cut. What is left keeps the level of its beginning,
-// and what is behind the cut is no line.
+// A line that is too long is cut. A record that is cut is not one, and what is
+// behind the cut is no line.
 func TestLongLogLine(t *testing.T) {
 	const limit = 40
 	long := strings.Repeat("x", limit)
@@ -135,8 +135,8 @@ func TestLongLogLine(t *testing.T) {
 		{long + "[ERROR] e" + long, []string{"debug: " + long + " [49 more bytes]"}},
 		{"[WARN] " + long, []string{"warn: " + long[7:] + " [7 more bytes]"}},
 		{record("12345678"), []string{"error: 12345678"}},
-		{record("12345678") + "junk", []string{"error: " + record("12345678") + " [4 more bytes]"}},
-		{record("123456789"), []string{"error: " + record("123456789")[:limit] + " [1 more bytes]"}},
+		{record("12345678") + "junk", []string{"debug: " + record("12345678") + " [4 more bytes]"}},
+		{record("123456789"), []string{"debug: " + record("123456789")[:limit] + " [1 more bytes]"}},
 		{"a\n\nb\r\n", []string{"debug: a", "debug: ", "debug: b"}},
 		{"no end", []string{"debug: no end"}},
 		{"", nil},
