@@ -26,7 +26,7 @@ const (
 	defaultLogBufferSize = 64 << 10
 
 	lostTimeout  = 3 * time.Second        // between the end of a connection and that of the process, if that is the cause
-	reapTimeout  = 900 * time.Millisecond // between the kill of a process and its end
+	reapTimeout  = 1400 * time.Millisecond // between the kill of a process and its end
 	drainTimeout = 500 * time.Millisecond // between the end of a process and that of its output
 )
 
@@ -46,7 +46,8 @@ type ClientConfig struct {
 	VersionedPlugins map[int]PluginSet
 
 	// Cmd is the command that starts the plugin. A copy of it is started. If
-	// Cmd.Stdin is nil, it is os.Stdin. Cmd.Stdout and Cmd.Stderr must be nil: see
+	// Cmd.Stdin is nil, it is os.Stdin; if it is not an *os.File, a Read of it that
+	// blocks delays Done. Cmd.Stdout and Cmd.Stderr must be nil: see
 	// SyncStdout, SyncStderr and Stderr. Cmd.Env is added to the host's
 	// environment and wins over it.
 	Cmd *exec.Cmd
@@ -77,7 +78,8 @@ type ClientConfig struct {
 	KillTimeout time.Duration
 
 	// Stderr, if not nil, gets what the process writes to stderr, byte for byte.
-	// Logger gets it line by line.
+	// Logger gets it line by line. A Write that blocks stops the plugin's output and
+	// delays Done, but not Kill.
 	Stderr io.Writer
 
 	// SyncStdout and SyncStderr get what the plugin writes to os.Stdout and

@@ -89,7 +89,9 @@ var givenMu sync.Mutex
 
 // launch starts a plugin. free releases what it opens.
 func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *child, err error) {
+	givenMu.Lock()
 	cmd := *config.Cmd
+	givenMu.Unlock()
 	cmd.Process, cmd.ProcessState = nil, nil
 	p := &child{cmd: &cmd, given: config.Cmd, logger: logger, handshakes: make(chan string, 1), log: stderrLog{logger: logger}}
 	var passed []*os.File // to the process; closed here

@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -500,6 +501,10 @@ func (s *rpcServer) cancel(seq uint64) {
 // plugin it must: the host gets an ExitError, and nothing uses the state that the method
 // may have left inconsistent.
 func (s *rpcServer) call(req *rpc.Request, c *inCall) {
+	defer func() {
+		s.cancels.Delete(req.Seq)
+		c.cancel(nil)
+	}()
 	if !c.service.calls.enter() {
 		s.respond(req, nil, errStopped)
 		return
@@ -516,11 +521,11 @@ func (s *rpcServer) call(req *rpc.Request, c *inCall) {
 			err = errStopped
 		}
 		c.service.calls.Done()
-		if err != errExited || s.catch { // otherwise it may be a panic
-			s.respond(req, c.reply.Interface(), err)
+		if err == errExited && !s.catch { // or panicked, and the process ends
+			time.AfterFunc(time.Second, func() { s.respond(req, nil, err) })
+			return
 		}
-		s.cancels.Delete(req.Seq)
-		c.cancel(nil)
+		s.respond(req, c.reply.Interface(), err)
 	}()
 	err = c.method.call(c.ctx, c.arg, c.reply)
 }
