@@ -110,30 +110,20 @@ func longDir(t *testing.T) string {
 	return dir
 }
 
-// A plugin survives SIGINT, which a terminal sends to it as well, and finishes
-// on SIGTERM. Its children have the usual signals.
-func TestSignals(t *testing.T) {
+// A plugin's children have the usual signals.
+func TestSignalsOfChildren(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	_, p := start(t, l.config("plugin"))
-	parent := dispense(t, p)
+	test := dispense(t, p)
 	for _, name := range []string{"INT", "PIPE", "TERM", "HUP"} {
 		script := fmt.Sprintf(`cd "$%s"; sh -c 'kill -%s $$; >survived'; >%s`, notesEnv, name, name)
-		mustCall[int](t, parent.Client, "Fork", []string{"sh", "-c", script})
+		mustCall[int](t, test.Client, "Fork", []string{"sh", "-c", script})
 		l.read(name)
 	}
 	if l.noted("survived") {
 		t.Error("a child has survived a signal")
 	}
-	cfg := newLab(t).config("plugin")
-	c, p := start(t, cfg)
-	for range 3 {
-		check(t, cfg.Cmd.Process.Signal(os.Interrupt))
-		answers(t, p)
-	}
-	check(t, cfg.Cmd.Process.Signal(syscall.SIGTERM))
-	receive(t, "Done", c.Done())
-	errorSays(t, c.Err(), "exit status 0")
 }
 
 // A plugin that was stopped for longer than any of yamux's default timeouts
