@@ -125,6 +125,7 @@ func TestHandshakeFields(t *testing.T) {
 			if _, err := os.Stat(dir); (err != nil) != (test.fields == 7) {
 				t.Errorf("only a directory of its own host is to be removed: %v", err)
 			}
+			check(t, os.RemoveAll(dir))
 		})
 	}
 }
