@@ -331,6 +331,9 @@ func newService(rcvr any) (*service, error) {
 	for _, name := range sortedKeys(s.unfit) {
 		text += fmt.Sprintf("; %s: %s", name, s.unfit[name])
 	}
+	if reflect.PointerTo(t).NumMethod() > t.NumMethod() {
+		text += "; it has more methods as a pointer"
+	}
 	return nil, errors.New(text)
 }
 
