@@ -629,7 +629,7 @@ func TestForgottenResults(t *testing.T) {
 	invoke[io.WriteCloser](t, r, "Create", "cut")
 	check(t, k.Await(boundedContext(t), "closed forgotten"))
 	check(t, k.Await(boundedContext(t), "context of forgotten"))
-	same(t, "streams closed too early", len(k.event("closed cut")), 0)
+	same(t, "streams closed too early", len(k.event("closed cut"))+len(k.event("context of cut")), 0)
 	check(t, host.Close())
 	check(t, k.Await(boundedContext(t), "closed cut"))
 	check(t, k.Await(boundedContext(t), "context of cut"))
