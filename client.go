@@ -25,9 +25,9 @@ const (
 	defaultKillTimeout   = 2 * time.Second
 	defaultLogBufferSize = 64 << 10
 
-	lostTimeout  = 3 * time.Second        // between the end of a connection and that of the process, if that is the cause
+	lostTimeout  = 3 * time.Second         // between the end of a connection and that of the process, if that is the cause
 	reapTimeout  = 1400 * time.Millisecond // between the kill of a process and its end
-	drainTimeout = 500 * time.Millisecond // between the end of a process and that of its output
+	drainTimeout = 500 * time.Millisecond  // between the end of a process and that of its output
 )
 
 // ClientConfig describes a plugin to its host. NewClient copies it, and it can be used
@@ -194,9 +194,6 @@ func NewClient(config *ClientConfig) *Client {
 	cfg.StartTimeout = cmp.Or(max(cfg.StartTimeout, 0), defaultStartTimeout)
 	cfg.KillTimeout = cmp.Or(max(cfg.KillTimeout, 0), defaultKillTimeout)
 	cfg.PluginLogBufferSize = cmp.Or(max(cfg.PluginLogBufferSize, 0), defaultLogBufferSize)
-	if cfg.AllowedProtocols == nil {
-		cfg.AllowedProtocols = []Protocol{ProtocolNetRPC}
-	}
 	c.logger = cfg.Logger
 	if c.logger == nil {
 		c.logger = hclog.Default().Named("plugin")
@@ -320,8 +317,8 @@ func (c *Client) accept(h handshake, p *child) (*tls.Config, error) {
 	if h.protocol == ProtocolGRPC {
 		return nil, errors.New("it uses gRPC, and this library only net/rpc: the plugin must be served with this library, or with the net/rpc half of go-plugin")
 	}
-	if h.protocol != ProtocolNetRPC || !slices.Contains(c.config.AllowedProtocols, h.protocol) {
-		return nil, fmt.Errorf("it uses the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
+	if allowed := c.config.AllowedProtocols; h.protocol != ProtocolNetRPC || allowed != nil && !slices.Contains(allowed, h.protocol) {
+		return nil, fmt.Errorf("it uses the protocol %q, and ClientConfig.AllowedProtocols is %q", h.protocol, allowed)
 	}
 	if _, known := c.sets[h.version]; !known {
 		return nil, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
@@ -579,9 +576,7 @@ func (c *Client) process() AttachedRunner {
 // Protocol starts the plugin, if it has not been started, and returns its protocol, or
 // ProtocolInvalid if it does not start.
 func (c *Client) Protocol() Protocol {
-	if _, err := c.Start(); err != nil {
-		return ProtocolInvalid
-	}
+	_, _ = c.Start()
 	return c.starting.result().protocol
 }
 

@@ -8,13 +8,241 @@ import (
 	"errors"
 	"io"
 	"math/rand"
+	"net"
 	"net/rpc"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
 	"testing/quick"
+
+	"github.com/hashicorp/go-hclog"
 )
+
+// ---- Sessions ----
+
+// feed returns a connection on which a script arrives. It ends behind it, or
+// stalls.
+func feed(script []byte, stalls bool) io.ReadWriteCloser {
+	end, w := io.Pipe()
+	if !stalls {
+		w.Close()
+	}
+	return readWriteCloser{io.MultiReader(bytes.NewReader(script), end), io.Discard, end}
+}
+
+// addSessions adds what may arrive instead of a session, and what the end that
+// is 0 for the host and 1 for the plugin sends in one.
+func addSessions(f *testing.F, end int) {
+	for _, script := range garbage() {
+		f.Add(script)
+	}
+	var sent syncBuffer
+	var ends [2]io.ReadWriteCloser
+	ends[0], ends[1] = TestConn(f)
+	ends[end] = readWriteCloser{ends[end], io.MultiWriter(&sent, ends[end]), ends[end]}
+	go (&RPCServer{Plugins: testPlugins(newTestState())}).ServeConn(ends[1]) // ends with the connection
+	c, err := NewRPCClient(ends[0], testPlugins(nil))
+	check(f, err)
+	answers(f, c)
+	check(f, c.Close())
+	f.Add([]byte(sent.String()))
+}
+
+// FuzzSessionHost is a host whose plugin sends anything.
+func FuzzSessionHost(f *testing.F) {
+	addSessions(f, 1)
+	f.Fuzz(func(t *testing.T, script []byte) {
+		for _, stalls := range []bool{false, true} {
+			c, err := NewRPCClient(feed(script, stalls), testPlugins(nil))
+			if err != nil {
+				continue
+			}
+			dispensing := async(func() error { _, err := c.Dispense("test"); return err })
+			if stalls {
+				check(t, c.broker.Close())
+			}
+			receive(t, "Dispense", dispensing)
+			_ = c.Close()
+			if err := c.Ping(); err == nil {
+				t.Error("a closed connection answers")
+			}
+		}
+	})
+}
+
+// FuzzSessionPlugin is a plugin whose host sends anything.
+func FuzzSessionPlugin(f *testing.F) {
+	addSessions(f, 0)
+	f.Fuzz(func(t *testing.T, script []byte) {
+		server := &RPCServer{Plugins: PluginSet{"test": serves(&useService{func() {}})}}
+		serving := async(func() bool { server.ServeConn(feed(script, false)); return true })
+		receive(t, "ServeConn", serving)
+	})
+}
+
+// FuzzBroker is a broker whose peer opens, uses and closes streams at will.
+func FuzzBroker(f *testing.F) {
+	f.Add([]byte("o1a1w\x02hic0s0o5w\x04textc0s1o6w\x00c0s2o7d3d0d1d2"))
+	f.Fuzz(func(t *testing.T, script []byte) {
+		raw, c, _ := rawPlugin(t)
+		go func() { // sends back what it gets; ends with the session
+			for st, err := raw.Accept(); err == nil; st, err = raw.Accept() {
+				go io.Copy(st, st)
+			}
+		}()
+		ids := []uint32{1, 2, 3, 4}
+		var st net.Conn
+		var uses []<-chan bool
+		use := func(f func()) { uses = append(uses, async(func() bool { f(); return true })) }
+		for len(script) > 1 && len(uses) < 20 {
+			op, arg := script[0], int(script[1])
+			script = script[2:]
+			id, kind := ids[arg%len(ids)], served[arg%len(served)]
+			switch {
+			case op == 'o':
+				st, _ = raw.Open()
+				_ = binary.Write(st, binary.LittleEndian, id)
+			case op == 'w' && st != nil:
+				_, _ = st.Write(script[:min(len(script), arg)])
+			case op == 'c' && st != nil:
+				_ = st.Close()
+			case op == 's':
+				id, stop := kind.serve(c.broker, func() {})
+				ids = append(ids, id)
+				defer stop()
+			case op == 'a':
+				use(func() { _, _ = c.broker.Accept(id) })
+			case op == 'd':
+				use(func() {
+					if end, err := kind.dial(c.broker, id); err == nil {
+						_ = errors.Join(end.next(), end.Close())
+					}
+				})
+			}
+		}
+		check(t, c.broker.Close())
+		for _, done := range uses {
+			receive(t, "a use", done)
+		}
+	})
+}
+
+// ---- RPC streams ----
+
+// script is a connection to a peer that sends what is read, and takes anything.
+type script struct{ io.Reader }
+
+func (script) Write(p []byte) (int, error) { return len(p), nil }
+func (script) Close() error                { return nil }
+
+// addStreams adds beginnings of streams: no gob, and a header with each body.
+func addStreams(f *testing.F, h any) {
+	for _, sent := range notGob {
+		f.Add(sent)
+	}
+	for _, body := range []any{allTypes, "text", struct{}{}} {
+		var sent bytes.Buffer
+		enc := gob.NewEncoder(&sent)
+		for range 2 {
+			check(f, errors.Join(enc.Encode(h), enc.Encode(body)))
+		}
+		f.Add(sent.Bytes())
+		f.Add(sent.Bytes()[:sent.Len()-2])
+	}
+}
+
+// ending has methods that return soon after their callers have left.
+type ending struct{}
+
+func (ending) Box(in Box, out *Box) error                          { return mirrored(in, out) }
+func (ending) Wait(ctx context.Context, _ string, _ *string) error { <-ctx.Done(); return ctx.Err() }
+
+func FuzzRPCServer(f *testing.F) {
+	for _, method := range []string{"Plugin.Box", "Plugin.Wait", "Plugin.Missing"} {
+		addStreams(f, rpc.Request{ServiceMethod: method, Seq: 1})
+	}
+	addStreams(f, rpc.Request{ServiceMethod: "Context.Cancel", Seq: 1 | 1<<63})
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		svc, err := newService(ending{})
+		check(t, err)
+		s := newRPCServer(script{bytes.NewReader(sent)}, map[string]*service{"Plugin": svc}, hclog.NewNullLogger(), true)
+		if s.serve(context.Background()) == nil {
+			t.Error("the end has no reason")
+		}
+	})
+}
+
+func FuzzRPCClient(f *testing.F) {
+	addStreams(f, response{Seq: 1})
+	addStreams(f, response{Seq: 1, Error: "failed", Is: "io.EOF\nunknown"})
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		begin := make(chan bool)
+		wait := readerFunc(func([]byte) (int, error) {
+			<-begin
+			return 0, io.EOF
+		})
+		c := newRPCClient(script{io.MultiReader(wait, bytes.NewReader(sent))}, spawn)
+		defer c.Close()
+		first := c.Go("Plugin.Box", Box{}, new(Box), nil)
+		second := async(func() error { return Call(boundedContext(t), c, "Plugin.Box", Box{}, new(Box)) })
+		close(begin)
+		receive(t, "the first call", first.Done)
+		receive(t, "the second call", second)
+		if c.Call("Plugin.Box", Box{}, new(Box)) == nil {
+			t.Error("a stream that has ended replies")
+		}
+	})
+}
+
+// ---- What a plugin prints ----
+
+// A line is no handshake, or the same one when it is written again.
+func FuzzHandshake(f *testing.F) {
+	for _, test := range handshakeLines {
+		f.Add(test.line)
+	}
+	f.Fuzz(func(t *testing.T, line string) {
+		h, err := parseHandshake(line)
+		if err != nil {
+			return
+		}
+		again, err := parseHandshake(h.String())
+		if err != nil {
+			t.Fatalf("%q is read, and written as %q: %v", line, h, err)
+		}
+		if describe(again) != describe(h) {
+			t.Fatalf("%q is read as %q, and that as %q", line, describe(h), describe(again))
+		}
+	})
+}
+
+// Any output makes as many records as it has lines.
+func FuzzLogLine(f *testing.F) {
+	for _, test := range stderrLines {
+		f.Add([]byte(test.line), 1)
+	}
+	f.Add([]byte("panic: boom\n\ngoroutine 1 [running]:\nmain.main()\n\t/x.go:1\nafter"), 20)
+	f.Fuzz(func(t *testing.T, output []byte, split int) {
+		const limit = 200
+		split = max(0, min(split, len(output)))
+		records, text := logged(t, limit, string(output[:split]), string(output[split:]))
+		lines := bytes.Count(output, []byte("\n"))
+		if len(output) > 0 && output[len(output)-1] != '\n' {
+			lines++
+		}
+		if len(records) != lines {
+			t.Errorf("%d lines make %d records", lines, len(records))
+		}
+		tame(t, text, lines)
+		for _, r := range records {
+			level, _, _ := strings.Cut(r, ":")
+			if l := hclog.LevelFromString(level); l == hclog.NoLevel || l == hclog.Off || len(r) > 10*limit {
+				t.Errorf("a record of %d bytes at level %q", len(r), level)
+			}
+		}
+	})
+}
 
 // ---- All shapes ----
 

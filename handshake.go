@@ -343,10 +343,7 @@ func (p *child) handshakeEnv(config *ClientConfig, versions string) (env []strin
 	if runtime.GOOS == "windows" {
 		return env, nil
 	}
-	sockets := config.UnixSocketConfig
-	if sockets == nil {
-		sockets = &UnixSocketConfig{}
-	}
+	sockets := cmp.Or(config.UnixSocketConfig, &UnixSocketConfig{})
 	if p.dir, err = sockets.makeDir(); err != nil {
 		return nil, err
 	}

@@ -354,15 +354,8 @@ func (o *output) Write(p []byte) (int, error) {
 	o.mu.Lock()
 	host := o.host
 	o.mu.Unlock()
-	if host == nil {
-		return len(p), nil
-	}
-	if _, err := host.Write(p); err != nil {
-		o.mu.Lock()
-		defer o.mu.Unlock()
-		if o.host == host {
-			o.host = nil
-		}
+	if host != nil {
+		_, _ = host.Write(p) // fails at once if the session has ended
 	}
 	return len(p), nil
 }
@@ -423,14 +416,12 @@ func (d *dispenseService) Dispense(name string, id *uint32) error {
 	if err != nil {
 		return fmt.Errorf("its Server returned what cannot be served: %w", err)
 	}
-	*id = d.broker.NextId()
-	sess := d.broker.session
-	dispensed := *id
-	sess.spawn(func() {
+	b, dispensed := d.broker, d.broker.NextId()
+	*id = dispensed
+	b.session.spawn(func() {
 		// Without a limit: the host dials at once, unless it is stopped or gone.
-		st, err := d.broker.accept(context.Background(), dispensed)
-		if err == nil {
-			sess.serve(sess.calls, st, svc)
+		if st, err := b.accept(context.Background(), dispensed); err == nil {
+			b.session.serve(b.session.calls, st, svc)
 		}
 	})
 	return nil

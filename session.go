@@ -343,7 +343,7 @@ func (s *session) stream(st *yamux.Stream) *stream {
 type frameConn struct {
 	conn  io.ReadWriteCloser
 	pings atomic.Int32 // received and not answered: yamux has a goroutine for each
-	heard atomic.Bool // something has been received
+	heard atomic.Bool  // something has been received
 
 	writing sync.Mutex // serialises writers; guards the fields below
 	broken  bool       // nothing can be written any more

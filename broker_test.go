@@ -1,0 +1,665 @@
+package plugin
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"net"
+	"net/rpc"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// ---- Streams by number ----
+
+// leavesNoStreams fails the test if it leaves a stream open, or a number in use.
+func leavesNoStreams(t testing.TB, brokers ...*MuxBroker) {
+	t.Helper()
+	used := func(b *MuxBroker) int {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return streams(b) + len(b.meeting)
+	}
+	for _, b := range brokers {
+		before := used(b)
+		t.Cleanup(func() {
+			if !poll(hangs, func() bool { return used(b) <= before }) {
+				t.Errorf("%d streams and numbers were in use, and now %d", before, used(b))
+			}
+		})
+	}
+}
+
+// Many streams are open at once. Each who dials a number meets one who accepts
+// it, in any order.
+func TestBrokerMeetings(t *testing.T) {
+	t.Parallel()
+	const pairs, numbers = 2000, 100
+	_, host, plugin := local(t)
+	leavesNoStreams(t, host.broker, plugin.broker)
+	ctx := boundedContext(t)
+	meet := []func(context.Context, uint32) (net.Conn, error){
+		host.broker.AcceptContext, plugin.broker.DialContext, plugin.broker.AcceptContext, host.broker.DialContext,
+	}
+	var met [2 * pairs]int
+	var all sync.WaitGroup
+	all.Add(len(met))
+	callers(t, len(met), func(i int) {
+		// Each meets one whose index differs in the lowest bit and, maybe, in how
+		// often numbers goes into it.
+		conn, err := meet[i%4](ctx, uint32(i/4%numbers))
+		all.Done()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		all.Wait()
+		_, _ = conn.Write(binary.LittleEndian.AppendUint32(nil, uint32(i)))
+		var peer uint32
+		if err := binary.Read(conn, binary.LittleEndian, &peer); err != nil {
+			t.Error(err)
+		}
+		met[i] = int(peer)
+	})
+	for i, peer := range met {
+		if peer == i || met[peer] != i || peer/4%numbers != i/4%numbers {
+			t.Fatalf("%d has met %d, which has met %d", i, peer, met[peer])
+		}
+	}
+}
+
+// What waits for the peer ends with its context, or after five seconds, and
+// nothing is left of it.
+func TestBrokerTimeouts(t *testing.T) {
+	t.Parallel()
+	raw, c, _ := rawPlugin(t)
+	_, host, plugin := local(t)
+	leavesNoStreams(t, host.broker, plugin.broker, c.broker)
+	began := time.Now()
+	waits := make(map[string]<-chan error)
+	cause := errors.New("test: the cause")
+	short, cancel := context.WithTimeoutCause(context.Background(), time.Millisecond, cause)
+	defer cancel()
+	for name, ends := range map[string][2]*MuxBroker{"host": {host.broker, plugin.broker}, "plugin": {plugin.broker, host.broker}} {
+		here, there := ends[0], ends[1]
+		for _, meet := range []func(context.Context, uint32) (net.Conn, error){here.AcceptContext, here.DialContext} {
+			conn, err := meet(short, 4711)
+			if conn != nil || !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, cause) {
+				t.Errorf("%v, %v", conn, err)
+			}
+			errorSays(t, err, "4711")
+		}
+		waits["accepting in the "+name] = async(func() error { _, err := here.Accept(4712); return err })
+		waits["serving in the "+name] = async(func() error { here.AcceptAndServe(4713, newTestServer()); return io.EOF })
+		waits["dialling in the "+name] = async(func() error { _, err := here.Dial(4714); return err })
+		for _, kind := range served {
+			kind.serve(here, func() {}) // nothing dials it
+			id, stop := kind.serve(there, func() {})
+			stop()
+			waits["dialling a stopped "+kind.name+" in the "+name] = async(func() error { _, err := kind.dial(here, id); return err })
+		}
+	}
+	for _, begin := range [][]byte{nil, {7, 0}, {7, 0, 0, 0}} {
+		st, err := raw.Open()
+		check(t, err)
+		defer st.Close()
+		_, err = st.Write(begin)
+		check(t, err)
+		waits[fmt.Sprint("an odd stream ", begin)] = async(func() error { _, err := st.Read(make([]byte, 1)); return err })
+	}
+	callers(t, len(waits), func(i int) {
+		name := sortedKeys(waits)[i]
+		err := <-waits[name]
+		if took := time.Since(began); took < brokerTimeout || err == nil || errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v, after %v", name, err, took)
+		}
+	})
+}
+
+// The numbers of both sides differ from each other's, and from those of
+// go-plugin, which counts from 1 on both sides.
+func TestNextId(t *testing.T) {
+	_, host, plugin := local(t)
+	for b, side := range map[*MuxBroker]uint32{host.broker: 2, plugin.broker: 1} {
+		for _, begin := range []uint32{0, 1<<30 - 50, 1<<31 - 50, 1<<32 - 50} {
+			b.ids.Store(begin)
+			seen := make(map[uint32]bool)
+			for range 100 {
+				id := b.NextId()
+				if seen[id] || id>>30 != side || id<<2 == 0 {
+					t.Fatalf("NextId returned %#x, after %#x", id, begin)
+				}
+				seen[id] = true
+			}
+		}
+	}
+}
+
+// Closing a client ends its serving at the peer, and what runs there.
+func TestClosingClient(t *testing.T) {
+	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+		leavesNoStreams(t, here, there)
+		s, id := newTestServer(), there.NextId()
+		serving := async(func() bool { there.AcceptAndServe(id, s); return true })
+		c, err := here.DialRPC(id)
+		check(t, err)
+		waiting := async(func() error { return Call(context.Background(), c, "Plugin.Wait", "", nil) })
+		receive(t, "the call", s.started)
+		// The peer is stuck with replies that are not read any more.
+		for range 20 {
+			c.Go("Plugin.Echo", strings.Repeat("x", 1<<18), new(string), make(chan *rpc.Call, 1))
+		}
+		check(t, c.Close())
+		if err := receive(t, "a call in flight", waiting); !errors.Is(err, rpc.ErrShutdown) {
+			t.Error("a call in flight returned", err)
+		}
+		receive(t, "the end of a context", s.ended)
+		receive(t, "the end of AcceptAndServe", serving)
+	})
+}
+
+// Close ends every wait, on both sides.
+func TestBrokerClose(t *testing.T) {
+	leavesNothing(t)
+	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+		ctx := context.Background()
+		begun, block := make(chan bool, 100), make(chan bool)
+		defer close(block)
+		use := func() { begun <- true; <-block }
+		waits := make(map[string]<-chan error)
+		for name, ends := range map[string][2]*MuxBroker{"here": {here, there}, "there": {there, here}} {
+			waits[name+", accepting"] = async(func() error { _, err := ends[0].AcceptContext(ctx, 5); return err })
+			waits[name+", dialling"] = async(func() error { _, err := ends[0].DialContext(ctx, 6); return err })
+			for _, kind := range served {
+				id, _ := kind.serve(ends[0], use)
+				end, err := kind.dial(ends[1], id)
+				check(t, err)
+				waits[name+", "+kind.name] = async(func() error {
+					if kind.name == "writer" { // Close waits, too
+						return errors.Join(end.next(), end.Close())
+					}
+					return until(end.next)
+				})
+				receive(t, "its use", begun)
+			}
+		}
+		check(t, here.Close())
+		check(t, here.Close())
+		waits["Accept afterwards"] = async(func() error { _, err := here.Accept(7); return err })
+		waits["Dial afterwards"] = async(func() error { _, err := here.Dial(8); return err })
+		for name, done := range waits {
+			if err := receive(t, name, done); err == nil || err == io.EOF || errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("%s ended with %v", name, err)
+			}
+		}
+	})
+}
+
+// ---- Readers and writers ----
+
+// failures are the ways in which a reader or writer fails.
+func failures() map[string]func() error {
+	fails := map[string]func() error{
+		"panic":       func() error { panic("boom") },
+		"no text":     func() error { return errors.New("") },
+		"nil pointer": func() error { return (*fs.PathError)(nil) },
+		"long text":   func() error { return errors.New(strings.Repeat("x", 3<<20)) },
+	}
+	for name, err := range testErrors {
+		fails[name] = func() error { return fmt.Errorf("failing: %w", err) }
+	}
+	return fails
+}
+
+// isFailure checks what the peer gets.
+func isFailure(t testing.TB, name string, err error) {
+	t.Helper()
+	if err == nil {
+		t.Errorf("%s: there is no error", name)
+	}
+	for known, is := range testErrors {
+		if errors.Is(err, is) != (known == name) {
+			t.Errorf("%s: errors.Is(%.100v, %v) is %v", name, err, is, known != name)
+		}
+	}
+}
+
+var sizes = []int{0, 5, 2<<20 + 7}
+
+// A reader has the bytes and the end of the one that is served.
+func TestReader(t *testing.T) {
+	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+		leavesNoStreams(t, here, there)
+		read := func(src io.Reader, size int) error {
+			id, stop := there.ServeReader(src)
+			defer stop()
+			r, err := here.DialReader(id)
+			check(t, err)
+			got, err := io.ReadAll(r)
+			if !bytes.Equal(got, noise(size, 1)) {
+				t.Errorf("of %d bytes, %d arrived", size, len(got))
+			}
+			if _, again := r.Read(make([]byte, 1)); again != cmp.Or(err, io.EOF) {
+				t.Errorf("Read returned %.100v, and then %.100v", err, again)
+			}
+			check(t, errors.Join(r.Close(), r.Close()))
+			if _, err := r.Read(make([]byte, 1)); !errors.Is(err, io.ErrClosedPipe) {
+				t.Error("a closed reader returned", err)
+			}
+			return err
+		}
+		for name, fail := range failures() {
+			size := sizes[len(name)%len(sizes)]
+			check(t, read(bytes.NewReader(noise(size, 1)), size))
+			failing := readerFunc(func([]byte) (int, error) { return 0, fail() })
+			isFailure(t, name, read(io.MultiReader(bytes.NewReader(noise(size, 1)), failing), size))
+		}
+		last := func(end error) io.Reader {
+			return readerFunc(func(p []byte) (int, error) { return copy(p, noise(5, 1)), end })
+		}
+		check(t, read(last(io.EOF), 5))
+		isFailure(t, "registered", read(last(errRegistered), 5))
+	})
+}
+
+// A writer has written everything when Close has returned, or has the error of
+// the one that is served.
+func TestWriter(t *testing.T) {
+	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+		leavesNoStreams(t, here, there)
+		// The writer fails once it has got so many bytes.
+		write := func(size, after int, fail func() error) (writeErr, closeErr error) {
+			var got bytes.Buffer
+			id, stop := there.ServeWriter(writerFunc(func(p []byte) (int, error) {
+				if got.Len()+len(p) > after {
+					return 0, fail()
+				}
+				return got.Write(p)
+			}))
+			defer stop()
+			w, err := here.DialWriter(id)
+			check(t, err)
+			_, writeErr = w.Write(noise(size, 1))
+			closeErr = w.Close()
+			if again := w.Close(); again != closeErr {
+				t.Errorf("Close returned %.100v, and then %.100v", closeErr, again)
+			}
+			if closeErr == nil && !bytes.Equal(got.Bytes(), noise(size, 1)) {
+				t.Errorf("of %d bytes, %d were written", size, got.Len())
+			}
+			if _, err := w.Write([]byte("x")); !errors.Is(err, io.ErrClosedPipe) {
+				t.Error("a closed writer returned", err)
+			}
+			return writeErr, closeErr
+		}
+		for name, fail := range failures() {
+			size := sizes[len(name)%len(sizes)]
+			check(t, errors.Join(write(size, size, nil)))
+			_, err := write(size+10, size, fail)
+			isFailure(t, name, err)
+			writeErr, closeErr := write(size+4<<20, size, fail)
+			isFailure(t, name, writeErr)
+			isFailure(t, name, closeErr)
+		}
+		_, err := write(10, 0, func() error { return nil })
+		errorSays(t, err, io.ErrShortWrite.Error())
+	})
+}
+
+// A reader reads ahead by no more than a stream holds, and a Write waits for
+// the far writer. Closing a reader early releases the one that is served.
+func TestStreamsAreBounded(t *testing.T) {
+	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+		leavesNoStreams(t, here, there)
+		var ahead atomic.Int64
+		id, _ := there.ServeReader(readerFunc(func(p []byte) (int, error) { ahead.Add(int64(len(p))); return len(p), nil }))
+		r, err := here.DialReader(id)
+		check(t, err)
+		begun, block := make(chan bool, 1<<16), make(chan bool)
+		id, _ = there.ServeWriter(writerFunc(func(p []byte) (int, error) { begun <- true; <-block; return len(p), nil }))
+		w, err := here.DialWriter(id)
+		check(t, err)
+		writing := async(func() error { _, err := w.Write(make([]byte, 3<<20)); return err })
+		receive(t, "a Write", begun)
+		await(t, "a full stream", func() bool { return ahead.Load() >= 256<<10 })
+		a, b := joined(t, here.Dial, there.Accept) // takes a while
+		carry(t, a, b)
+		check(t, r.Close())
+		if len(writing) > 0 || ahead.Load() > 3<<20 {
+			t.Errorf("%d bytes were read ahead; 3 MiB were written ahead: %v", ahead.Load(), len(writing) > 0)
+		}
+		close(block)
+		check(t, receive(t, "Write", writing))
+		check(t, w.Close())
+		// A Read that is under way is left to itself.
+		pipe, feed := io.Pipe()
+		defer feed.Close()
+		inside := make(chan bool, 2)
+		id, _ = there.ServeReader(readerFunc(func(p []byte) (int, error) { inside <- true; return pipe.Read(p) }))
+		r, err = here.DialReader(id)
+		check(t, err)
+		receive(t, "a Read", inside)
+		reading := async(func() error { _, err := r.Read(make([]byte, 1)); return err })
+		check(t, r.Close())
+		if err := receive(t, "Read", reading); !errors.Is(err, io.ErrClosedPipe) {
+			t.Error("Read during Close returned", err)
+		}
+		_, err = feed.Write([]byte("x")) // what is served is not closed
+		check(t, err)
+	})
+}
+
+// rawStreams serves a reader and a writer as it likes.
+type rawStreams struct{ serve func(id uint32) error }
+
+func (s rawStreams) Read(id uint32, _ *struct{}) error  { return s.serve(id) }
+func (s rawStreams) Write(id uint32, _ *struct{}) error { return s.serve(id) }
+
+// Each end of a stream has an error if the other is of another kind, or is a
+// peer that does as it likes.
+func TestWrongKind(t *testing.T) {
+	t.Parallel()
+	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+		leavesNoStreams(t, here, there)
+		for i, kind := range served {
+			one, _ := kind.serve(there, func() {})
+			none, _ := there.ServeRPC(struct{}{}) // has no methods
+			for _, id := range []uint32{one, none} {
+				end, err := served[(i+1)%len(served)].dial(here, id)
+				if err == nil { // a client learns it from its first call
+					err = end.next()
+					_ = end.Close()
+				}
+				errorSays(t, err, "method")
+			}
+		}
+		a, b := joined(t, here.Dial, there.Accept)
+		carry(t, a, b)
+	})
+	raw, c, _ := rawPlugin(t)
+	serveRaw := func(st net.Conn, serve func(id uint32) error) {
+		s := rpc.NewServer()
+		_ = s.RegisterName("Plugin", rawStreams{serve})
+		s.ServeConn(st)
+	}
+	peers := []func(st net.Conn, id []byte){
+		func(st net.Conn, id []byte) { _, _ = st.Write([]byte{99, 0, 0, 0}) },              // accepts another number
+		func(st net.Conn, id []byte) { _, _ = st.Write([]byte{99, 0}); st.Close() },        // or a part of one
+		func(st net.Conn, id []byte) { st.Close() },                                        // or none
+		func(st net.Conn, id []byte) { _, _ = st.Write(id) },                               // is silent
+		func(st net.Conn, id []byte) { _, _ = st.Write(append(id, make([]byte, 100)...)) }, // speaks no gob
+		func(st net.Conn, id []byte) { // answers at once
+			_, _ = st.Write(id)
+			serveRaw(st, func(uint32) error { return nil })
+		},
+		func(st net.Conn, id []byte) { // never answers
+			_, _ = st.Write(id)
+			serveRaw(st, func(id uint32) error {
+				data := raw.dial(t, id)
+				_, err := io.WriteString(data, "begin")
+				return errors.Join(err, data.Close(), st.Close())
+			})
+		},
+	}
+	dialling := async(func() bool {
+		callers(t, 2*len(peers), func(i int) {
+			kind := served[i%2]
+			end, err := kind.dial(c.broker, uint32(i))
+			if err == nil {
+				_ = end.next()
+				err = end.next()
+				if closeErr := end.Close(); kind.name == "writer" {
+					err = closeErr
+				}
+			}
+			if err == nil || err == io.EOF {
+				t.Errorf("the %s of peer %d ends with %v", kind.name, i/2, err)
+			}
+		})
+		return true
+	})
+	for range 2 * len(peers) {
+		st, err := raw.Accept()
+		check(t, err)
+		id := make([]byte, 4)
+		_, err = io.ReadFull(st, id)
+		check(t, err)
+		go peers[id[0]/2](st, id) // ends with the connection
+	}
+	receive(t, "dialling", dialling)
+}
+
+// A peer cannot use a reader or writer twice at a time.
+func TestServedOnce(t *testing.T) {
+	raw, c, _ := rawPlugin(t)
+	for i, method := range []string{"Plugin.Read", "Plugin.Write"} {
+		id, stop := served[i].serve(c.broker, func() {})
+		peer := rpc.NewClient(raw.dial(t, id))
+		calls := make(chan *rpc.Call, 2)
+		peer.Go(method, uint32(1), nil, calls)
+		peer.Go(method, uint32(2), nil, calls)
+		raw.accept(t)
+		if failed := receive(t, "one of them", calls); failed.Error == nil {
+			t.Errorf("%s returned no error", method)
+		}
+		within(t, "stop", 0, stop)
+		isStopped(t, receive(t, "the other", calls).Error)
+		check(t, peer.Close())
+	}
+}
+
+// ---- Streams that are taken back ----
+
+// useService calls use in its method.
+type useService struct{ use func() }
+
+func (s *useService) Use(struct{}, *struct{}) error {
+	s.use()
+	return nil
+}
+
+// peerEnd is what was dialled. It is used by next.
+type peerEnd struct {
+	io.Closer
+	next func() error
+}
+
+// served are the kinds of what is served. Each calls use whenever it is used,
+// and has no end of its own.
+var served = []struct {
+	name  string
+	serve func(b *MuxBroker, use func()) (id uint32, stop func())
+	dial  func(b *MuxBroker, id uint32) (peerEnd, error)
+}{
+	{"reader", func(b *MuxBroker, use func()) (uint32, func()) {
+		return b.ServeReader(readerFunc(func(p []byte) (int, error) { use(); return len(p), nil }))
+	}, func(b *MuxBroker, id uint32) (peerEnd, error) {
+		r, err := b.DialReader(id)
+		return peerEnd{r, func() error { _, err := r.Read(make([]byte, 32<<10)); return err }}, err
+	}},
+	{"writer", func(b *MuxBroker, use func()) (uint32, func()) {
+		return b.ServeWriter(writerFunc(func(p []byte) (int, error) { use(); return len(p), nil }))
+	}, func(b *MuxBroker, id uint32) (peerEnd, error) {
+		w, err := b.DialWriter(id)
+		return peerEnd{w, func() error { _, err := w.Write(make([]byte, 32<<10)); return err }}, err
+	}},
+	{"client", func(b *MuxBroker, use func()) (uint32, func()) {
+		return b.ServeRPC(&useService{use})
+	}, func(b *MuxBroker, id uint32) (peerEnd, error) {
+		c, err := b.DialRPC(id)
+		return peerEnd{c, func() error { return Call(context.Background(), c, "Plugin.Use", struct{}{}, nil) }}, err
+	}},
+}
+
+// until calls next until it fails.
+func until(next func() error) error {
+	for {
+		if err := next(); err != nil {
+			return err
+		}
+	}
+}
+
+// isStopped checks what the peer gets after stop.
+func isStopped(t testing.TB, err error) {
+	t.Helper()
+	errorSays(t, err, "stopped")
+	if died := new(ExitError); errors.Is(err, io.EOF) || errors.As(err, &died) {
+		t.Errorf("the peer gets a %T: %v", err, err)
+	}
+}
+
+// After stop has returned, what was served is the caller's alone. The peer is
+// told.
+func TestStop(t *testing.T) {
+	for _, kind := range served {
+		t.Run(kind.name, func(t *testing.T) {
+			t.Parallel()
+			bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+				leavesNoStreams(t, here, there)
+				for range 20 {
+					uses, busy := 0, false // guarded by stop alone
+					id, stop := kind.serve(here, func() {
+						busy = true
+						time.Sleep(rand.N(3 * time.Millisecond))
+						uses++
+						busy = false
+					})
+					end, err := kind.dial(there, id)
+					check(t, err)
+					using := async(func() error { return until(end.next) })
+					time.Sleep(rand.N(5 * time.Millisecond))
+					callers(t, 3, func(int) {
+						stop()
+						if busy {
+							t.Error("stop returned while it was in use")
+						}
+					})
+					uses = 0
+					isStopped(t, receive(t, "its end", using))
+					isStopped(t, end.next())
+					if err := end.Close(); kind.name == "writer" {
+						isStopped(t, err)
+					}
+					stop()
+					if uses > 0 {
+						t.Error("it was used after stop had returned")
+					}
+				}
+			})
+		})
+	}
+}
+
+// stop ends the contexts of methods, waits for the methods, and may be called
+// after the end of what it stops.
+func TestStopOfCalls(t *testing.T) {
+	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+		s := newTestServer()
+		id, stop := here.ServeRPC(s)
+		c, err := there.DialRPC(id)
+		check(t, err)
+		call := func(method string) <-chan error {
+			return async(func() error { return Call(context.Background(), c, "Plugin."+method, "", nil) })
+		}
+		waiting, blocked := call("Wait"), call("Block")
+		receive(t, "a call", s.started)
+		receive(t, "a call", s.started)
+		stopped := async(func() bool { stop(); return true })
+		isStopped(t, receive(t, "the cause of the context", s.ended))
+		isStopped(t, receive(t, "the call with a context", waiting))
+		isStopped(t, receive(t, "a call afterwards", call("Echo")))
+		if len(stopped) > 0 {
+			t.Error("stop has not waited for a method")
+		}
+		send(t, "the end of a method", s.release, struct{}{})
+		receive(t, "stop", stopped)
+		isStopped(t, receive(t, "the call without a context", blocked))
+		_, stop = here.ServeRPC(s)
+		check(t, here.Close())
+		within(t, "stop after the end of the session", 0, stop)
+	})
+}
+
+// While a connection takes nothing, stop waits for nothing, contexts end what
+// waits, and streams can be closed. The end of the session, from either side,
+// ends the rest.
+func TestStopWhileStuck(t *testing.T) {
+	for i, kind := range served {
+		t.Run(kind.name, func(t *testing.T) {
+			leavesNothing(t)
+			a, b := TestConn(t)
+			line := newFaultyConn(a, 1<<40, true)
+			here, there := newBroker(t, line, true), newBroker(t, b, false)
+			conn, _ := joined(t, here.Dial, there.Accept)
+			var uses atomic.Int64
+			id, stop := kind.serve(here, func() { uses.Add(1) })
+			end, err := kind.dial(there, id)
+			check(t, err)
+			waits := []<-chan error{
+				async(func() error { return until(end.next) }),
+				async(func() error { return until(func() error { _, err := conn.Write(make([]byte, 1000)); return err }) }),
+			}
+			await(t, "some use", func() bool { return uses.Load() > 10 })
+			line.left.Store(0)
+			receive(t, "a Write that stalls", line.stalled)
+			within(t, "stop", 0, stop)
+			within(t, "Close", 0, func() { conn.Close() })
+			ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+			defer cancel()
+			if _, err := here.DialContext(ctx, 8); !errors.Is(err, context.DeadlineExceeded) {
+				t.Error("DialContext returned", err)
+			}
+			check(t, [2]*MuxBroker{here, there}[i%2].Close())
+			for _, done := range waits {
+				receive(t, "the end of the session", done)
+			}
+		})
+	}
+}
+
+// The reader and writer of a call whose context has ended are the caller's
+// again once they are stopped. A writer tells how its plugin died.
+func TestStreamsOverProcess(t *testing.T) {
+	t.Parallel()
+	_, p := start(t, config("plugin"))
+	c := dispense(t, p)
+	data := noise(1<<20, 1)
+	var in bytes.Reader
+	var out bytes.Buffer
+	for range 50 {
+		in.Reset(data)
+		out.Reset()
+		from, stopReader := c.broker.ServeReader(&in)
+		to, stopWriter := c.broker.ServeWriter(writerFunc(func(p []byte) (int, error) {
+			time.Sleep(rand.N(2 * time.Millisecond))
+			return out.Write(p)
+		}))
+		ctx, cancel := context.WithTimeout(context.Background(), rand.N(10*time.Millisecond))
+		err := Call(ctx, c.Client, "Plugin.Copy", Transfer{Reader: from, Writer: to}, nil)
+		stopReader()
+		stopWriter()
+		cancel()
+		if err != nil && !errors.Is(err, context.DeadlineExceeded) || err == nil && out.Len() < len(data) || !bytes.HasPrefix(data, out.Bytes()) {
+			t.Errorf("of %d bytes, %d were copied: %v", len(data), out.Len(), err)
+		}
+	}
+	w, err := served[1].dial(c.broker, mustCall[uint32](t, c.Client, "Serve", "writer"))
+	check(t, err)
+	check(t, w.next())
+	c.Go("Plugin.Do", "killed", new(string), make(chan *rpc.Call, 1))
+	err = receive(t, "its end", async(func() error { return until(w.next) }))
+	if died := new(ExitError); !errors.As(err, &died) || !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("%T: %v", err, err)
+	}
+}
