@@ -287,7 +287,6 @@ func TestForPanics(t *testing.T) {
 		{forPanics[any](), "interface"},
 		{forPanics[interface{ mine() error }](), "mine", "exported"},
 		{forPanics[interface{ M(...int) error }](), "M", "variadic"},
-		{forPanics[interface{ M() }](), "M", "error"},
 		{forPanics[interface{ M() (int, string, error) }](), "M", "error"},
 		{forPanics[Second[context.Context]](), "M", "context"},
 		{forPanics[Gives[context.Context]](), "M", "context"},
@@ -425,7 +424,6 @@ func TestArguments(t *testing.T) {
 	failing := func([]byte) (int, error) { return 0, fs.ErrPermission }
 	callback := func(context.Context, int) (string, error) { return "x", fs.ErrPermission }
 	errorIs(t, "a reader", errorOf[int64](t, r, "Copy", readerFunc(failing), io.Discard, int64(9)), fs.ErrPermission)
-	errorIs(t, "a writer", errorOf[int64](t, r, "Copy", strings.NewReader("x"), writerFunc(failing), int64(9)), fs.ErrPermission)
 	errorIs(t, "a callback", errorOf[string](t, r, "Call", callback, 1), fs.ErrPermission)
 }
 
@@ -629,7 +627,7 @@ func TestForgottenResults(t *testing.T) {
 	invoke[io.WriteCloser](t, r, "Create", "cut")
 	check(t, k.Await(boundedContext(t), "closed forgotten"))
 	check(t, k.Await(boundedContext(t), "context of forgotten"))
-	same(t, "streams closed too early", len(k.event("closed cut")), 0)
+	same(t, "streams closed too early", len(k.event("closed cut"))+len(k.event("context of cut")), 0)
 	check(t, host.Close())
 	check(t, k.Await(boundedContext(t), "closed cut"))
 	check(t, k.Await(boundedContext(t), "context of cut"))
