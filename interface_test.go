@@ -260,9 +260,9 @@ func errorIs(t testing.TB, what string, err, want error) {
 type (
 	recursive func(recursive) error
 	mutual    func(func(mutual) error) error
-	hidden    struct{ x int }
+	hidden    struct{ _ int }
 	list      struct{ Next *list }
-	halfGob   struct{ x int }
+	halfGob   struct{ _ int }
 )
 
 func (halfGob) GobEncode() ([]byte, error) { return nil, nil }
