@@ -316,31 +316,22 @@ func TestWriter(t *testing.T) {
 	})
 }
 
-// A reader reads ahead by no more than a stream holds, and a Write waits for
-// the far writer. Closing a reader early releases the one that is served.
-func TestStreamsAreBounded(t *testing.T) {
+// A reader is read ahead by no more than a stream holds. Closing it early
+// releases the one that is served.
+func TestReaderIsBounded(t *testing.T) {
 	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
 		leavesNoStreams(t, here, there)
 		var ahead atomic.Int64
 		id, _ := there.ServeReader(readerFunc(func(p []byte) (int, error) { ahead.Add(int64(len(p))); return len(p), nil }))
 		r, err := here.DialReader(id)
 		check(t, err)
-		begun, block := make(chan bool, 1<<16), make(chan bool)
-		id, _ = there.ServeWriter(writerFunc(func(p []byte) (int, error) { begun <- true; <-block; return len(p), nil }))
-		w, err := here.DialWriter(id)
-		check(t, err)
-		writing := async(func() error { _, err := w.Write(make([]byte, 3<<20)); return err })
-		receive(t, "a Write", begun)
 		await(t, "a full stream", func() bool { return ahead.Load() >= 256<<10 })
 		a, b := joined(t, here.Dial, there.Accept) // takes a while
 		carry(t, a, b)
 		check(t, r.Close())
-		if len(writing) > 0 || ahead.Load() > 3<<20 {
-			t.Errorf("%d bytes were read ahead; 3 MiB were written ahead: %v", ahead.Load(), len(writing) > 0)
+		if ahead.Load() > 3<<20 {
+			t.Errorf("%d bytes were read ahead", ahead.Load())
 		}
-		close(block)
-		check(t, receive(t, "Write", writing))
-		check(t, w.Close())
 		// A Read that is under way is left to itself.
 		pipe, feed := io.Pipe()
 		defer feed.Close()

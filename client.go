@@ -268,8 +268,7 @@ func (c *Client) start(ctx context.Context) (h handshake, err error) {
 		}
 		failed.Stdout, failed.Stderr = p.noise.String(), p.log.tail.String()
 	}
-	switch err {
-	case ErrSecureConfigNoChecksum, ErrSecureConfigNoHash, ErrChecksumsDoNotMatch:
+	if err == ErrSecureConfigNoChecksum || err == ErrSecureConfigNoHash || err == ErrChecksumsDoNotMatch {
 		return handshake{}, err
 	}
 	failed.Err = err

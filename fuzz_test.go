@@ -271,6 +271,18 @@ func (*holder) Generate(r *rand.Rand, _ int) reflect.Value {
 	return reflect.ValueOf(h)
 }
 
+// picky cannot encode its zero value.
+type picky struct{ V int }
+
+func (p picky) GobEncode() ([]byte, error) {
+	if p.V == 0 {
+		return nil, errWrong
+	}
+	return []byte{byte(p.V)}, nil
+}
+
+func (p *picky) GobDecode(data []byte) error { p.V = int(data[0]); return nil }
+
 var shapeTypes = []reflect.Type{
 	reflect.TypeFor[any](), reflect.TypeFor[*holder](), reflect.TypeFor[Point](), reflect.TypeFor[picky](), reflect.TypeFor[struct{}](),
 	reflect.TypeFor[bool](), reflect.TypeFor[int](), reflect.TypeFor[int8](), reflect.TypeFor[uint32](), reflect.TypeFor[float64](),

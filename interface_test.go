@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"net/rpc"
 	"reflect"
 	"runtime"
@@ -124,20 +123,15 @@ func (*kit) Call(f func(context.Context, int) (string, error), n int) (string, e
 	return f(context.Background(), n)
 }
 
-// Nest reads from in and from what back returns, and writes both to what f returns.
 func (*kit) Nest(f Nested) (string, error) {
-	done := make(chan struct{})
 	w, err := f(context.Background(), strings.NewReader("from the plugin"), func(text string) (io.ReadCloser, error) {
-		return closing{strings.NewReader(text), nil, func() error { close(done); return nil }}, nil
+		return io.NopCloser(strings.NewReader(text)), nil
 	})
-	if err != nil {
-		return "", err
+	if err == nil {
+		_, err = io.WriteString(w, "the end")
+		err = errors.Join(err, w.Close())
 	}
-	<-done
-	if _, err := io.WriteString(w, "the end"); err != nil {
-		return "", err
-	}
-	return "nested", w.Close()
+	return "nested", err
 }
 
 func (k *kit) Which(r io.Reader, w io.Writer, f func() error) (string, error) {
@@ -266,26 +260,19 @@ func errorIs(t testing.TB, what string, err, want error) {
 type (
 	recursive func(recursive) error
 	mutual    func(func(mutual) error) error
-	hidden    struct{ x int }
-	tree      struct {
-		V        any
-		Children map[string]*tree
-	}
-	halfGob struct{ x int }
-	// picky cannot encode its zero value.
-	picky struct{ V int }
+	hidden    struct{ _ int }
+	list      struct{ Next *list }
+	halfGob   struct{ _ int }
 )
 
 func (halfGob) GobEncode() ([]byte, error) { return nil, nil }
 
-func (p picky) GobEncode() ([]byte, error) {
-	if p.V == 0 {
-		return nil, errWrong
-	}
-	return []byte{byte(p.V)}, nil
-}
-
-func (p *picky) GobDecode(data []byte) error { p.V = int(data[0]); return nil }
+// Interfaces with one method.
+type (
+	Takes[T any]  interface{ M(T) error }
+	Second[T any] interface{ M(int, T) error }
+	Gives[T any]  interface{ M() (T, error) }
+)
 
 // forPanics calls For and returns what it panics with.
 func forPanics[T any]() (text string) {
@@ -300,47 +287,26 @@ func TestForPanics(t *testing.T) {
 		{forPanics[any](), "interface"},
 		{forPanics[interface{ mine() error }](), "mine", "exported"},
 		{forPanics[interface{ M(...int) error }](), "M", "variadic"},
-		{forPanics[interface{ M() }](), "M", "error"},
-		{forPanics[interface{ M() int }](), "M", "error"},
 		{forPanics[interface{ M() (int, string, error) }](), "M", "error"},
-		{forPanics[interface {
-			M(int, context.Context) error
-		}](), "M", "context"},
-		{forPanics[interface {
-			M() (context.Context, error)
-		}](), "M", "context"},
-		{forPanics[interface{ M(error) error }](), "M", "error"},
-		{forPanics[interface{ M() (error, error) }](), "M", "error"},
-		{forPanics[interface{ M() (func() error, error) }](), "M", "func"},
-		{forPanics[interface {
-			M(func(...int) error) error
-		}](), "M", "variadic"},
-		{forPanics[interface {
-			M(func() (io.Reader, error)) error
-		}](), "M", "io.Reader"},
-		{forPanics[interface{ M(recursive) error }](), "M", "recursive"},
-		{forPanics[interface{ M(int, mutual) error }](), "M", "mutual"},
-		{forPanics[interface{ M(io.ReadCloser) error }](), "M", "io.ReadCloser"},
-		{forPanics[interface{ M() (io.Reader, error) }](), "M", "io.Reader"},
-		{forPanics[interface{ M(chan int) error }](), "M", "chan"},
-		{forPanics[interface {
-			M(struct{ P *hidden }) error
-		}](), "M", "hidden"},
-		{forPanics[interface {
-			M() (map[string]**hidden, error)
-		}](), "M", "hidden"},
-		{forPanics[interface{ M(halfGob) error }](), "M", "halfGob"},
+		{forPanics[Second[context.Context]](), "M", "context"},
+		{forPanics[Gives[context.Context]](), "M", "context"},
+		{forPanics[Takes[error]](), "M", "error"},
+		{forPanics[Gives[error]](), "M", "error"},
+		{forPanics[Gives[func() error]](), "M", "func"},
+		{forPanics[Takes[func() (io.Reader, error)]](), "M", "io.Reader"},
+		{forPanics[Takes[recursive]](), "M", "recursive"},
+		{forPanics[Second[mutual]](), "M", "mutual"},
+		{forPanics[Takes[io.ReadCloser]](), "M", "io.ReadCloser"},
+		{forPanics[Gives[io.Reader]](), "M", "io.Reader"},
+		{forPanics[Takes[chan int]](), "M", "chan"},
+		{forPanics[Takes[struct{ P *hidden }]](), "M", "hidden"},
+		{forPanics[Gives[map[string]**hidden]](), "M", "hidden"},
+		{forPanics[Takes[halfGob]](), "M", "halfGob"},
 		// These are accepted.
-		{forPanics[interface {
-			M(tree, *tree, []*tree) (**tree, error)
-		}](), "nil"},
-		{forPanics[interface {
-			M(picky, *picky) (picky, error)
-		}](), "nil"},
-		{forPanics[interface {
-			M(struct{}, time.Time, any, fmt.Stringer) error
-		}](), "nil"},
-		{forPanics[Echoer[func(io.Reader, func(io.Writer) error) (io.WriteCloser, error)]](), "func"},
+		{forPanics[Takes[map[Point][]**list]](), "nil"},
+		{forPanics[Second[picky]](), "nil"},
+		{forPanics[Gives[fmt.Stringer]](), "nil"},
+		{forPanics[Takes[func(io.Reader, func(io.Writer) error) (io.WriteCloser, error)]](), "nil"},
 	} {
 		for _, word := range test[1:] {
 			if !strings.Contains(test[0], word) {
@@ -365,7 +331,6 @@ func TestInvokeChecks(t *testing.T) {
 		"no result":              errorOf[struct{}](t, r, "Add", 1, 2),
 		"a result where is none": errorOf[any](t, r, "Close"),
 		"too few arguments":      errorOf[int](t, r, "Add", 1),
-		"too many arguments":     errorOf[int](t, r, "Add", 1, 2, 3),
 		"another type":           errorOf[int](t, r, "Add", 1, "2"),
 		"a convertible type":     errorOf[int](t, r, "Add", 1, int64(2)),
 		"nil for an int":         errorOf[int](t, r, "Add", 1, nil),
@@ -390,11 +355,10 @@ func TestInterface(t *testing.T) {
 	invoke[struct{}](t, r, "Await", "closed")
 	_, err := Dispense[Kit](p, "none")
 	errorSays(t, err, "Kit", "implementation")
-	ctx, cancel := context.WithTimeoutCause(context.Background(), time.Millisecond, errWrong)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
 	defer cancel()
 	_, err = Invoke[struct{}](ctx, r, "Await", "nothing")
 	errorIs(t, "a call that takes too long", err, context.DeadlineExceeded)
-	errorIs(t, "its cause", err, errWrong)
 	for how, want := range testErrors {
 		got, err := Invoke[string](boundedContext(t), r, "Fail", how)
 		errorIs(t, how, err, want)
@@ -460,7 +424,6 @@ func TestArguments(t *testing.T) {
 	failing := func([]byte) (int, error) { return 0, fs.ErrPermission }
 	callback := func(context.Context, int) (string, error) { return "x", fs.ErrPermission }
 	errorIs(t, "a reader", errorOf[int64](t, r, "Copy", readerFunc(failing), io.Discard, int64(9)), fs.ErrPermission)
-	errorIs(t, "a writer", errorOf[int64](t, r, "Copy", strings.NewReader("x"), writerFunc(failing), int64(9)), fs.ErrPermission)
 	errorIs(t, "a callback", errorOf[string](t, r, "Call", callback, 1), fs.ErrPermission)
 }
 
@@ -509,10 +472,7 @@ func TestWriterOfCall(t *testing.T) {
 	t.Parallel()
 	_, _, r := startKit(t)
 	var back syncBuffer
-	slow := writerFunc(func(p []byte) (int, error) {
-		time.Sleep(time.Millisecond)
-		return back.Write(p)
-	})
+	slow := writerFunc(func(p []byte) (int, error) { time.Sleep(time.Millisecond); return back.Write(p) })
 	invoke[struct{}](t, r, "Ignore", slow, strings.Repeat("x", 1000), 100)
 	same(t, "bytes", len(back.String()), 100_000)
 	failing := writerFunc(func(p []byte) (int, error) { return 0, fs.ErrNotExist })
@@ -664,14 +624,13 @@ func TestForgottenResults(t *testing.T) {
 	t.Parallel()
 	host, k, r := localKit(t)
 	check(t, Call(boundedContext(t), r.client, "Plugin.Open", "forgotten", new(uint32)))
-	s := invoke[io.WriteCloser](t, r, "Create", "cut")
+	invoke[io.WriteCloser](t, r, "Create", "cut")
 	check(t, k.Await(boundedContext(t), "closed forgotten"))
 	check(t, k.Await(boundedContext(t), "context of forgotten"))
-	same(t, "streams closed too early", len(k.event("closed cut")), 0)
+	same(t, "streams closed too early", len(k.event("closed cut"))+len(k.event("context of cut")), 0)
 	check(t, host.Close())
 	check(t, k.Await(boundedContext(t), "closed cut"))
 	check(t, k.Await(boundedContext(t), "context of cut"))
-	same(t, "closing a stream that was cut fails", s.Close() != nil, true)
 }
 
 // A stream that is cut does not seem complete.
@@ -699,15 +658,8 @@ func TestCutResults(t *testing.T) {
 type handKit struct{ broker *MuxBroker }
 
 type (
-	addArgs  = struct{ A0, A1 int }
-	copyArgs = struct {
-		A0, A1 uint32
-		A2     int64
-	}
-	callArgs = struct {
-		A0 uint32
-		A1 int
-	}
+	addArgs   = struct{ A0, A1 int }
+	whichArgs = struct{ A0, A1, A2 uint32 }
 )
 
 func (handKit) Add(args addArgs, sum *int) error          { *sum = args.A0 + args.A1; return nil }
@@ -719,35 +671,20 @@ func (handKit) Close(struct{}, *struct{}) error           { return nil }
 // Ignore has the reply of go-plugin's examples.
 func (handKit) Ignore(struct{ A0 uint32 }, *any) error { return nil }
 
-// Await has another argument than Kit's.
-func (handKit) Await(struct{}, *struct{}) error { return nil }
-
-func (handKit) Which(args struct{ A0, A1, A2 uint32 }, reply *string) error {
-	*reply = fmt.Sprint(args.A0 == 0, args.A1 == 0, args.A2 == 0)
-	return nil
-}
-
-func (k handKit) Copy(args copyArgs, n *int64) error {
-	in, err := k.broker.DialReader(args.A0)
-	if err != nil {
+// Which copies from the reader to the writer and calls the function.
+func (k handKit) Which(args whichArgs, reply *string) error {
+	if args == (whichArgs{}) {
+		*reply = "true true true"
+		return nil
+	}
+	in, errIn := k.broker.DialReader(args.A0)
+	out, errOut := k.broker.DialWriter(args.A1)
+	f, errCall := k.broker.DialRPC(args.A2)
+	if err := errors.Join(errIn, errOut, errCall); err != nil {
 		return err
 	}
-	defer in.Close()
-	out, err := k.broker.DialWriter(args.A1)
-	if err != nil {
-		return err
-	}
-	*n, err = io.Copy(out, io.LimitReader(in, args.A2))
-	return errors.Join(err, out.Close())
-}
-
-func (k handKit) Call(args callArgs, reply *string) error {
-	c, err := k.broker.DialRPC(args.A0)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	return c.Call("Plugin.Call", args.A1, reply)
+	_, err := io.Copy(out, in)
+	return errors.Join(err, f.Call("Plugin.Call", 1, nil), in.Close(), out.Close(), f.Close())
 }
 
 func (k handKit) Open(how string, id *uint32) error {
@@ -759,6 +696,10 @@ func (k handKit) Open(how string, id *uint32) error {
 // the message that gob makes of the argument and the reply.
 func TestInterfaceOnWire(t *testing.T) {
 	t.Parallel()
+	type tapped struct {
+		io.Reader
+		io.WriteCloser
+	}
 	none, text := any(nil), any("text")
 	for _, test := range []struct {
 		method string
@@ -774,14 +715,14 @@ func TestInterfaceOnWire(t *testing.T) {
 		{"Echo", []any{"text"}, &text, &text},
 		{"Echo", []any{nil}, &none, &none},
 		{"Close", nil, struct{}{}, struct{}{}},
-		{"Which", []any{nil, nil, nil}, struct{ A0, A1, A2 uint32 }{}, "true true true"},
+		{"Which", []any{nil, nil, nil}, whichArgs{}, "true true true"},
 	} {
 		// net/rpc is the plugin.
 		_, c, st := rawPlugin(t)
 		var request, response syncBuffer
 		server := rpc.NewServer()
 		check(t, server.RegisterName("Plugin", handKit{}))
-		go server.ServeConn(tapped{st, io.TeeReader(st, &request)}) // ends with the connection
+		go server.ServeConn(tapped{io.TeeReader(st, &request), st}) // ends with the connection
 		k, err := kitPlugin(nil).Client(c.broker, c.Client)
 		check(t, err)
 		r := k.(kitClient).remote
@@ -793,7 +734,7 @@ func TestInterfaceOnWire(t *testing.T) {
 		svc, err := kitPlugin(new(kit)).Server(nil)
 		check(t, err)
 		_, _, st = rawHost(t, svc)
-		check(t, rpc.NewClient(tapped{st, io.TeeReader(st, &response)}).Call("Plugin."+test.method, test.sent, reflect.New(result).Interface()))
+		check(t, rpc.NewClient(tapped{io.TeeReader(st, &response), st}).Call("Plugin."+test.method, test.sent, reflect.New(result).Interface()))
 
 		for what, pair := range map[string][2]string{
 			"request": {request.String(), lastMessage(t, test.sent)},
@@ -805,14 +746,6 @@ func TestInterfaceOnWire(t *testing.T) {
 		}
 	}
 }
-
-// tapped is a connection that is read through another reader.
-type tapped struct {
-	net.Conn
-	from io.Reader
-}
-
-func (c tapped) Read(p []byte) (int, error) { return c.from.Read(p) }
 
 // lastMessage returns v as gob writes it, without definitions of types.
 func lastMessage(t testing.TB, v any) (last string) {
@@ -826,10 +759,10 @@ func TestInvokeOfHandWritten(t *testing.T) {
 	host, _ := TestPluginRPCConn(t, PluginSet{"kit": handPlugin{kitPlugin(nil)}}, nil)
 	r := dispenseKit(t, host)
 	var back bytes.Buffer
-	same(t, "bytes copied", invoke[int64](t, r, "Copy", strings.NewReader("content"), &back, int64(5)), 5)
-	same(t, "copied", back.String(), "conte")
-	callback := func(_ context.Context, n int) (string, error) { return fmt.Sprint(n), nil }
-	same(t, "the callback's result", invoke[string](t, r, "Call", callback, 42), "42")
+	called := false
+	invoke[string](t, r, "Which", strings.NewReader("content"), &back, func() error { called = true; return nil })
+	same(t, "copied", back.String(), "content")
+	same(t, "called", called, true)
 	s := invoke[io.ReadCloser](t, r, "Open", "content")
 	data, err := io.ReadAll(s)
 	same(t, "read", string(data), "content")
@@ -837,8 +770,7 @@ func TestInvokeOfHandWritten(t *testing.T) {
 	check(t, s.Close())
 	invoke[struct{}](t, r, "Close")
 	invoke[struct{}](t, r, "Ignore", nil, "", 0)
-	errorSays(t, errorOf[struct{}](t, r, "Await", "text"), "struct")
-	errorSays(t, errorOf[string](t, r, "Fail", "EOF"), "Fail")
+	errorSays(t, errorOf[struct{}](t, r, "Await", "text"), "Await")
 }
 
 type handPlugin struct{ Plugin }
@@ -859,11 +791,19 @@ func TestHandWrittenCalls(t *testing.T) {
 	defer stopReader()
 	out, stopWriter := r.broker.ServeWriter(&back)
 	defer stopWriter()
+	type copyArgs struct {
+		A0, A1 uint32
+		A2     int64
+	}
 	same(t, "bytes copied", mustCall[int64](t, r.client, "Copy", copyArgs{in, out, 5}), 5)
 	same(t, "copied", back.String(), "conte")
 	f, stop := r.broker.ServeRPC(handCallback{})
 	defer stop()
-	same(t, "the callback's result", mustCall[string](t, r.client, "Call", callArgs{f, 42}), "called with 42")
+	call := struct {
+		A0 uint32
+		A1 int
+	}{f, 42}
+	same(t, "the callback's result", mustCall[string](t, r.client, "Call", call), "called with 42")
 	s, err := r.broker.DialReader(mustCall[uint32](t, r.client, "Open", "good"))
 	check(t, err)
 	data, err := io.ReadAll(s)

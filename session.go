@@ -206,8 +206,7 @@ func (s *session) explain(err error) error {
 // serve answers calls on a stream until the peer closes it. Contexts of methods end with
 // ctx.
 func (s *session) serve(ctx context.Context, st *stream, svc *service) {
-	services := map[string]*service{"Plugin": svc}
-	if err := newRPCServer(st, services, s.logger, s.host).serve(ctx); err != io.EOF {
+	if err := newRPCServer(st, map[string]*service{"Plugin": svc}, s.logger, s.host).serve(ctx); err != io.EOF {
 		s.debug("an RPC stream ended", "error", err)
 	}
 }
