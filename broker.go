@@ -386,6 +386,7 @@ func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
 type lent struct {
 	use  func([]byte) (int, error) // Read or Write
 	uses group                     // closed when the loan ends
+	used atomic.Bool               // the peer has begun to read or write it
 }
 
 func (l *lent) Read(p []byte) (int, error) {
@@ -403,6 +404,9 @@ func (l *lent) Write(p []byte) (int, error) { return l.Read(p) }
 func (b *MuxBroker) serveStream(name string, use func([]byte) (int, error), timeout time.Duration, closer func() error) *loan {
 	lent := &lent{use: use}
 	flow := func(ctx context.Context, arg, _ reflect.Value) (err error) {
+		if lent.used.Swap(true) {
+			return errors.New("plugin: the peer uses the stream twice")
+		}
 		conn, err := b.DialContext(ctx, uint32(arg.Uint()))
 		if err != nil {
 			return err

@@ -25,9 +25,9 @@ const (
 	defaultKillTimeout   = 2 * time.Second
 	defaultLogBufferSize = 64 << 10
 
-	lostTimeout  = 3 * time.Second        // between the end of a connection and that of the process, if that is the cause
-	reapTimeout  = 900 * time.Millisecond // between the kill of a process and its end
-	drainTimeout = 500 * time.Millisecond // between the end of a process and that of its output
+	lostTimeout  = 3 * time.Second         // between the end of a connection and that of the process, if that is the cause
+	reapTimeout  = 1400 * time.Millisecond // between the kill of a process and its end
+	drainTimeout = 500 * time.Millisecond  // between the end of a process and that of its output
 )
 
 // ClientConfig describes a plugin to its host. NewClient copies it, and it can be used
@@ -46,7 +46,8 @@ type ClientConfig struct {
 	VersionedPlugins map[int]PluginSet
 
 	// Cmd is the command that starts the plugin. A copy of it is started. If
-	// Cmd.Stdin is nil, it is os.Stdin. Cmd.Stdout and Cmd.Stderr must be nil: see
+	// Cmd.Stdin is nil, it is os.Stdin; if it is not an *os.File, a Read of it that
+	// blocks delays Done. Cmd.Stdout and Cmd.Stderr must be nil: see
 	// SyncStdout, SyncStderr and Stderr. Cmd.Env is added to the host's
 	// environment and wins over it.
 	Cmd *exec.Cmd
@@ -77,7 +78,8 @@ type ClientConfig struct {
 	KillTimeout time.Duration
 
 	// Stderr, if not nil, gets what the process writes to stderr, byte for byte.
-	// Logger gets it line by line.
+	// Logger gets it line by line. A Write that blocks stops the plugin's output and
+	// delays Done, but not Kill.
 	Stderr io.Writer
 
 	// SyncStdout and SyncStderr get what the plugin writes to os.Stdout and
@@ -192,9 +194,6 @@ func NewClient(config *ClientConfig) *Client {
 	cfg.StartTimeout = cmp.Or(max(cfg.StartTimeout, 0), defaultStartTimeout)
 	cfg.KillTimeout = cmp.Or(max(cfg.KillTimeout, 0), defaultKillTimeout)
 	cfg.PluginLogBufferSize = cmp.Or(max(cfg.PluginLogBufferSize, 0), defaultLogBufferSize)
-	if cfg.AllowedProtocols == nil {
-		cfg.AllowedProtocols = []Protocol{ProtocolNetRPC}
-	}
 	c.logger = cfg.Logger
 	if c.logger == nil {
 		c.logger = hclog.Default().Named("plugin")
@@ -269,8 +268,7 @@ func (c *Client) start(ctx context.Context) (h handshake, err error) {
 		}
 		failed.Stdout, failed.Stderr = p.noise.String(), p.log.tail.String()
 	}
-	switch err {
-	case ErrSecureConfigNoChecksum, ErrSecureConfigNoHash, ErrChecksumsDoNotMatch:
+	if err == ErrSecureConfigNoChecksum || err == ErrSecureConfigNoHash || err == ErrChecksumsDoNotMatch {
 		return handshake{}, err
 	}
 	failed.Err = err
@@ -318,8 +316,8 @@ func (c *Client) accept(h handshake, p *child) (*tls.Config, error) {
 	if h.protocol == ProtocolGRPC {
 		return nil, errors.New("it uses gRPC, and this library only net/rpc: the plugin must be served with this library, or with the net/rpc half of go-plugin")
 	}
-	if h.protocol != ProtocolNetRPC || !slices.Contains(c.config.AllowedProtocols, h.protocol) {
-		return nil, fmt.Errorf("it uses the protocol %q, and this host allows %q", h.protocol, c.config.AllowedProtocols)
+	if allowed := c.config.AllowedProtocols; h.protocol != ProtocolNetRPC || allowed != nil && !slices.Contains(allowed, h.protocol) {
+		return nil, fmt.Errorf("it uses the protocol %q, and ClientConfig.AllowedProtocols is %q", h.protocol, allowed)
 	}
 	if _, known := c.sets[h.version]; !known {
 		return nil, &VersionError{Plugin: h.version, Host: sortedKeys(c.sets)}
@@ -577,9 +575,7 @@ func (c *Client) process() AttachedRunner {
 // Protocol starts the plugin, if it has not been started, and returns its protocol, or
 // ProtocolInvalid if it does not start.
 func (c *Client) Protocol() Protocol {
-	if _, err := c.Start(); err != nil {
-		return ProtocolInvalid
-	}
+	_, _ = c.Start()
 	return c.starting.result().protocol
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
 	"log/slog"
 	"net/rpc"
@@ -22,6 +23,8 @@ import (
 // examplePlugins are the examples by the cookies of their plugins.
 var examplePlugins = map[string]func(){
 	"greeter":  Example,
+	"filter":   ExampleFor,
+	"shelf":    ExampleInvoke,
 	"byhand":   ExamplePlugin,
 	"worker":   ExampleClient_Exited,
 	"sleeper":  ExampleCall,
@@ -133,6 +136,108 @@ func start[T any](name string, p plugin.Plugin) (T, *plugin.Client) {
 		log.Fatal(err)
 	}
 	return v, client
+}
+
+// Filter is implemented by the plugin and called by the host.
+type Filter interface {
+	Filter(ctx context.Context, prefix string, in io.Reader, out io.Writer, progress func(lines int) error) (Stats, error)
+}
+
+type Stats struct{ Lines, Bytes int }
+
+// FilterClient is the Filter in the host.
+type FilterClient struct{ remote *plugin.Remote }
+
+func (c FilterClient) Filter(ctx context.Context, prefix string, in io.Reader, out io.Writer, progress func(lines int) error) (Stats, error) {
+	return plugin.Invoke[Stats](ctx, c.remote, "Filter", prefix, in, out, progress)
+}
+
+func NewFilterPlugin(impl Filter) plugin.Plugin {
+	return plugin.For(impl, func(r *plugin.Remote) Filter { return FilterClient{r} })
+}
+
+// Prefixer is the Filter in the plugin.
+type Prefixer struct{}
+
+func (Prefixer) Filter(ctx context.Context, prefix string, in io.Reader, out io.Writer, progress func(lines int) error) (stats Stats, err error) {
+	text := bufio.NewScanner(in)
+	for text.Scan() {
+		n, err := fmt.Fprintln(out, prefix+text.Text())
+		stats.Lines++
+		stats.Bytes += n
+		if err == nil {
+			err = progress(stats.Lines)
+		}
+		if err != nil {
+			return stats, err
+		}
+	}
+	return stats, text.Err()
+}
+
+// The plugin reads from a reader of the host, writes to the host's stdout, and
+// calls a function of the host.
+func ExampleFor() {
+	filter, client := start[Filter]("filter", NewFilterPlugin(Prefixer{}))
+	defer client.Kill()
+
+	poem := strings.NewReader("Roses are red,\nviolets are blue.\n")
+	var reported []int
+	progress := func(lines int) error {
+		reported = append(reported, lines)
+		return nil
+	}
+	stats, err := filter.Filter(context.Background(), "> ", poem, os.Stdout, progress)
+	fmt.Println(stats.Lines, "lines", reported, err)
+	// Output:
+	// > Roses are red,
+	// > violets are blue.
+	// 2 lines [1 2] <nil>
+}
+
+// Shelf is implemented by the plugin and called by the host.
+type Shelf interface {
+	Open(ctx context.Context, title string) (io.ReadCloser, error)
+}
+
+// ShelfClient is the Shelf in the host.
+type ShelfClient struct{ remote *plugin.Remote }
+
+func (c ShelfClient) Open(ctx context.Context, title string) (io.ReadCloser, error) {
+	return plugin.Invoke[io.ReadCloser](ctx, c.remote, "Open", title)
+}
+
+// Poems are the Shelf in the plugin.
+type Poems map[string]string
+
+func (p Poems) Open(_ context.Context, title string) (io.ReadCloser, error) {
+	text, ok := p[title]
+	if !ok {
+		return nil, fs.ErrNotExist
+	}
+	return io.NopCloser(strings.NewReader(text)), nil
+}
+
+// The result of a method is a stream, which the host reads and closes. An error
+// keeps its identity.
+func ExampleInvoke() {
+	poems := Poems{"roses": "Roses are red.\n"}
+	shelf, client := start[Shelf]("shelf", plugin.For[Shelf](poems, func(r *plugin.Remote) Shelf { return ShelfClient{r} }))
+	defer client.Kill()
+
+	for _, title := range []string{"roses", "violets"} {
+		poem, err := shelf.Open(context.Background(), title)
+		if err != nil {
+			fmt.Println(title, errors.Is(err, fs.ErrNotExist))
+			continue
+		}
+		_, err = io.Copy(os.Stdout, poem)
+		fmt.Println(err, poem.Close())
+	}
+	// Output:
+	// Roses are red.
+	// <nil> <nil>
+	// violets true
 }
 
 // GreeterPlugin has an Impl in the plugin.

@@ -191,13 +191,9 @@ func negotiate(own map[int]PluginSet, hostList string) int {
 	return versions[0]
 }
 
-// versionList returns the list of versions that the host sends to the plugin.
+// versionList is the host's list of versions, as 1,2,3.
 func versionList(sets map[int]PluginSet) string {
-	var list []string
-	for _, v := range sortedKeys(sets) {
-		list = append(list, strconv.Itoa(v))
-	}
-	return strings.Join(list, ",")
+	return strings.Trim(strings.ReplaceAll(fmt.Sprint(sortedKeys(sets)), " ", ","), "[]")
 }
 
 // newCertificate makes a certificate for AutoMTLS, for one start. P-256 is the fastest
@@ -343,10 +339,7 @@ func (p *child) handshakeEnv(config *ClientConfig, versions string) (env []strin
 	if runtime.GOOS == "windows" {
 		return env, nil
 	}
-	sockets := config.UnixSocketConfig
-	if sockets == nil {
-		sockets = &UnixSocketConfig{}
-	}
+	sockets := cmp.Or(config.UnixSocketConfig, &UnixSocketConfig{})
 	if p.dir, err = sockets.makeDir(); err != nil {
 		return nil, err
 	}

@@ -126,14 +126,12 @@ func For[T any](impl T, client func(*Remote) T) Plugin {
 		m := t.Method(i)
 		s, err := newShape(m.Type, nil)
 		if err != nil || !m.IsExported() {
-			panic(fmt.Sprintf("plugin: For[%v]: method %s: %v", t, m.Name, cmp.Or(err, errUnexported)))
+			panic(fmt.Sprintf("plugin: For[%v]: method %s: %v", t, m.Name, cmp.Or(err, errors.New("it is not exported"))))
 		}
 		p.shapes[m.Name] = s
 	}
 	return p
 }
-
-var errUnexported = errors.New("it is not exported")
 
 // interfacePlugin is the Plugin that For returns.
 type interfacePlugin[T any] struct {
@@ -383,8 +381,7 @@ func (v *value) take(ctx context.Context, b *MuxBroker, x reflect.Value) (_ refl
 
 // serve returns a method that calls f, which has this shape.
 func (s *shape) serve(b *MuxBroker, f reflect.Value) *method {
-	m := &method{context: s.context || s.lends, ignores: len(s.params) == 0, arg: s.sent, into: s.result.sent}
-	m.call = func(ctx context.Context, sent, reply reflect.Value) error {
+	call := func(ctx context.Context, sent, reply reflect.Value) error {
 		if s.result.stream != "" {
 			return s.runStream(ctx, b, f, sent, reply.Elem())
 		}
@@ -395,7 +392,7 @@ func (s *shape) serve(b *MuxBroker, f reflect.Value) *method {
 		reply.Elem().Set(out[0])
 		return checkNil(out[0])
 	}
-	return m
+	return &method{call, s.context || s.lends, len(s.params) == 0, s.sent, s.result.sent}
 }
 
 // run calls f with what was sent, and returns its results and its error. out is nil
@@ -477,7 +474,8 @@ func (s *shape) proxy(ctx context.Context, b *MuxBroker, c *rpc.Client, t reflec
 	return reflect.MakeFunc(t, func(in []reflect.Value) []reflect.Value {
 		ctx := ctx
 		if s.context {
-			ctx, in = in[0].Interface().(context.Context), in[1:]
+			ctx, _ = in[0].Interface().(context.Context)
+			in = in[1:]
 		}
 		args := make([]any, len(in))
 		for i, v := range in {

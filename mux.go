@@ -127,12 +127,9 @@ func notNil(v any, err error) (any, error) {
 // process is stopped, the error wraps context.DeadlineExceeded. It also fails if the
 // connection is lost.
 func (c *RPCClient) Ping() error {
-	ctx, cancel := context.WithTimeout(context.Background(), pingTimeout)
+	ctx, cancel := context.WithTimeoutCause(context.Background(), pingTimeout, errors.New("plugin: Ping was not answered"))
 	defer cancel()
-	if err := c.ping(ctx); err != nil {
-		return fmt.Errorf("plugin: ping: %w", err)
-	}
-	return nil
+	return c.ping(ctx)
 }
 
 func (c *RPCClient) ping(ctx context.Context) error {
@@ -157,9 +154,7 @@ func (c *RPCClient) quit(ctx context.Context) error {
 		for i := 0; i < 3 && !c.flushes; i++ {
 			// A go-plugin plugin exits when it has answered Quit. A few round
 			// trips give it time to send its output before.
-			if err := c.ping(ctx); err != nil {
-				return struct{}{}, err
-			}
+			_ = c.ping(ctx)
 		}
 		return struct{}{}, Call(ctx, c.control, "Control.Quit", true, &struct{}{})
 	})
@@ -202,6 +197,7 @@ type RPCServer struct {
 	logger  hclog.Logger
 	release func() // ends Stdout and Stderr; may be nil
 
+	done     func()    // closes DoneCh
 	begun    sync.Once // sets the fields below
 	outputs  [2]*output
 	calls    context.Context // ends when methods should return
@@ -209,9 +205,8 @@ type RPCServer struct {
 	conns    context.Context // ends when connections should be closed
 	endConns context.CancelFunc
 
-	serving  sync.WaitGroup // ServeConn calls that Serve has started
-	doneOnce sync.Once
-	flushed  sync.Once
+	serving sync.WaitGroup // ServeConn calls that Serve has started
+	flushed sync.Once
 }
 
 // Init does nothing. It is part of [ServerProtocol].
@@ -281,6 +276,11 @@ func (s *RPCServer) serveSession(sess *session) error {
 // begin sets the fields that all connections share.
 func (s *RPCServer) begin() {
 	s.begun.Do(func() {
+		s.done = sync.OnceFunc(func() {
+			if s.DoneCh != nil {
+				close(s.DoneCh)
+			}
+		})
 		if s.logger == nil {
 			s.logger = hclog.NewNullLogger()
 		}
@@ -291,15 +291,6 @@ func (s *RPCServer) begin() {
 				src = strings.NewReader("")
 			}
 			s.outputs[i] = &output{src: src, done: make(chan struct{})}
-		}
-	})
-}
-
-// done closes DoneCh.
-func (s *RPCServer) done() {
-	s.doneOnce.Do(func() {
-		if s.DoneCh != nil {
-			close(s.DoneCh)
 		}
 	})
 }
@@ -354,15 +345,8 @@ func (o *output) Write(p []byte) (int, error) {
 	o.mu.Lock()
 	host := o.host
 	o.mu.Unlock()
-	if host == nil {
-		return len(p), nil
-	}
-	if _, err := host.Write(p); err != nil {
-		o.mu.Lock()
-		defer o.mu.Unlock()
-		if o.host == host {
-			o.host = nil
-		}
+	if host != nil {
+		_, _ = host.Write(p) // fails at once if the session has ended
 	}
 	return len(p), nil
 }
@@ -423,14 +407,12 @@ func (d *dispenseService) Dispense(name string, id *uint32) error {
 	if err != nil {
 		return fmt.Errorf("its Server returned what cannot be served: %w", err)
 	}
-	*id = d.broker.NextId()
-	sess := d.broker.session
-	dispensed := *id
-	sess.spawn(func() {
+	b, dispensed := d.broker, d.broker.NextId()
+	*id = dispensed
+	b.session.spawn(func() {
 		// Without a limit: the host dials at once, unless it is stopped or gone.
-		st, err := d.broker.accept(context.Background(), dispensed)
-		if err == nil {
-			sess.serve(sess.calls, st, svc)
+		if st, err := b.accept(context.Background(), dispensed); err == nil {
+			b.session.serve(b.session.calls, st, svc)
 		}
 	})
 	return nil

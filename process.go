@@ -89,7 +89,9 @@ var givenMu sync.Mutex
 
 // launch starts a plugin. free releases what it opens.
 func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *child, err error) {
+	givenMu.Lock()
 	cmd := *config.Cmd
+	givenMu.Unlock()
 	cmd.Process, cmd.ProcessState = nil, nil
 	p := &child{cmd: &cmd, given: config.Cmd, logger: logger, handshakes: make(chan string, 1), log: stderrLog{logger: logger}}
 	var passed []*os.File // to the process; closed here
@@ -112,9 +114,7 @@ func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *chil
 	if err != nil {
 		return nil, err
 	}
-	if binary != nil {
-		p.pin(binary)
-	}
+	p.pin(binary)
 	life, end, err := p.hold(config.Detach)
 	if err != nil {
 		return nil, err
@@ -161,7 +161,7 @@ func (p *child) pass(f *os.File) int {
 // pin makes the command execute the open file f, even if its path changes. The link
 // keeps the name of the binary.
 func (p *child) pin(f *os.File) {
-	if _, err := os.Stat("/proc/self/fd"); err != nil || runtime.GOOS != "linux" {
+	if _, err := os.Stat("/proc/self/fd"); err != nil || f == nil || runtime.GOOS != "linux" {
 		return
 	}
 	link := filepath.Join(p.dir, filepath.Base(p.cmd.Path))

@@ -2,22 +2,27 @@ package plugin
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
 )
 
 // ---- What is left behind ----
@@ -317,7 +322,15 @@ func init() {
 		go func() { <-interrupted; os.Exit(130) }() // ends with the process
 		hosted.cfg = config(os.Getenv(childEnv))
 	}
+	modes["attaching"] = func() {
+		address, pid, _ := strings.Cut(os.Getenv(childEnv), " ")
+		hosted.cfg = attachTo(&ReattachConfig{ProtocolVersion: 3, Addr: toAddr(address), Pid: must(strconv.Atoi(pid))})
+	}
 	modes["detaching"] = func() { hosted.cfg.Detach = true }
+	modes["quiet"] = func() {
+		hosted.cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: os.Stdout, Level: hclog.Info})
+		hosted.cfg.AutoMTLS = true
+	}
 	modes["shell"] = func() {
 		cmd := exec.Command("sh", "-c", `"$0"; exit $?`, os.Args[0])
 		cmd.Env = hosted.cfg.Cmd.Env
@@ -346,6 +359,7 @@ func init() {
 		}
 		hosted.client.Kill()
 	}
+	modes["kill"] = func() { hosted.client.Kill() }
 	modes["reattachable"] = func() { note("reattach", strconv.Itoa(hosted.client.ReattachConfig().Pid)) }
 	modes["ready"] = func() { note("host is ready", "") }
 }
@@ -364,23 +378,68 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-// Plugins exit with their hosts.
+// toAddr is the inverse of String for the address of a plugin.
+func toAddr(address string) net.Addr {
+	if runtime.GOOS == "windows" {
+		return must(net.ResolveTCPAddr("tcp", address))
+	}
+	return &net.UnixAddr{Name: address, Net: "unix"}
+}
+
+// silent returns the address of a listener that accepts no connection.
+func (l *lab) silent(name string) net.Addr {
+	l.t.Helper()
+	network, address := "unix", filepath.Join(l.tmp, name)
+	if runtime.GOOS == "windows" {
+		network, address = "tcp", "127.0.0.1:0"
+	}
+	listener, err := net.Listen(network, address)
+	check(l.t, err)
+	l.t.Cleanup(func() { _ = listener.Close() })
+	return listener.Addr()
+}
+
+// orphanTest is a host that ends, and its plugin with it.
+type orphanTest struct {
+	plugin, host string
+	end          func(testing.TB, *testProcess) // of a host that does not end by itself
+	endless      bool                           // the plugin's main is
+}
+
+var orphanTests = []orphanTest{
+	{plugin: "late plugin", host: "host starting ready wait"},
+	{plugin: "plugin say cry", host: "host started ready wait"},
+	{plugin: "plugin say cry", host: "host idle ready panic"},
+	{plugin: "plugin say cry", host: "host calling ready exit3"},
+	{plugin: "nest plugin", host: "host calling ready wait"},
+	{plugin: "plugin endless", host: "host idle ready wait", endless: true},
+}
+
+func init() {
+	// A plugin that is a host in turn.
+	modes["nest"] = func() { must(NewClient(config("plugin")).Start()) }
+}
+
+// Plugins exit with their hosts, whenever and however those end.
 func TestOrphans(t *testing.T) {
-	for _, test := range []struct{ plugin, host string }{
-		{"late plugin", "host starting ready wait"},
-		{"plugin say cry", "host started ready wait"},
-		{"plugin say cry", "host shell idle ready wait"},
-		{"plugin say cry", "host calling ready exit3"},
-	} {
-		t.Run(test.host, func(t *testing.T) {
+	t.Parallel()
+	for _, test := range orphanTests {
+		t.Run(test.plugin+", "+test.host, func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
 			host := l.start(test.host, childEnv+"="+test.plugin)
 			l.read("host is ready")
-			host.kill(t)
+			if test.end != nil {
+				test.end(t, host)
+			} else if strings.HasSuffix(test.host, "wait") {
+				host.kill(t)
+			}
+			receive(t, "the host's end", host.ended)
 			l.write("serve", "")
-			l.deserted(slack)
-			l.read("plugin finished")
+			l.deserted(orphanTimeout + slack)
+			if !test.endless {
+				l.read("plugin finished")
+			}
 		})
 	}
 }
@@ -422,86 +481,269 @@ func (c *testClient) traffic(ctx context.Context, progress func()) error {
 	return nil
 }
 
-// torments are signals that end no plugin, and goOn continues a stopped process.
-// Windows has neither.
-var (
-	torments []os.Signal
-	goOn     = func(*os.Process) {}
-)
+// ---- Processes of other hosts ----
 
-// torment sends these signals and the torments to a process, in random order
-// and at random moments.
-func torment(p *os.Process, signals ...os.Signal) {
-	signals = append(signals, torments...)
-	for _, i := range rand.Perm(len(signals)) {
-		time.Sleep(rand.N(100 * time.Millisecond))
-		_ = p.Signal(signals[i])
-	}
-}
-
-// Hosts and plugins are killed, stopped and continued at any moment, while they
-// call, stream and print. No call may hang or get a wrong reply.
-func TestTorture(t *testing.T) {
-	l := newLab(t)
-	end := time.Now().Add(time.Second)
-	var calls atomic.Int64
-	callers(t, 4, func(i int) {
-		for time.Now().Before(end) && !t.Failed() {
-			if i%2 == 0 {
-				torturePlugin(t, l, &calls)
-			} else {
-				tortureHost(t, l)
-			}
+// A plugin whose host is gone is used by the next host, and killed by the last.
+func TestReattach(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []string{"host detaching idle", "host idle reattachable"} {
+		if runtime.GOOS == "windows" && strings.HasSuffix(mode, "reattachable") {
+			continue // which does not detach it there
 		}
-	})
-	if l.noted("a wrong reply") || calls.Load() == 0 {
-		t.Errorf("there is a wrong reply, or there are no calls: %d", calls.Load())
-	}
-}
-
-func torturePlugin(t *testing.T, l *lab, calls *atomic.Int64) {
-	cfg := l.config("plugin say cry")
-	cfg.KillTimeout = 500 * time.Millisecond
-	cfg.AutoMTLS = rand.IntN(4) == 0
-	c := NewClient(cfg)
-	killed := async(func() bool {
-		await(t, "a process", func() bool { return c.ID() != "" || ended(c.Done()) })
-		pid, _ := strconv.Atoi(c.ID())
-		if p, err := os.FindProcess(pid); err == nil && !ended(c.Done()) {
-			torment(p, syscall.SIGTERM, os.Kill)
-		}
-		c.Kill()
-		return ended(c.Done())
-	})
-	if p, err := c.Client(); err == nil {
-		callers(t, 3, func(int) {
-			test, err := Dispense[*testClient](p, "test")
-			if err == nil {
-				err = test.traffic(context.Background(), func() { calls.Add(1) })
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			receive(t, "the first host's end", l.start(mode, childEnv+"=plugin say cry").ended)
+			address, pid := l.read("address"), l.read("plugin")
+			rc := &ReattachConfig{Addr: toAddr(address), Pid: l.readPid("plugin")} // there is but one version
+			cfg := attachTo(rc)
+			var stdout syncBuffer
+			cfg.SyncStdout = &stdout
+			c, p := start(t, cfg)
+			test := dispense(t, p)
+			_ = test.Call("Plugin.Print", Output{Raw: "for nobody"}, new(struct{})) // must not be its end
+			mustCall[struct{}](t, test.Client, "Print", Output{Stdout: "for this host"})
+			await(t, "output", func() bool { return stdout.String() == "for this host" })
+			if c.ID() != pid || c.NegotiatedVersion() != 3 || c.Exited() || !reflect.DeepEqual(c.ReattachConfig(), rc) {
+				t.Errorf("reattached: %s, %d, %v, %+v", c.ID(), c.NegotiatedVersion(), c.Exited(), c.ReattachConfig())
 			}
-			if err == nil || err == errWrong {
-				t.Errorf("a call to a killed plugin returned %v", err)
+			receive(t, "the last host's end", l.start("host attaching idle kill", childEnv+"="+address+" "+pid).ended)
+			l.read("plugin finished")
+			receive(t, "Done", c.Done())
+			var exit *ExitError
+			if !errors.As(c.Err(), &exit) || exit.State != nil {
+				t.Errorf("Err is %v", c.Err())
+			}
+			if _, err := NewClient(cfg).Start(); err != ErrProcessNotFound {
+				t.Errorf("reattaching to what is gone returned %v", err)
 			}
 		})
 	}
-	if !receive(t, "Kill", killed) {
-		t.Error("a plugin outlives Kill")
+}
+
+// A process that may not be the plugin is never signalled.
+func TestStranger(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	dead := l.start("exit0")
+	receive(t, "an end", dead.ended)
+	stranger := l.start("late")
+	pid := stranger.Process.Pid
+	plugin, _ := start(t, newLab(t).config("plugin"))
+	other, _ := start(t, newLab(t).config("plugin"))
+	silent, now := l.silent("plugin-1-1"), context.Background()
+	ended, cancel := context.WithCancel(now)
+	cancel()
+	for name, test := range map[string]struct {
+		rc  *ReattachConfig
+		ctx context.Context
+		err error
+	}{
+		"dead":                {&ReattachConfig{Pid: dead.Process.Pid, Addr: silent}, now, ErrProcessNotFound},
+		"no pid":              {&ReattachConfig{Addr: silent}, now, ErrProcessNotFound},
+		"a process group":     {&ReattachConfig{Pid: -pid, Addr: silent}, now, ErrProcessNotFound},
+		"nobody listens":      {&ReattachConfig{Pid: pid, Addr: toAddr("127.0.0.1:1")}, now, ErrProcessNotFound},
+		"not its socket":      {&ReattachConfig{Pid: pid, Addr: silent}, now, nil},
+		"the plugin's socket": {&ReattachConfig{Pid: pid, Addr: plugin.ReattachConfig().Addr}, now, nil},
+		"no time to look":     {other.ReattachConfig(), ended, context.Canceled},
+	} {
+		cfg := attachTo(test.rc)
+		cfg.KillTimeout = 200 * time.Millisecond
+		c := NewClient(cfg)
+		if _, err := c.StartContext(test.ctx); !errors.Is(err, test.err) || test.err == ErrProcessNotFound && err != test.err {
+			t.Errorf("%s: Start returned %v", name, err)
+		}
+		within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
+		receive(t, "Done", c.Done())
+	}
+	receive(t, "the end of a plugin that was asked to quit", plugin.Done())
+	l.write("serve", "")
+	receive(t, "the stranger's end", stranger.ended)
+	if !stranger.ProcessState.Success() {
+		t.Error("the stranger was harmed:", stranger.ProcessState)
 	}
 }
 
-func tortureHost(t *testing.T, l *lab) {
-	host := l.start("host busy", childEnv+"=plugin say cry")
-	pid := l.readPid(fmt.Sprintf("busy-%d", host.Process.Pid))
-	plugin, err := os.FindProcess(pid)
-	check(t, err)
-	if rand.IntN(2) == 0 {
-		torment(plugin, os.Kill)
-		receive(t, "the end of a host without its plugin", host.ended)
-	} else {
-		torment(host.Process, syscall.SIGTERM)
-		torment(plugin)
-		host.kill(t)
-		goOn(plugin)
+// testRunner is an AttachedRunner.
+type testRunner struct {
+	ended        chan error           // Wait returns what it receives
+	waits, kills chan context.Context // of Wait and Kill
+	stuck        bool                 // they ignore it
+}
+
+// config is for a plugin whose process is r. There is no such pid.
+func (r *testRunner) config(addr net.Addr) *ReattachConfig {
+	return &ReattachConfig{ProtocolVersion: 3, Addr: addr, Pid: -1, ReattachFunc: func() (AttachedRunner, error) { return r, nil }}
+}
+
+func newTestRunner(t testing.TB, stuck bool) *testRunner {
+	r := &testRunner{make(chan error, 1), make(chan context.Context, 9), make(chan context.Context, 9), stuck}
+	if stuck {
+		t.Cleanup(func() { close(r.ended) })
 	}
-	await(t, "the end of a plugin without its host", func() bool { return !slices.Contains(processesIn(l.tmp), pid) })
+	return r
+}
+
+func (r *testRunner) Wait(ctx context.Context) error {
+	r.waits <- ctx
+	if r.stuck {
+		ctx = context.Background()
+	}
+	select {
+	case err := <-r.ended:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (r *testRunner) Kill(ctx context.Context) error {
+	r.kills <- ctx
+	if r.stuck {
+		<-r.ended
+	}
+	return nil
+}
+
+func (*testRunner) ID() string { return "box 7" }
+
+var errBox = errors.New("the box has fallen over")
+
+// boxed starts a plugin that a client knows through a runner. A mute runner does
+// not learn of the plugin's end.
+func boxed(t *testing.T, mode string, mute bool) (*Client, *testClient, *testRunner, *os.Process) {
+	t.Helper()
+	t.Parallel()
+	cfg := newLab(t).config(mode)
+	first, _ := start(t, cfg)
+	r := newTestRunner(t, false)
+	if !mute {
+		go func() { <-first.Done(); r.ended <- errBox }() // ends with the plugin
+	}
+	second := attachTo(r.config(first.ReattachConfig().Addr))
+	second.KillTimeout = 500 * time.Millisecond
+	c, p := start(t, second)
+	if c.ID() != r.ID() || c.Exited() || c.Err() != nil {
+		t.Errorf("reattached: %s, %v, %v", c.ID(), c.Exited(), c.Err())
+	}
+	return c, dispense(t, p), r, cfg.Cmd.Process
+}
+
+// ReattachFunc finds the process, which is waited for and killed through it.
+func TestReattachFunc(t *testing.T) {
+	t.Parallel()
+	for mode, stubborn := range map[string]bool{"plugin": false, "plugin endless": true} {
+		t.Run(mode, func(t *testing.T) {
+			c, _, r, process := boxed(t, mode, false)
+			waiting := receive(t, "Wait", r.waits)
+			killing := async(func() bool { c.Kill(); return true })
+			if stubborn {
+				if ctx := receive(t, "Kill", r.kills); waiting.Err() != nil || ctx.Err() != nil {
+					t.Error("the contexts have ended:", waiting.Err(), ctx.Err())
+				}
+				_ = process.Kill()
+			}
+			receive(t, "Client.Kill", killing)
+			if !c.Exited() || c.Err() != nil || waiting.Err() == nil || len(r.kills) > 0 {
+				t.Error("after Kill:", c.Exited(), c.Err(), waiting.Err(), len(r.kills))
+			}
+		})
+	}
+	t.Run("crash", func(t *testing.T) {
+		c, test, _, _ := boxed(t, "plugin", false)
+		for _, err := range []error{test.Call("Plugin.Do", "exit3", new(string)), c.Err()} {
+			errorSays(t, err, errBox.Error())
+			if !c.Exited() || !errors.Is(err, errBox) || !errors.As(err, new(*ExitError)) {
+				t.Errorf("Exited is %v, and the error %v", c.Exited(), err)
+			}
+		}
+	})
+	t.Run("lost connection", func(t *testing.T) {
+		c, test, _, process := boxed(t, "plugin", true)
+		_ = process.Kill()
+		err := test.Call("Plugin.Block", "", new(string))
+		if c.Exited() || c.Err() != nil || errors.As(err, new(*ExitError)) || !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("the process is taken for dead, %v, with %v", c.Exited(), err)
+		}
+	})
+	silent := newLab(t).silent("s")
+	t.Run("stuck", func(t *testing.T) {
+		r := newTestRunner(t, true)
+		cfg := attachTo(r.config(silent))
+		cfg.KillTimeout = 100 * time.Millisecond
+		c, _ := start(t, cfg)
+		within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
+		waiting, killing := receive(t, "Wait", r.waits), receive(t, "Kill", r.kills)
+		if !c.Exited() || c.Err() != nil || waiting.Err() == nil || killing.Err() == nil {
+			t.Error("after Kill:", c.Exited(), c.Err(), waiting.Err(), killing.Err())
+		}
+	})
+	for _, want := range []error{errBox, ErrProcessNotFound} {
+		rc := &ReattachConfig{Addr: silent, ReattachFunc: func() (AttachedRunner, error) { return nil, want }}
+		if _, err := NewClient(attachTo(rc)).Start(); !errors.Is(err, want) || want == ErrProcessNotFound && err != want {
+			t.Errorf("Start returned %v and not %v", err, want)
+		}
+	}
+	// A panic in the host's own code stays one, and Kill works.
+	c := NewClient(attachTo(&ReattachConfig{Addr: silent, ReattachFunc: func() (AttachedRunner, error) { panic(errBox) }}))
+	func() {
+		defer func() {
+			if p := recover(); p != errBox {
+				t.Error("Start panicked with", p)
+			}
+		}()
+		_, _ = c.Start()
+	}()
+	within(t, "Kill", 0, c.Kill)
+	_, err := c.Start()
+	errorSays(t, err, "panicked")
+}
+
+// ---- SecureConfig ----
+
+// sumOf returns the SHA-256 checksum of a file.
+func sumOf(t testing.TB, path string) []byte {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	check(t, err)
+	sum := sha256.Sum256(data)
+	return sum[:]
+}
+
+// One SecureConfig may be used again, and by several clients at once.
+func TestSecureConfig(t *testing.T) {
+	t.Parallel()
+	path := os.Args[0]
+	hash := sha256.New()
+	hash.Write([]byte("used before"))
+	right := &SecureConfig{sumOf(t, path), hash}
+	callers(t, 6, func(i int) {
+		cfg := config("plugin")
+		cfg.SecureConfig = right
+		c := NewClient(cfg)
+		defer c.Kill()
+		ok, err := right.Check(path)
+		if i%2 == 0 {
+			err = connect(c)
+		}
+		if err != nil || !ok {
+			t.Error(ok, err)
+		}
+	})
+	wrong := append([]byte{right.Checksum[0] + 1}, right.Checksum[1:]...)
+	for _, test := range []struct {
+		secure *SecureConfig
+		file   string
+		err    error
+	}{
+		{&SecureConfig{wrong, hash}, path, nil},
+		{&SecureConfig{right.Checksum[:16], hash}, path, nil},
+		{&SecureConfig{nil, hash}, path, ErrSecureConfigNoChecksum},
+		{&SecureConfig{wrong, nil}, path, ErrSecureConfigNoHash},
+		{right, path + ".missing", fs.ErrNotExist},
+	} {
+		if ok, err := test.secure.Check(test.file); ok || !errors.Is(err, test.err) {
+			t.Errorf("Check returned %v, %v and not %v", ok, err, test.err)
+		}
+	}
 }

@@ -3,13 +3,302 @@
 package plugin
 
 import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
 	"syscall"
+	"testing"
+	"time"
 )
 
 func init() {
 	ownGroup = func(cmd *exec.Cmd) { cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} }
-	torments = []os.Signal{syscall.SIGINT, syscall.SIGSTOP, syscall.SIGCONT}
-	goOn = func(p *os.Process) { _ = p.Signal(syscall.SIGCONT) }
+	stop = func(t testing.TB, pid int) {
+		signalTo(t, pid, syscall.SIGSTOP)
+		await(t, "a stop", func() bool { // the threads run on until they notice
+			threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+			return !slices.ContainsFunc(threads, func(name string) bool {
+				stat, err := os.ReadFile(name)
+				return err == nil && !strings.Contains(string(stat), ") T ")
+			})
+		})
+	}
+	toGroup := func(s syscall.Signal) func(testing.TB, *testProcess) {
+		return func(t testing.TB, host *testProcess) { signalTo(t, -host.Process.Pid, s) }
+	}
+	// toBoth kills the host, and sends its plugin a signal while main finishes.
+	toBoth := func(s syscall.Signal) func(testing.TB, *testProcess) {
+		return func(t testing.TB, host *testProcess) {
+			l := &lab{t: t, notes: values(host.Env, notesEnv)[0]}
+			host.kill(t)
+			l.read("finishing")
+			signalTo(t, l.readPid("plugin"), s)
+			l.write("finish", "")
+		}
+	}
+	for _, shell := range []string{"host shell idle ready wait", "host shell started ready wait"} {
+		orphanTests = append(orphanTests, orphanTest{plugin: "plugin say cry", host: shell}, orphanTest{plugin: "plugin endless", host: shell, endless: true})
+	}
+	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP} {
+		orphanTests = append(orphanTests, orphanTest{"plugin say cry", "host calling ready wait", toGroup(s), false})
+	}
+	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP, syscall.SIGTERM} {
+		orphanTests = append(orphanTests, orphanTest{"plugin finishing", "host idle ready wait", toBoth(s), false})
+	}
+	// Starts and kills a plugin, and prints what failed and what is left.
+	modes["frugal"] = func() {
+		left := takeStock(os.TempDir())
+		c := NewClient(hosted.cfg)
+		err := connect(c)
+		c.Kill()
+		fmt.Println(err, left())
+	}
+}
+
+func signalTo(t testing.TB, pid int, s syscall.Signal) {
+	t.Helper()
+	if err := syscall.Kill(pid, s); err != nil {
+		t.Fatalf("signalling %d: %v", pid, err)
+	}
+}
+
+// A file that cannot be executed, or a place where no socket can be made, is
+// named, with a hint.
+func TestStartErrorFiles(t *testing.T) {
+	t.Parallel()
+	runs := func(text string, mode fs.FileMode) func(testing.TB, *ClientConfig) {
+		return func(t testing.TB, c *ClientConfig) {
+			c.Cmd.Path = filepath.Join(t.TempDir(), "greeter")
+			writeProgram(t, c.Cmd.Path, []byte(text), mode)
+		}
+	}
+	sockets := func(to UnixSocketConfig) func(testing.TB, *ClientConfig) {
+		return func(_ testing.TB, c *ClientConfig) { c.UnixSocketConfig = &to }
+	}
+	for name, test := range map[string]startFailure{
+		"not executable":    {edit: runs("#!/bin/sh\n", 0o600), word: "executable", is: fs.ErrPermission},
+		"no interpreter":    {edit: runs("#!/no/such/shell\n", 0o700), word: "interpreter", is: fs.ErrNotExist},
+		"another processor": {edit: runs("\x7fELF\x02\x01\x01"+strings.Repeat("\x00", 999), 0o700), word: runtime.GOARCH, is: syscall.ENOEXEC},
+		"a script":          {edit: runs("#!/bin/sh\necho junk\n", 0o700), state: "exit status 0", word: "junk"},
+		"no directory":      {edit: sockets(UnixSocketConfig{TempDir: "/no/such/dir"}), word: "TempDir", is: fs.ErrNotExist},
+		"a file":            {edit: sockets(UnixSocketConfig{TempDir: "/dev/null"}), word: "TempDir", is: syscall.ENOTDIR},
+		"too long a path":   {edit: sockets(UnixSocketConfig{TempDir: longDir(t)}), word: "TempDir"},
+		"no group":          {edit: sockets(UnixSocketConfig{Group: "no-such-group"}), word: "Group"},
+	} {
+		t.Run(name, test.run)
+	}
+}
+
+// longDir makes a directory whose path is too long for a socket.
+func longDir(t *testing.T) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), strings.Repeat("long", 30))
+	check(t, os.Mkdir(dir, 0o700))
+	return dir
+}
+
+// A plugin that was stopped for longer than any of yamux's default timeouts
+// goes on, and with it all that was under way or has begun meanwhile.
+func TestPause(t *testing.T) {
+	l := newLab(t)
+	c, p := start(t, l.config("plugin"))
+	test := dispense(t, p)
+	data := string(noise(8<<20, 1))
+	r, w := io.Pipe()
+	id, _ := test.broker.ServeReader(r)
+	results := make(chan error, 3)
+	go func() { results <- test.Call("Plugin.Copy", Transfer{Reader: id}, new(int64)) }()
+	_, err := io.WriteString(w, data[:1<<20])
+	check(t, err)
+	stop(t, l.readPid("plugin"))
+	paused := time.After(11 * time.Second)
+	t.Parallel() // so that other tests run meanwhile
+	go func() {
+		var got string
+		err := test.Call("Plugin.Echo", data, &got)
+		if err == nil && got != data {
+			err = errWrong
+		}
+		results <- err
+	}()
+	go func() { _, err := p.Dispense("test"); results <- err }()
+	if err := p.Ping(); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Ping of a stopped plugin returned %v", err)
+	}
+	<-paused
+	if len(results) > 0 || c.Exited() {
+		t.Fatalf("while the plugin was stopped, a call returned %v, and Err %v", <-results, c.Err())
+	}
+	signalTo(t, l.readPid("plugin"), syscall.SIGCONT)
+	_, err = io.WriteString(w, data)
+	check(t, errors.Join(err, w.Close()))
+	for range cap(results) {
+		check(t, receive(t, "a result", results))
+	}
+	check(t, p.Ping())
+}
+
+// A plugin that is dead is dead to every host, also if its parent never learns.
+func TestZombie(t *testing.T) {
+	t.Parallel()
+	if _, err := os.Stat("/proc/self/stat"); err != nil {
+		return // nothing tells a zombie there
+	}
+	l := newLab(t)
+	host := l.start("host idle ready wait", childEnv+"=plugin")
+	l.read("host is ready")
+	stop(t, host.Process.Pid)
+	c, p := start(t, attachTo(&ReattachConfig{Addr: toAddr(l.read("address")), Pid: l.readPid("plugin")}))
+	err := dispense(t, p).Call("Plugin.Do", "exit3", new(string))
+	if !errors.As(err, new(*ExitError)) || !c.Exited() {
+		t.Errorf("after the end of the plugin, Exited is %v and a call returned %v", c.Exited(), err)
+	}
+	host.kill(t)
+}
+
+// A child that holds a plugin's output open delays neither Kill nor the news of
+// a crash.
+func TestGrandchild(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]func(*Client, *testClient){
+		"Kill":  func(c *Client, _ *testClient) { c.Kill() },
+		"crash": func(_ *Client, test *testClient) { _ = test.Call("Plugin.Do", "panic", new(string)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c, p := start(t, newLab(t).config("plugin"))
+			test := dispense(t, p)
+			grandchild := mustCall[int](t, test.Client, "Fork", []string{"sleep", "1000"})
+			defer signalTo(t, grandchild, syscall.SIGKILL)
+			within(t, name, 2*time.Second, func() { end(c, test) })
+			if !c.Exited() || (c.Err() == nil) != (name == "Kill") {
+				t.Errorf("Exited is %v, and Err %v", c.Exited(), c.Err())
+			}
+		})
+	}
+}
+
+// owner returns what the system says about a file.
+func owner(t *testing.T, path string) (mode fs.FileMode, uid, gid int) {
+	t.Helper()
+	info, err := os.Stat(path)
+	check(t, err)
+	stat := info.Sys().(*syscall.Stat_t)
+	return info.Mode() &^ fs.ModeType, int(stat.Uid), int(stat.Gid)
+}
+
+// A plugin's socket is in its own private directory, which is gone when the
+// plugin is.
+func TestSocketDir(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]func(*Client, *os.Process){
+		"Kill":    func(c *Client, _ *os.Process) { c.Kill() },
+		"SIGKILL": func(_ *Client, p *os.Process) { _ = p.Kill() },
+		"SIGTERM": func(_ *Client, p *os.Process) { _ = p.Signal(syscall.SIGTERM) },
+	} {
+		cfg := newLab(t).config("plugin")
+		c := NewClient(cfg)
+		addr, err := c.Start()
+		check(t, err)
+		dir := filepath.Dir(addr.String())
+		if mode, uid, _ := owner(t, dir); mode != 0o700 || uid != os.Getuid() || filepath.Dir(dir) != cfg.UnixSocketConfig.TempDir {
+			t.Errorf("%s: the directory %s belongs to %d and has mode %v", name, dir, uid, mode)
+		}
+		end(c, cfg.Cmd.Process)
+		receive(t, "Done", c.Done())
+		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: the directory is left, %v", name, err)
+		}
+	}
+}
+
+// A group may connect, and change nothing. A plugin that runs as another user
+// needs one.
+func TestSocketGroup(t *testing.T) {
+	t.Parallel()
+	uid, gid := os.Getuid(), os.Getgid()
+	if uid == 0 { // who may give files to any group
+		uid, gid = 54321, 54321
+	}
+	cfg := config("plugin")
+	cfg.UnixSocketConfig = &UnixSocketConfig{Group: strconv.Itoa(gid), TempDir: "/tmp"}
+	cfg.Cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid), NoSetGroups: true}}
+	cfg.SecureConfig = &SecureConfig{sumOf(t, cfg.Cmd.Path), sha256.New()} // so that this user can execute it
+	c, p := start(t, cfg)
+	addr, err := c.Start()
+	check(t, err)
+	dir := filepath.Dir(addr.String())
+	if mode, _, group := owner(t, dir); mode != 0o770|fs.ModeSticky || group != gid {
+		t.Errorf("the directory belongs to group %d and has mode %v", group, mode)
+	}
+	if mode, user, group := owner(t, addr.String()); mode != 0o660 || user != uid || group != gid {
+		t.Errorf("the socket belongs to %d:%d and has mode %v", user, group, mode)
+	}
+	answers(t, p)
+	c.Kill()
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) || !cfg.Cmd.ProcessState.Success() {
+		t.Errorf("the directory is left, %v, and the plugin has ended with %v", err, cfg.Cmd.ProcessState)
+	}
+}
+
+// A TMPDIR that is too long for a socket is not used.
+func TestLongTMPDIR(t *testing.T) {
+	long := longDir(t)
+	t.Setenv("TMPDIR", long)
+	_, p := start(t, config("plugin"))
+	answers(t, p)
+	if left, err := os.ReadDir(long); err != nil || len(left) > 0 {
+		t.Errorf("in TMPDIR there is %v, %v", left, err)
+	}
+}
+
+// swapHash swaps the file when it has been summed.
+type swapHash struct {
+	hash.Hash
+	swap func()
+}
+
+func (h swapHash) Sum(b []byte) []byte {
+	h.swap()
+	return h.Hash.Sum(b)
+}
+
+// On Linux, what was summed is what runs, and it sees itself as if it had not
+// been summed.
+func TestSummedIsRun(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" {
+		return // it is not promised there
+	}
+	path := copyBinary(t, "greeter")
+	self := func(secure *SecureConfig) Self {
+		cfg := newLab(t).config("plugin")
+		cfg.Cmd.Path, cfg.Cmd.Args = path, []string{"zero", "one"}
+		cfg.SecureConfig = secure
+		_, p := start(t, cfg)
+		return mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{})
+	}
+	plain := self(nil)
+	sum := sumOf(t, path)
+	bad := filepath.Join(t.TempDir(), "bad")
+	writeProgram(t, bad, []byte("#!/bin/sh\n"), 0o700)
+	summed := self(&SecureConfig{sum, sha256.New()})
+	if summed.Executable != plain.Executable || !slices.Equal(summed.Args, plain.Args) {
+		t.Errorf("it is %q %q, and was %q %q", summed.Executable, summed.Args, plain.Executable, plain.Args)
+	}
+	self(&SecureConfig{sum, swapHash{sha256.New(), func() { check(t, os.Rename(bad, path)) }}})
+	if slices.Equal(sumOf(t, path), sum) {
+		t.Error("the file was not swapped")
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -91,8 +92,7 @@ func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply 
 	if codec.abandon(ctx, k) {
 		return contextError(ctx)
 	}
-	rc := <-done // the answer is here
-	return k.result(rc.Error)
+	return k.result((<-done).Error) // the answer is here
 }
 
 // contextError returns ctx.Err(), with the cause if that is another error.
@@ -230,7 +230,7 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 	k, ours := body.(*call)
 	if !ours {
 		if err := c.w.decode(body); err != nil {
-			return c.end(cutShort(c.w.reason(err))) // net/rpc does not read on after an error
+			return c.end(cutShort(err)) // net/rpc does not read on after an error
 		}
 		return nil
 	}
@@ -241,7 +241,7 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 	delete(c.calls, k.seq)
 	switch {
 	case c.w.lost != nil && err != nil:
-		k.err = cutShort(c.w.reason(err))
+		k.err = cutShort(err)
 	case err != nil:
 		k.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w", k.method, k.reply, err)
 	case waiting:
@@ -331,8 +331,8 @@ func newService(rcvr any) (*service, error) {
 	for _, name := range sortedKeys(s.unfit) {
 		text += fmt.Sprintf("; %s: %s", name, s.unfit[name])
 	}
-	if t.Kind() != reflect.Pointer && reflect.PointerTo(t).NumMethod() > t.NumMethod() {
-		text += fmt.Sprintf("; a *%v has more methods: pass a pointer", t)
+	if reflect.PointerTo(t).NumMethod() > t.NumMethod() {
+		text += "; it has more methods as a pointer"
 	}
 	return nil, errors.New(text)
 }
@@ -500,6 +500,10 @@ func (s *rpcServer) cancel(seq uint64) {
 // plugin it must: the host gets an ExitError, and nothing uses the state that the method
 // may have left inconsistent.
 func (s *rpcServer) call(req *rpc.Request, c *inCall) {
+	defer func() {
+		s.cancels.Delete(req.Seq)
+		c.cancel(nil)
+	}()
 	if !c.service.calls.enter() {
 		s.respond(req, nil, errStopped)
 		return
@@ -516,11 +520,11 @@ func (s *rpcServer) call(req *rpc.Request, c *inCall) {
 			err = errStopped
 		}
 		c.service.calls.Done()
-		if err != errExited || s.catch { // otherwise it may be a panic
-			s.respond(req, c.reply.Interface(), err)
+		if err == errExited && !s.catch { // or panicked, and the process ends
+			time.AfterFunc(time.Second, func() { s.respond(req, nil, err) })
+			return
 		}
-		s.cancels.Delete(req.Seq)
-		c.cancel(nil)
+		s.respond(req, c.reply.Interface(), err)
 	}()
 	err = c.method.call(c.ctx, c.arg, c.reply)
 }

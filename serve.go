@@ -152,12 +152,11 @@ func serve(config *ServeConfig) error {
 	if err != nil {
 		return err
 	}
-	direct := func() bool { return host.pid == os.Getppid() } // not the host of a go-plugin host, and not gone
-	s.handshake.flushes = direct()
+	s.handshake.flushes = host.pid == os.Getppid() // and not a host further up
 	defer func() {
 		s.close()
-		if isClosed(orphaned) || host.pid != 0 && !direct() && !alive(host.pid) {
-			removePrivate(env[EnvUnixSocketDir]) // the host cannot do it
+		if s.handshake.flushes || isClosed(orphaned) || host.pid != 0 && !alive(host.pid) {
+			removePrivate(env[EnvUnixSocketDir]) // the host may be gone
 		}
 	}()
 	if err := s.capture(io.Discard, io.Discard); err != nil {

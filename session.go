@@ -22,6 +22,7 @@ const (
 	streamWindow = 1 << 20 // how many bytes a stream holds that have not been read
 	socketBuffer = 1 << 20 // the size of the system's send buffer
 	maxJoined    = 4 << 10 // the longest body that is copied behind its header
+	maxPings     = 1 << 14 // how many pings may wait for room for their answers
 	maxStreams   = 1 << 16 // how many streams a session may have
 	// lastTimeout limits reading after an error of writing, and the writing of the
 	// ends of streams when a session is closed.
@@ -205,8 +206,7 @@ func (s *session) explain(err error) error {
 // serve answers calls on a stream until the peer closes it. Contexts of methods end with
 // ctx.
 func (s *session) serve(ctx context.Context, st *stream, svc *service) {
-	services := map[string]*service{"Plugin": svc}
-	if err := newRPCServer(st, services, s.logger, s.host).serve(ctx); err != io.EOF {
+	if err := newRPCServer(st, map[string]*service{"Plugin": svc}, s.logger, s.host).serve(ctx); err != io.EOF {
 		s.debug("an RPC stream ended", "error", err)
 	}
 }
@@ -341,7 +341,8 @@ func (s *session) stream(st *yamux.Stream) *stream {
 // been read. The session ends when reading ends, which has a limit from then on.
 type frameConn struct {
 	conn  io.ReadWriteCloser
-	heard atomic.Bool // something has been received
+	pings atomic.Int32 // received and not answered: yamux has a goroutine for each
+	heard atomic.Bool  // something has been received
 
 	writing sync.Mutex // serialises writers; guards the fields below
 	broken  bool       // nothing can be written any more
@@ -373,6 +374,7 @@ const (
 
 	frameData   = 0
 	frameWindow = 1
+	framePing   = 2
 
 	flagSYN = 1
 	flagFIN = 4
@@ -398,8 +400,13 @@ func (c *frameConn) Read(p []byte) (int, error) {
 		if c.have == frameHeader {
 			c.have = 0
 			c.pass(c.header[:], true)
-			if c.header[1] == frameData {
+			switch c.header[1] {
+			case frameData:
 				c.body = binary.BigEndian.Uint32(c.header[8:])
+			case framePing:
+				if c.pings.Add(1) > maxPings {
+					return 0, errors.New("plugin: the peer sends pings and reads no answers")
+				}
 			}
 		}
 	}
@@ -410,6 +417,9 @@ func (c *frameConn) Read(p []byte) (int, error) {
 func (c *frameConn) Write(p []byte) (int, error) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
+	if p[1] == framePing {
+		c.pings.Add(-1)
+	}
 	c.pass(p, false)
 	c.send(p, nil)
 	return len(p), nil

@@ -33,6 +33,10 @@ var (
 
 func main() {
 	flag.Parse()
+	if os.Getenv(handshake.MagicCookieKey) != "" {
+		serveInvoke() // compareInvoke has started this program as its plugin
+		return
+	}
 	if err := run(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -77,6 +81,13 @@ func run() error {
 	about, err := conditions(builder, n)
 	if err != nil {
 		return err
+	}
+	if pattern.MatchString("Invoke") {
+		compared, err := compareInvoke(e, n)
+		if err != nil {
+			return err
+		}
+		about += "\n" + compared
 	}
 	fmt.Println(about)
 	fmt.Print(r.text())

@@ -1,0 +1,780 @@
+package plugin
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/rpc"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+func init() {
+	// Accepts a connection, and never answers.
+	modes["deaf"] = func() {
+		l := announce(nil)
+		must(l.Accept())
+		note("connected", "")
+		time.Sleep(forever)
+	}
+	// Has another certificate than its handshake says.
+	modes["imposter"] = func() {
+		l := announce(must(newCertificate()).Certificate[0])
+		conn := tls.Server(must(l.Accept()), &tls.Config{Certificates: []tls.Certificate{must(newCertificate())}})
+		_ = conn.Handshake()
+		time.Sleep(forever)
+	}
+	// Has the certificate of testTLS.
+	modes["tls"] = func() {
+		servePlugin(func(c *ServeConfig) {
+			c.TLSProvider = func() (*tls.Config, error) {
+				dir := os.Getenv(notesEnv)
+				cert, err := tls.LoadX509KeyPair(filepath.Join(dir, "cert"), filepath.Join(dir, "key"))
+				return &tls.Config{Certificates: []tls.Certificate{cert}}, err
+			}
+		})
+	}
+}
+
+// announce listens where a host expects its plugin to, and prints a handshake.
+func announce(cert []byte) net.Listener {
+	network, address := "unix", filepath.Join(os.Getenv(EnvUnixSocketDir), "s")
+	if runtime.GOOS == "windows" {
+		network, address = "tcp", "127.0.0.1:0"
+	}
+	l := must(net.Listen(network, address))
+	fmt.Printf("1|3|%s|%s|netrpc|%s\n", network, l.Addr(), base64.RawStdEncoding.EncodeToString(cert))
+	return l
+}
+
+// connect starts a plugin and dispenses "test".
+func connect(c *Client) error {
+	p, err := c.Client()
+	if err == nil {
+		_, err = p.Dispense("test")
+	}
+	return err
+}
+
+// ---- Start ----
+
+// Start says what is wrong with a configuration.
+func TestBadConfig(t *testing.T) {
+	t.Parallel()
+	type cfg = *ClientConfig
+	for _, test := range []struct {
+		word     string
+		is       error // what is returned as it is
+		reattach bool
+		edit     func(cfg)
+	}{
+		{"Cmd", nil, false, func(c cfg) { c.Cmd = nil }},
+		{"Cmd", nil, false, func(c cfg) { c.Reattach = &ReattachConfig{} }},
+		{"MagicCookieKey", nil, false, func(c cfg) { c.MagicCookieKey = "" }},
+		{"MagicCookieValue", nil, false, func(c cfg) { c.MagicCookieValue = "" }},
+		{"MaxPort", nil, false, func(c cfg) { c.MinPort, c.MaxPort = 20, 10 }},
+		{"MaxPort", nil, false, func(c cfg) { c.MinPort = 20 }},
+		{"Stdout", nil, false, func(c cfg) { c.Cmd.Stdout = io.Discard }},
+		{"Stderr", nil, false, func(c cfg) { c.Cmd.Stderr = io.Discard }},
+		{"netrpc", nil, false, func(c cfg) { c.AllowedProtocols = []Protocol{ProtocolGRPC} }},
+		{"AutoMTLS", nil, true, func(c cfg) { c.AutoMTLS = true }},
+		{"Addr", nil, true, func(c cfg) { c.Reattach.Addr = nil }},
+		{"gRPC", nil, true, func(c cfg) { c.Reattach.Protocol = ProtocolGRPC }},
+		{"[3]", nil, true, func(c cfg) { c.Reattach.ProtocolVersion = 4 }},
+		{"", ErrProcessNotFound, true, func(cfg) {}},
+		{"", ErrSecureConfigAndReattach, true, func(c cfg) { c.SecureConfig = &SecureConfig{[]byte{1}, sha256.New()} }},
+		{"", ErrSecureConfigNoChecksum, false, func(c cfg) { c.SecureConfig = &SecureConfig{nil, sha256.New()} }},
+		{"", ErrSecureConfigNoHash, false, func(c cfg) { c.SecureConfig = &SecureConfig{[]byte{1}, nil} }},
+		{"", ErrChecksumsDoNotMatch, false, func(c cfg) { c.SecureConfig = &SecureConfig{[]byte{1}, sha256.New()} }},
+	} {
+		config := newLab(t).config("plugin")
+		if test.reattach {
+			config = attachTo(&ReattachConfig{ProtocolVersion: 3, Pid: os.Getpid(), Addr: toAddr("127.0.0.1:1")})
+		}
+		test.edit(config)
+		c := NewClient(config)
+		_, err := c.Start()
+		errorSays(t, err, "plugin", test.word)
+		_, again := c.Start()
+		p, connecting := c.Client()
+		if test.is != nil && err != test.is || again != err || connecting != err || p != nil {
+			t.Errorf("%s %v: Start returned %v, and then %v, and Client %v, %v", test.word, test.is, err, again, p, connecting)
+		}
+		receive(t, "Done", c.Done())
+		if c.Err() != nil || !c.Exited() || c.Protocol() != ProtocolInvalid || c.NegotiatedVersion() != 0 || c.ReattachConfig() != nil {
+			t.Errorf("%s %v: it is not over", test.word, test.is)
+		}
+		c.Kill()
+	}
+}
+
+// startFailure is a start that fails.
+type startFailure struct {
+	mode, say string // the mode, and what it prints
+	edit      func(testing.TB, *ClientConfig)
+	state     string // how the process exits by itself, if it does
+	word      string // in the text
+	is        error  // nil for any
+}
+
+func (f startFailure) run(t *testing.T) {
+	t.Parallel()
+	cfg := newLab(t).config(f.mode, sayEnv+"="+f.say)
+	if f.edit != nil {
+		f.edit(t, cfg)
+	}
+	c := NewClient(cfg)
+	err := startError(t, c)
+	errorSays(t, err, pluginName(cfg.Cmd.Path), f.word, f.state)
+	if (err.State == nil) != (f.state == "") || err.State != nil && err.State.String() != f.state {
+		t.Errorf("it ended with %v: %v", err.State, err)
+	}
+	if err.Path != cfg.Cmd.Path || f.is != nil && !errors.Is(err, f.is) {
+		t.Errorf("with Path %s, the error is not %v: %v", err.Path, f.is, err)
+	}
+	receive(t, "Done", c.Done())
+	if c.Err() != nil || cfg.Cmd.Process != nil && cfg.Cmd.ProcessState == nil {
+		t.Errorf("Err is %v, and the process has ended with %v", c.Err(), cfg.Cmd.ProcessState)
+	}
+}
+
+// A plugin that does not start says why. Its process is gone by then.
+func TestStartError(t *testing.T) {
+	t.Parallel()
+	runs := func(path string) func(testing.TB, *ClientConfig) {
+		return func(_ testing.TB, c *ClientConfig) { c.Cmd = exec.Command(path) }
+	}
+	soon := func(_ testing.TB, c *ClientConfig) { c.StartTimeout = 2 * time.Second }
+	mtls := func(_ testing.TB, c *ClientConfig) { c.AutoMTLS = true }
+	noFile := map[bool]error{true: exec.ErrNotFound, false: fs.ErrNotExist}[runtime.GOOS == "windows"]
+	for name, test := range map[string]startFailure{
+		"exits":               {mode: "exit3", state: "exit status 3", word: "Serve"},
+		"panics":              {mode: "panic", state: "exit status 2", word: "panic: boom"},
+		"stdout, and exits":   {mode: "say exit0", say: "jungle", state: "exit status 0", word: "jungle"},
+		"stderr, and exits":   {mode: "cry exit3", say: "jungle", state: "exit status 3", word: "jungle"},
+		"stdout, and stays":   {mode: "say wait", say: "jungle", edit: soon, word: "jungle", is: context.DeadlineExceeded},
+		"stays":               {mode: "wait", edit: soon, word: "Serve", is: context.DeadlineExceeded},
+		"another cookie":      {mode: "plugin", edit: func(_ testing.TB, c *ClientConfig) { c.MagicCookieValue = "x" }, state: "exit status 1", word: testHandshake.MagicCookieKey},
+		"gRPC":                {mode: "say wait", say: "1|3|unix|/s|grpc|", word: "gRPC"},
+		"another protocol":    {mode: "say wait", say: "1|3|unix|/s|smoke|", word: "smoke"},
+		"gibberish":           {mode: "say wait", say: "1|three|unix|/s", word: "three"},
+		"a long handshake":    {mode: "say wait", say: "1|" + strings.Repeat("x", 100_000) + "|unix|/s", word: "handshake"},
+		"no certificate":      {mode: "say wait", say: "1|3|unix|/s|netrpc|", edit: mtls, word: "AutoMTLS"},
+		"a bad certificate":   {mode: "say wait", say: "1|3|unix|/s|netrpc|AAAA", edit: mtls, word: "certificate"},
+		"its own certificate": {mode: "tls", edit: func(t testing.TB, c *ClientConfig) { testTLS(t, c); c.AutoMTLS = true }, word: "TLSProvider"},
+		"a bad TLSProvider":   {mode: "tls", state: "exit status 1", word: "TLSProvider"},
+		"no file":             {edit: runs("/no/such/file"), word: "/no/such/file", is: noFile},
+		"not in PATH":         {edit: runs("no-such-program"), word: "PATH", is: exec.ErrNotFound},
+		"a directory":         {edit: func(t testing.TB, c *ClientConfig) { c.Cmd.Path = t.TempDir() }},
+		"nowhere to run":      {edit: func(_ testing.TB, c *ClientConfig) { c.Cmd.Dir = "/no/such/dir" }, is: fs.ErrNotExist},
+	} {
+		t.Run(name, test.run)
+	}
+}
+
+// The end of its context ends a start, and nothing later. Who waits for the
+// start of another caller leaves when its own context ends.
+func TestStartContext(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	startIn := func(c *Client, ctx context.Context) error {
+		t.Cleanup(c.Kill)
+		_, err := c.StartContext(ctx)
+		return err
+	}
+	c := NewClient(l.config("wait"))
+	reason := errors.New("the user has changed her mind")
+	ctx, cancel := context.WithCancelCause(context.Background())
+	first := async(func() error { return startIn(c, ctx) })
+	l.read("plugin")
+	ended, leave := context.WithCancel(context.Background())
+	second := async(func() error { return startIn(c, ended) })
+	leave()
+	if err := receive(t, "the second start", second); !errors.Is(err, context.Canceled) || len(first) > 0 || c.Exited() {
+		t.Errorf("the second start returned %v, and the first ended: %v", err, c.Exited())
+	}
+	cancel(reason)
+	err := receive(t, "the first start", first)
+	if !errors.Is(err, context.Canceled) || !errors.Is(err, reason) || !errors.As(err, new(*StartError)) {
+		t.Errorf("the first start returned %v", err)
+	}
+	l.deserted(slack)
+	if err := startIn(NewClient(l.config("plugin")), ended); !errors.Is(err, context.Canceled) {
+		t.Errorf("a start with an ended context returned %v", err)
+	}
+	ctx, cancel = context.WithCancelCause(context.Background())
+	c = NewClient(l.config("plugin"))
+	check(t, startIn(c, ctx))
+	cancel(nil)
+	check(t, connect(c))
+}
+
+// Without plugins, the host requires its ProtocolVersion, and Dispense fails.
+func TestNoPlugins(t *testing.T) {
+	t.Parallel()
+	for _, plugins := range []PluginSet{nil, {}} {
+		cfg := newLab(t).config("plugin")
+		cfg.Plugins = plugins
+		_, p := start(t, cfg)
+		check(t, p.Ping())
+		_, err := p.Dispense("test")
+		errorSays(t, err, "ClientConfig")
+		cfg.ProtocolVersion = 4
+		var version *VersionError
+		if err := startError(t, NewClient(cfg)); !errors.As(err, &version) || version.Plugin != 3 || !slices.Equal(version.Host, []int{4}) {
+			t.Errorf("another version: %v", err)
+		}
+	}
+}
+
+// ---- The configuration ----
+
+// Nothing of the caller's changes but Cmd.Process and Cmd.ProcessState, not
+// even behind the end of a slice. One configuration starts several plugins.
+func TestConfigIsKept(t *testing.T) {
+	t.Parallel()
+	cfg := newLab(t).config("plugin")
+	cmd := cfg.Cmd
+	cmd.Env = append(make([]string, 0, len(cmd.Env)+9), cmd.Env...)
+	cmd.Args = append(make([]string, 0, 9), cmd.Args...)
+	cmd.ExtraFiles = make([]*os.File, 0, 9)
+	if runtime.GOOS != "windows" {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, os.Stdin)
+	}
+	cfg.VersionedPlugins = map[int]PluginSet{1: testPlugins(nil)}
+	cfg.AllowedProtocols = append(make([]Protocol, 0, 9), ProtocolGRPC, ProtocolNetRPC)
+	cfg.SecureConfig = &SecureConfig{sumOf(t, cmd.Path), sha256.New()}
+	cfg.AutoMTLS = true
+	// state describes all that must not change.
+	state := func() string {
+		kept, command := *cfg, *cmd
+		kept.Cmd, command.Process, command.ProcessState = nil, nil, nil
+		return fmt.Sprintf("%+v %+v %+v %x %q %q %v %q", kept, command, cfg.UnixSocketConfig, cfg.SecureConfig.Checksum,
+			cmd.Env[:cap(cmd.Env)], cmd.Args[:9], cmd.ExtraFiles[:9], cfg.AllowedProtocols[:9])
+	}
+	before := state()
+	var clients []*Client
+	for range 2 {
+		c, p := start(t, cfg)
+		check(t, p.Ping())
+		if strconv.Itoa(cmd.Process.Pid) != c.ID() || cmd.ProcessState != nil {
+			t.Errorf("the command has %v, %v, and the plugin is %s", cmd.Process, cmd.ProcessState, c.ID())
+		}
+		clients = append(clients, c)
+	}
+	clients[0].Kill()
+	if cmd.ProcessState != nil {
+		t.Error("the end of the first process is taken for that of the second")
+	}
+	clients[1].Kill()
+	if s := cmd.ProcessState; s == nil || strconv.Itoa(s.Pid()) != clients[1].ID() {
+		t.Errorf("the command has %v", s)
+	}
+	if after := state(); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+// The variables of the handshake win over the command's, and those over the
+// host's. None is left for the plugin's children.
+func TestEnvironment(t *testing.T) {
+	t.Setenv("TEST_HOST", "host")
+	t.Setenv("TEST_BOTH", "host")
+	t.Setenv("PLUGIN_OTHER", "host") // not the protocol's
+	env := []string{"TEST_CMD=cmd", "TEST_BOTH=cmd", "GORACE=" + os.Getenv("GORACE")}
+	protocol := append(slices.Clone(protocolEnv), testHandshake.MagicCookieKey)
+	for _, name := range protocol {
+		t.Setenv(name, "host")
+		env = append(env, name+"=cmd")
+	}
+	for _, skip := range []bool{false, true} {
+		cfg := newLab(t).config("plugin", env...)
+		cfg.SkipHostEnv, cfg.MinPort, cfg.MaxPort = skip, 10000, 60000
+		host := map[bool][]string{false: {"host"}}[skip]
+		_, p := start(t, cfg)
+		self := mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{})
+		for name, want := range map[string][]string{
+			"TEST_HOST": host, "PLUGIN_OTHER": host, "TEST_CMD": {"cmd"}, "TEST_BOTH": {"cmd"},
+			testHandshake.MagicCookieKey: {testHandshake.MagicCookieValue},
+			envVersions:                  {"3"}, envMinPort: {"10000"}, envMaxPort: {"60000"},
+			envClientCert: nil, envMultiplex: nil, EnvUnixSocketGroup: nil,
+		} {
+			if got := values(self.Began, name); !slices.Equal(got, want) {
+				t.Errorf("SkipHostEnv %v: %s is %q and not %q", skip, name, got, want)
+			}
+		}
+		for _, name := range protocol {
+			if got := values(self.Began, name); len(got) > 1 || slices.Contains(got, "cmd") || slices.Contains(got, "host") {
+				t.Errorf("SkipHostEnv %v: %s is %q", skip, name, got)
+			}
+			if got := values(self.Env, name); len(got) > 0 {
+				t.Errorf("%s is left in the plugin: %q", name, got)
+			}
+		}
+	}
+}
+
+// values returns all values that an environment has for a name.
+func values(env []string, name string) (values []string) {
+	for _, v := range env {
+		if value, found := strings.CutPrefix(v, name+"="); found {
+			values = append(values, value)
+		}
+	}
+	return values
+}
+
+// A plugin takes a free port of the given ones, or says that none is free.
+func TestPorts(t *testing.T) {
+	t.Parallel()
+	taken, err := listenTCP("", "")
+	check(t, err)
+	defer taken.Close()
+	port := taken.Addr().(*net.TCPAddr).Port
+	for _, ports := range [][2]int{{0, 9000}, {port, min(port+50, 65535)}} {
+		l, err := listenTCP(strconv.Itoa(ports[0]), strconv.Itoa(ports[1]))
+		check(t, err)
+		defer l.Close()
+		if addr := l.Addr().(*net.TCPAddr); !addr.IP.IsLoopback() || addr.Port <= ports[0] || addr.Port > ports[1] {
+			t.Errorf("with the ports %v, it listens at %v", ports, addr)
+		}
+	}
+	_, err = listenTCP(strconv.Itoa(port), strconv.Itoa(port))
+	errorSays(t, err, strconv.Itoa(port))
+}
+
+// A plugin's stdin is that of its command, or the host's.
+func TestStdin(t *testing.T) {
+	r, w, err := os.Pipe()
+	check(t, err)
+	defer r.Close()
+	defer w.Close()
+	defer func(stdin *os.File) { os.Stdin = stdin }(os.Stdin)
+	os.Stdin = r
+	_, err = w.WriteString("the host's")
+	check(t, err)
+	for want, stdin := range map[string]io.Reader{"the host's": nil, "the command's": strings.NewReader("the command's")} {
+		cfg := newLab(t).config("plugin")
+		cfg.Cmd.Stdin = stdin
+		_, p := start(t, cfg)
+		if got := mustCall[string](t, dispense(t, p).Client, "Stdin", len(want)); got != want {
+			t.Errorf("it read %q and not %q", got, want)
+		}
+	}
+}
+
+// A host and its plugin print nothing by themselves.
+func TestQuiet(t *testing.T) {
+	t.Parallel()
+	host := newLab(t).start("host quiet idle kill", childEnv+"=plugin")
+	receive(t, "the host's end", host.ended)
+	if text := host.output.String(); text != "" || !host.ProcessState.Success() {
+		t.Errorf("the host ended with %v, and printed: %s", host.ProcessState, text)
+	}
+}
+
+// ---- Kill ----
+
+// stop stops a process, where that is possible.
+var stop func(t testing.TB, pid int)
+
+// Kill may be called at any time, by several callers, and has a bound. What it
+// interrupts says so.
+func TestKill(t *testing.T) {
+	t.Parallel()
+	noted := func(name string) func(*Client, *lab) bool {
+		return func(_ *Client, l *lab) bool { return l.noted(name) }
+	}
+	stopped := func(busy bool) func(*Client, *lab) bool {
+		return func(c *Client, l *lab) bool {
+			p, err := c.Client()
+			check(t, err)
+			test := dispense(t, p)
+			pid, _ := strconv.Atoi(c.ID())
+			if busy {
+				test.block(t, 4)
+			}
+			stop(t, pid)
+			if busy { // so that its stream is full
+				go test.Call("Plugin.Echo", string(noise(8<<20, 1)), new(string)) // ends with Kill
+			}
+			return true
+		}
+	}
+	for name, test := range map[string]struct {
+		mode       string
+		tls        bool
+		at         func(*Client, *lab) bool // Kill is called when it returns true; nil for before Start
+		interrupts bool
+	}{
+		"before Start":     {"plugin", false, nil, true},
+		"starting":         {"wait", false, noted("plugin"), true},
+		"TLS":              {"deaf", true, noted("connected"), true},
+		"dispensing":       {"deaf", false, noted("connected"), true},
+		"at any moment":    {"plugin", false, func(c *Client, _ *lab) bool { return c.ID() != "" }, false},
+		"started":          {"plugin", false, func(c *Client, _ *lab) bool { return c.NegotiatedVersion() != 0 }, false},
+		"stubborn":         {"plugin endless", false, func(c *Client, _ *lab) bool { return connect(c) == nil }, false},
+		"stopped":          {"plugin", false, stopped(false), false},
+		"stopped and busy": {"plugin", false, stopped(true), false},
+	} {
+		if stop == nil && strings.HasPrefix(name, "stopped") {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			cfg := l.config(test.mode)
+			cfg.KillTimeout = 500 * time.Millisecond
+			if test.tls {
+				cfg.TLSConfig = &tls.Config{InsecureSkipVerify: true}
+			}
+			c := NewClient(cfg)
+			connecting := func() error { return connect(c) }
+			var connected <-chan error
+			if test.at != nil {
+				connected = async(connecting)
+				await(t, name, func() bool { return test.at(c, l) })
+			}
+			callers(t, 4, func(int) {
+				within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
+				if !ended(c.Done()) || !c.Exited() || c.Err() != nil {
+					t.Errorf("Kill has returned: %v, %v", c.Exited(), c.Err())
+				}
+			})
+			if test.at == nil {
+				connected = async(connecting)
+			}
+			if err := receive(t, "Dispense", connected); test.interrupts {
+				errorSays(t, err, "Kill")
+			}
+			if p, err := c.Client(); err == nil || p != nil {
+				t.Error("Client returned a connection after Kill")
+			}
+			if test.at == nil && (l.noted("plugin") || c.ID() != "") {
+				t.Error("it was started all the same")
+			}
+		})
+	}
+}
+
+// Kill ends calls in flight and lets main finish. What the plugin wrote has been
+// delivered by then.
+func TestKillIsGentle(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	cfg := l.config("plugin cry", sayEnv+"=last words")
+	var stdout, stderr, raw syncBuffer
+	cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = &stdout, &stderr, &raw
+	c, p := start(t, cfg)
+	test := dispense(t, p)
+	errs := test.block(t, 4)
+	text := strings.Repeat(strings.Repeat("x", 99)+"\n", 10_000)
+	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: text, Stderr: text, Raw: text})
+	c.Kill()
+	if got := raw.String(); stdout.String() != text || stderr.String() != text || !strings.HasPrefix(got, text) || !strings.HasSuffix(got, "last words\n") {
+		t.Errorf("of %d bytes arrived %d, %d and %d", len(text), len(stdout.String()), len(stderr.String()), len(got))
+	}
+	if !l.noted("plugin finished") || !cfg.Cmd.ProcessState.Success() || c.Err() != nil {
+		t.Errorf("main has not finished: %v, %v", cfg.Cmd.ProcessState, c.Err())
+	}
+	for range cap(errs) {
+		if err := receive(t, "a call", errs); !errors.Is(err, rpc.ErrShutdown) {
+			t.Errorf("a call in flight returned %v", err)
+		}
+	}
+	within(t, "a second Kill", 0, c.Kill)
+}
+
+// A plugin that does not exit is killed after KillTimeout, by default two
+// seconds. One that was reattached to is killed if its socket tells whose it is.
+func TestKillReattached(t *testing.T) {
+	t.Parallel()
+	first, _ := start(t, newLab(t).config("plugin endless"))
+	c, _ := start(t, attachTo(first.ReattachConfig()))
+	began := time.Now()
+	within(t, "Kill", 4*time.Second, c.Kill)
+	if took := time.Since(began); took < 1900*time.Millisecond || !c.Exited() || c.Err() != nil {
+		t.Errorf("it was killed after %v: %v, %v", took, c.Exited(), c.Err())
+	}
+	if runtime.GOOS == "windows" {
+		if first.Exited() {
+			t.Error("a process is killed that may not be the plugin")
+		}
+		return
+	}
+	receive(t, "the plugin's end", first.Done())
+	errorSays(t, first.Err(), "killed")
+}
+
+// CleanupClients kills all managed clients, at once, and no other.
+func TestCleanupClients(t *testing.T) {
+	l := newLab(t)
+	_, other := start(t, l.config("plugin"))
+	cfg := l.config("plugin")
+	cfg.Managed = true
+	clients := []*Client{NewClient(cfg)} // never started
+	for range 2 {
+		c, _ := start(t, cfg)
+		clients = append(clients, c)
+	}
+	clients[1].Kill()
+	silent := l.silent("s")
+	for range 10 { // which take a second each
+		cfg := attachTo(newTestRunner(t, true).config(silent))
+		cfg.Managed, cfg.KillTimeout = true, 100*time.Millisecond
+		c := NewClient(cfg)
+		clients = append(clients, c)
+		_, err := c.Client()
+		check(t, err)
+	}
+	within(t, "CleanupClients", 2*time.Second, CleanupClients)
+	for i, c := range clients {
+		if !c.Exited() || c.Err() != nil {
+			t.Errorf("client %d: %v, %v", i, c.Exited(), c.Err())
+		}
+	}
+	answers(t, other)
+}
+
+// ---- The end ----
+
+// An end that nobody asked for is logged once, with the plugin's name, its pid
+// and what is known of the cause. An end that was asked for is not logged, nor
+// is a start that failed. A line before the handshake is a warning.
+func TestEndIsLogged(t *testing.T) {
+	t.Parallel()
+	do := func(how string) func(*Client, ClientProtocol) {
+		return func(_ *Client, p ClientProtocol) { _ = dispense(t, p).Call("Plugin.Do", how, new(string)) }
+	}
+	for name, test := range map[string]struct {
+		end   func(*Client, ClientProtocol) // nil for a start that fails
+		level hclog.Level                   // NoLevel for none above Debug
+		word  string
+	}{
+		"panic":  {do("panic"), hclog.Error, "panic: boom"},
+		"exit3":  {do("exit3"), hclog.Error, "exit status 3"},
+		"killed": {do("killed"), hclog.Error, map[bool]string{true: "exit status 1", false: "killed"}[runtime.GOOS == "windows"]},
+		"exit0":  {do("exit0"), hclog.Info, "exit status 0"},
+		"Kill":   {func(c *Client, _ ClientProtocol) { c.Kill() }, hclog.NoLevel, ""},
+		"Close":  {func(_ *Client, p ClientProtocol) { _ = p.Close() }, hclog.NoLevel, ""},
+		"start":  {nil, hclog.NoLevel, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			logger, log := recorder()
+			mode := "say plugin"
+			if test.end == nil {
+				mode = "say exit3"
+			}
+			cfg := newLab(t).config(mode, sayEnv+"=a banner | of a library\n")
+			cfg.Logger = logger
+			c := NewClient(cfg)
+			t.Cleanup(c.Kill)
+			if p, err := c.Client(); err == nil {
+				test.end(c, p)
+			}
+			receive(t, "Done", c.Done())
+			c.Kill()
+			records := slices.DeleteFunc(log.find(""), func(r logRecord) bool {
+				trace := name == "panic" && len(r.args) == 0 // which is logged, too
+				return r.level <= hclog.Debug || trace
+			})
+			if len(records) == 0 || records[0].level != hclog.Warn || !strings.Contains(fmt.Sprint(records[0]), "a banner") {
+				t.Fatalf("the banner is not logged: %+v", records)
+			}
+			if ends := records[1:]; test.level == hclog.NoLevel && len(ends) == 0 {
+				return
+			} else if len(ends) != 1 || ends[0].level != test.level {
+				t.Fatalf("logged: %+v", ends)
+			}
+			for _, word := range []string{test.word, pluginName(cfg.Cmd.Path), c.ID()} {
+				if text := fmt.Sprintln(records[1].args...); !strings.Contains(text, word) {
+					t.Errorf("%q is not in the record %s", word, text)
+				}
+			}
+		})
+	}
+}
+
+// After a crash, Exited is true by the time that any failed call has returned,
+// also one that began after the connection broke.
+func TestExitedAfterCrash(t *testing.T) {
+	t.Parallel()
+	for range 3 {
+		cfg := newLab(t).config("plugin")
+		c, p := start(t, cfg)
+		test := dispense(t, p)
+		calls := []func() error{
+			func() error { return test.Call("Plugin.Echo", "x", new(string)) },
+			func() error { return Call(context.Background(), test.Client, "Plugin.Echo", "x", new(string)) },
+			func() error { _, err := p.Dispense("test"); return err },
+			func() error { return p.Ping() },
+		}
+		crash := time.AfterFunc(20*time.Millisecond, func() { _ = cfg.Cmd.Process.Kill() })
+		defer crash.Stop()
+		callers(t, 20, func(i int) {
+			for failed := 0; failed < 5; time.Sleep(time.Duration(i) * 100 * time.Microsecond) {
+				if err := calls[i%len(calls)](); err != nil {
+					failed++
+					if !c.Exited() {
+						t.Errorf("call %d has returned %v, and Exited is false", i%len(calls), err)
+					}
+				}
+			}
+		})
+	}
+}
+
+// ---- Test mode ----
+
+// In test mode Kill and CleanupClients do nothing. Close ends the serving.
+func TestTestModeHost(t *testing.T) {
+	leavesNothing(t)
+	dir := newLab(t).tmp
+	t.Setenv(EnvUnixSocketDir, dir)
+	configs, closed := make(chan *ReattachConfig), make(chan struct{})
+	go Serve(&ServeConfig{ // ends with Close
+		HandshakeConfig: testHandshake, Plugins: testPlugins(newTestState()), Logger: hclog.NewNullLogger(),
+		Test: &ServeTestConfig{ReattachConfigCh: configs, CloseCh: closed},
+	})
+	rc := receive(t, "a ReattachConfig", configs)
+	if runtime.GOOS != "windows" && filepath.Dir(rc.Addr.String()) != dir {
+		t.Errorf("the socket is at %v and not in %s", rc.Addr, dir)
+	}
+	rc.ReattachFunc = func() (AttachedRunner, error) {
+		t.Error("ReattachFunc was called")
+		return nil, ErrProcessNotFound
+	}
+	cfg := attachTo(rc)
+	cfg.Managed = true
+	c := NewClient(cfg)
+	var p ClientProtocol
+	for range 2 {
+		c.Kill()
+		CleanupClients()
+		again, err := c.Client()
+		check(t, err)
+		if p != nil && again != p {
+			t.Error("Client returned another connection")
+		}
+		p = again
+		answers(t, p)
+	}
+	check(t, p.Close())
+	receive(t, "the end of Serve", closed)
+	if c.Exited() || ended(c.Done()) || c.Err() != nil || c.ID() != "" {
+		t.Error("it is watched:", c.Exited(), c.Err(), c.ID())
+	}
+}
+
+// ---- TLS ----
+
+// testTLS gives the host a configuration that goes with the step "tls".
+func testTLS(t testing.TB, cfg *ClientConfig) {
+	t.Helper()
+	cert, err := newCertificate()
+	check(t, err)
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+	check(t, err)
+	pool := x509.NewCertPool()
+	for name, block := range map[string]*pem.Block{"cert": {Type: "CERTIFICATE", Bytes: cert.Certificate[0]}, "key": {Type: "PRIVATE KEY", Bytes: key}} {
+		text := pem.EncodeToMemory(block)
+		pool.AppendCertsFromPEM(text)
+		check(t, os.WriteFile(filepath.Join(values(cfg.Cmd.Env, notesEnv)[0], name), text, 0o600))
+	}
+	cfg.TLSConfig = &tls.Config{RootCAs: pool, ServerName: "localhost"}
+}
+
+// The configurations of both sides are used. Where they do not fit, an error
+// says so.
+func TestTLS(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		mode string
+		edit func(*ClientConfig)
+		word string // in the error; "" for none
+	}{
+		"both":                {"tls", func(*ClientConfig) {}, ""},
+		"another certificate": {"tls", func(c *ClientConfig) { c.TLSConfig.RootCAs = x509.NewCertPool() }, "certificate"},
+		"host only":           {"plugin", func(*ClientConfig) {}, "TLS"},
+		"plugin only":         {"tls", func(c *ClientConfig) { c.TLSConfig = nil }, "TLS"},
+		"imposter":            {"imposter", func(c *ClientConfig) { c.AutoMTLS = true }, "certificate"},
+		"deaf":                {"deaf", func(c *ClientConfig) { c.StartTimeout = 2 * time.Second }, "deadline"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cfg := newLab(t).config(test.mode)
+			testTLS(t, cfg)
+			test.edit(cfg)
+			c := NewClient(cfg)
+			defer c.Kill()
+			err := receive(t, "a connection", async(func() error { return connect(c) }))
+			if test.word == "" {
+				check(t, err)
+				return
+			}
+			errorSays(t, err, test.word)
+			if c.Exited() {
+				t.Error("the plugin was taken for dead:", c.Err())
+			}
+		})
+	}
+}
+
+// Under AutoMTLS only the host that started the plugin can call it, with a
+// certificate made for that start.
+func TestAutoMTLS(t *testing.T) {
+	t.Parallel()
+	cert, err := newCertificate()
+	check(t, err)
+	seen := map[string]bool{}
+	for range 2 {
+		cfg := newLab(t).config("plugin")
+		cfg.AutoMTLS, cfg.TLSConfig = true, &tls.Config{} // which is ignored
+		c, p := start(t, cfg)
+		addr, err := c.Start()
+		check(t, err)
+		for name, secure := range map[string]*tls.Config{
+			"no TLS":              nil,
+			"no certificate":      {InsecureSkipVerify: true},
+			"another certificate": {InsecureSkipVerify: true, Certificates: []tls.Certificate{cert}},
+		} {
+			conn, err := net.Dial(addr.Network(), addr.String())
+			check(t, err)
+			if secure != nil {
+				conn = tls.Client(conn, secure)
+			}
+			stranger, err := NewRPCClient(conn, testPlugins(nil))
+			if err == nil {
+				_, err = stranger.Dispense("test")
+				_ = stranger.Close()
+			}
+			if err == nil {
+				t.Errorf("a stranger with %s is served", name)
+			}
+		}
+		self := mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{})
+		sent := values(self.Began, envClientCert)
+		if len(sent) != 1 || seen[sent[0]] {
+			t.Errorf("the certificate is not a new one: %q", sent)
+		}
+		seen[sent[0]] = true
+	}
+}

@@ -1,0 +1,545 @@
+package plugin
+
+import (
+	"bytes"
+	"context"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/rpc"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// ---- Values ----
+
+// Pair has no interface, and its fields are those of no other type here.
+type Pair struct {
+	Name   string
+	Number int
+}
+
+// Holder is a different type for each T.
+type Holder[T any] struct{ V T }
+
+// Tree is recursive.
+type Tree struct {
+	Left, Right *Tree
+	Leaf        any
+}
+
+// Moody encodes itself. It is encoded and decoded twice when a method returns
+// its argument, and fails or panics at one of these steps.
+type Moody struct {
+	Fails  int // the step, from 1; 0 for none
+	Panics bool
+	Text   string
+	step   int // the last
+}
+
+func (m *Moody) next() error {
+	m.step++
+	switch {
+	case m.step != m.Fails:
+		return nil
+	case m.Panics:
+		panic("moody panic")
+	}
+	return errors.New("moody error")
+}
+
+func (m Moody) GobEncode() ([]byte, error) {
+	if err := m.next(); err != nil {
+		return nil, err
+	}
+	return fmt.Appendf(nil, "%d %t %q %d", m.Fails, m.Panics, m.Text, m.step), nil
+}
+
+func (m *Moody) GobDecode(b []byte) error {
+	if _, err := fmt.Sscanf(string(b), "%d %t %q %d", &m.Fails, &m.Panics, &m.Text, &m.step); err != nil {
+		return err
+	}
+	return m.next()
+}
+
+// Ring encodes itself, through a pointer, and holds itself.
+type Ring struct {
+	Self *Ring
+	V    any
+	Name string
+}
+
+func newRing(name string) *Ring {
+	r := &Ring{Name: name}
+	r.Self, r.V = r, r
+	return r
+}
+
+func (r *Ring) GobEncode() ([]byte, error) { return []byte(r.Name), nil }
+func (r *Ring) GobDecode(b []byte) error {
+	*r = *newRing(strings.TrimRight(string(b), " "))
+	return nil
+}
+
+// Padded encodes itself in another length each time.
+type Padded struct{ Text string }
+
+var padding atomic.Int32
+
+func (p Padded) GobEncode() ([]byte, error) {
+	return []byte(p.Text + strings.Repeat(" ", int(padding.Add(7)%16))), nil
+}
+func (p *Padded) GobDecode(b []byte) error { p.Text = strings.TrimRight(string(b), " "); return nil }
+
+// notRegistered cannot be encoded in an interface.
+type notRegistered struct{ N int }
+
+// registeredValues are values of all types that can be in an interface.
+var registeredValues = []any{
+	Pair{"x", 1}, Tree{Leaf: 1}, Moody{Text: "x"}, newRing("x"), Padded{"x"}, map[string]any{}, [2]any{1, 2}, time.Unix(1, 0).UTC(),
+	Holder[int]{1}, Holder[string]{"x"}, Holder[any]{1}, Holder[[]Pair]{}, Holder[map[int]any]{}, Holder[*Tree]{}, Holder[Holder[any]]{},
+}
+
+// allTypes has them in an interface in an interface.
+var allTypes = Box{[]any{Box{registeredValues}}}
+
+func init() {
+	for _, v := range registeredValues {
+		gob.Register(v)
+	}
+}
+
+// source makes random values.
+type source struct {
+	*rand.Rand
+	*model
+	nils bool // with interfaces that are nil
+	bad  bool // with values that cannot be encoded, or fail later
+}
+
+func (s source) text() string { return fmt.Sprintf("%x", s.Int64N(1<<s.IntN(60))) }
+
+func (s source) moody() Moody {
+	m := Moody{Text: s.text()}
+	if s.bad && s.IntN(2) == 0 {
+		m.Fails, m.Panics = []int{1, 2, 3, 3, 3, 4}[s.IntN(6)], s.IntN(2) == 0
+	}
+	return m
+}
+
+func (s source) tree(depth int) *Tree {
+	t := &Tree{Leaf: s.any(depth - 1)}
+	if depth > 0 && s.IntN(2) == 0 {
+		t.Left, t.Right = s.tree(depth-1), s.tree(depth-2)
+	}
+	return t
+}
+
+func (s source) list(depth int) []any {
+	list := make([]any, s.IntN(4))
+	for i := range list {
+		list[i] = s.any(depth - 1)
+	}
+	return list
+}
+
+func (s source) mapped(depth int) map[string]any {
+	m := make(map[string]any)
+	for _, v := range s.list(depth) {
+		m[s.text()] = v
+	}
+	return m
+}
+
+// any returns a value for an interface.
+func (s source) any(depth int) any {
+	values := []any{
+		s.IntN(1000), s.text(), Pair{s.text(), s.IntN(5)}, Holder[int]{s.IntN(3)}, Holder[string]{s.text()},
+		Holder[[]Pair]{make([]Pair, s.IntN(3))}, s.moody(), Padded{s.text()}, newRing(s.text()), time.Unix(s.Int64N(1e9), 0).UTC(),
+	}
+	if depth > 0 && s.IntN(2) == 0 {
+		v := s.any(depth - 1)
+		values = []any{
+			Holder[any]{v}, Holder[map[int]any]{map[int]any{s.IntN(9): v}}, Holder[Holder[any]]{Holder[any]{v}}, Box{v},
+			[2]any{v, s.any(depth - 1)}, Holder[*Tree]{s.tree(depth - 1)}, s.list(depth), s.mapped(depth),
+		}
+	}
+	if s.nils {
+		values = append(values, nil)
+	}
+	if s.bad {
+		values = append(values, make(chan int), func() {}, notRegistered{1}, (*Pair)(nil), Ring{})
+	}
+	return values[s.IntN(len(values))]
+}
+
+// ---- A model of calls ----
+
+// mirror returns what it is given. Each method has an argument of another form.
+type mirror struct{ *testServer }
+
+func mirrored[T any](in T, out *T) error {
+	*out = in
+	return nil
+}
+
+func (mirror) Any(in any, out *any) error                       { return mirrored(in, out) }
+func (mirror) Pair(in Pair, out *Pair) error                    { return mirrored(in, out) }
+func (mirror) Tree(in *Tree, out *Tree) error                   { return mirrored(*in, out) }
+func (mirror) Ring(in *Ring, out *Ring) error                   { return mirrored(*in, out) }
+func (mirror) Moody(in Moody, out *Moody) error                 { return mirrored(in, out) }
+func (mirror) Padded(in Padded, out *Padded) error              { return mirrored(in, out) }
+func (mirror) List(in []any, out *[]any) error                  { return mirrored(in, out) }
+func (mirror) Map(in map[string]any, out *map[string]any) error { return mirrored(in, out) }
+func (mirror) Wide(in Holder[int64], out *Holder[int64]) error  { return mirrored(in, out) }
+func (mirror) Narrow(in Holder[int8], out *Holder[int8]) error  { return mirrored(in, out) }
+func (mirror) Trim(in Trimmed, out *Trimmed) error              { return mirrored(in, out) }
+
+// Trimmed lacks fields of Tree that hold interfaces.
+type Trimmed struct{ Right *Trimmed }
+
+// forms are the methods of mirror, and what makes arguments that fit.
+var forms = map[string]func(s source) any{
+	"Any":    func(s source) any { v := s.any(3); return &v },
+	"Box":    func(s source) any { return Box{s.any(3)} },
+	"Pair":   func(s source) any { return Pair{s.text(), s.IntN(3)} },
+	"Tree":   func(s source) any { return s.tree(3) },
+	"Ring":   func(s source) any { return newRing(s.text()) },
+	"Moody":  func(s source) any { return s.moody() },
+	"Padded": func(s source) any { return Padded{s.text()} },
+	"List":   func(s source) any { return s.list(3) },
+	"Map":    func(s source) any { return s.mapped(3) },
+	"Wide":   func(s source) any { return Holder[int]{s.IntN(3000)} },
+	"Narrow": func(s source) any { return Holder[int]{s.IntN(300)} },
+	"Trim": func(s source) any {
+		s.nils = false
+		return s.tree(3)
+	},
+}
+
+// parameters returns pointers to a method's argument and reply.
+func parameters(method string) (arg, reply any) {
+	m, _ := reflect.TypeFor[mirror]().MethodByName(method)
+	return reflect.New(m.Type.In(1)).Interface(), reflect.New(m.Type.In(2).Elem()).Interface()
+}
+
+// The steps of a call of mirror. One that fails is an error of that call alone.
+const (
+	encodeArgument = 1 + iota
+	decodeArgument
+	encodeReply
+	decodeReply
+)
+
+// model is one gob stream.
+type model struct {
+	enc *gob.Encoder
+	dec *gob.Decoder
+}
+
+// newModel returns a stream on which all types are defined. Where a value is
+// skipped or fails, gob alone loses the definitions inside it.
+func newModel(t testing.TB) *model {
+	var sent bytes.Buffer
+	m := &model{gob.NewEncoder(&sent), gob.NewDecoder(&sent)}
+	if failed, _ := m.call("Box", allTypes, new(Box)); failed != 0 {
+		t.Fatal("gob alone fails at step", failed)
+	}
+	return m
+}
+
+// call is what gob alone makes of a call. It sets reply, and returns the step
+// that fails, or 0.
+func (m *model) call(method string, arg, reply any) (failed int, panics bool) {
+	in, out := parameters(method)
+	for i, step := range []func() error{
+		func() error { return m.enc.Encode(arg) },
+		func() error { return m.dec.Decode(in) },
+		func() error {
+			reflect.ValueOf(out).Elem().Set(reflect.Indirect(reflect.ValueOf(in).Elem()))
+			return m.enc.Encode(out)
+		},
+		func() error { return m.dec.Decode(reply) },
+	} {
+		err := func() (err error) {
+			defer recoverTo(&err)
+			return step()
+		}()
+		if err != nil {
+			return i + 1, strings.HasPrefix(err.Error(), "panic")
+		}
+	}
+	return 0, false
+}
+
+// call makes a random call and compares it with the model. host and plugin say
+// which ends are this package's.
+func (s source) call(t testing.TB, c *rpc.Client, host, plugin bool) {
+	names := slices.Sorted(maps.Keys(forms))
+	other := func(name string, one int) string {
+		if s.IntN(one) == 0 {
+			return names[s.IntN(len(names))]
+		}
+		return name
+	}
+	method := names[s.IntN(len(names))]
+	from, into := other(method, 4), other(method, 8)
+	missing, dropped := s.IntN(20) == 0, s.IntN(20) == 0
+	// gob does not find the end of a nil interface that it skips.
+	s.nils = from == method && into == method && (plugin || !missing) && (host || !dropped)
+	s.bad = s.IntN(2) == 0
+
+	arg := forms[from](s)
+	_, reply := parameters(into)
+	_, want := parameters(into)
+	failed, panics := s.model.call(method, arg, want)
+	if missing && failed != encodeArgument {
+		method, failed, panics = "Nowhere", decodeArgument, false
+	}
+	if dropped && failed == decodeReply {
+		failed = 0 // the reply is skipped
+	}
+	ours := map[int]bool{encodeArgument: host, decodeArgument: plugin, encodeReply: plugin, decodeReply: host}
+	if failed != 0 && !ours[failed] && (failed != decodeArgument || panics) {
+		return // ends a net/rpc connection, or the process
+	}
+
+	if dropped {
+		reply = nil
+	}
+	method = "Plugin." + method
+	how := s.IntN(4)
+	var err error
+	switch {
+	case how == 0 && failed != decodeReply: // would end the client
+		err = c.Call(method, arg, reply)
+	case how == 1:
+		err = Call(context.Background(), c, method, arg, reply)
+	default:
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		if how == 2 {
+			go cancel()
+		}
+		err = Call(ctx, c, method, arg, reply)
+		if errors.Is(err, context.Canceled) {
+			err, failed = nil, 0
+			_, want = parameters(into)
+		}
+	}
+	var remote rpc.ServerError
+	switch isRemote := errors.As(err, &remote); {
+	case failed == 0 && err != nil, failed != 0 && err == nil:
+		t.Errorf("%s of %+v returned %v; gob alone fails at step %d", method, arg, err, failed)
+	case failed == 0 && !dropped && !reflect.DeepEqual(reply, want):
+		t.Errorf("%s of %+v replied %+v and not %+v", method, arg, reply, want)
+	case failed != 0 && isRemote != (failed == decodeArgument || failed == encodeReply):
+		t.Errorf("%s of %+v returned %T: %v", method, arg, err, err)
+	case ours[failed]:
+		errorSays(t, err, method)
+	}
+}
+
+// exchange sends values of all types to and fro.
+func exchange(t testing.TB, c *rpc.Client) {
+	t.Helper()
+	var want Box
+	newModel(t).call("Box", allTypes, &want)
+	if got := mustCall[Box](t, c, "Box", allTypes); !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v came back as %+v", want, got)
+	}
+}
+
+// Many callers send random values in random order over one connection. Each
+// call returns what gob alone makes of it, or an error of its own.
+func TestRandomCalls(t *testing.T) {
+	for _, wire := range wires {
+		t.Run(wire.name, func(t *testing.T) {
+			t.Parallel()
+			for range 10 {
+				c, seed := wire.connect(t, mirror{newTestServer()}), rand.Uint64()
+				if !wire.host || !wire.plugin {
+					// net/rpc sends the definitions of some types inside values
+					// that use them, and they are lost with the value.
+					exchange(t, c)
+				}
+				callers(t, 8, func(i int) {
+					s := source{Rand: rand.New(rand.NewPCG(seed, uint64(i))), model: newModel(t)}
+					for range 25 {
+						s.call(t, c, wire.host, wire.plugin)
+					}
+				})
+				exchange(t, c)
+				if t.Failed() {
+					t.Fatal("the seed was", seed)
+				}
+			}
+		})
+	}
+}
+
+// The error of a value that cannot be encoded, or does not fit, names its type.
+func TestBadValues(t *testing.T) {
+	inMap, inList, inTree := map[string]any{}, []any{nil}, &Tree{}
+	inMap["self"], inList[0], inTree.Leaf = inMap, inList, inTree
+	for _, test := range []struct {
+		method     string
+		arg, reply any
+		words      []string
+	}{
+		{"Box", Box{inMap}, new(Box), []string{"Box", "itself"}},
+		{"Box", Box{inList}, new(Box), []string{"Box", "itself"}},
+		{"Box", inTree, new(Box), []string{"Tree", "itself"}},
+		{"Box", Box{notRegistered{1}}, new(Box), []string{"Box", "notRegistered", "gob.Register"}},
+		{"Box", Box{make(chan int)}, new(Box), []string{"Box", "chan int"}},
+		{"Box", nil, new(Box), []string{"nil"}},
+		{"Box", (*Box)(nil), new(Box), []string{"Box", "nil"}},
+		{"Pair", "text", new(Pair), []string{"Pair"}},
+		{"Bad", "", new(Box), []string{"Box", "chan int"}},
+		{"Echo", "text", new(Pair), []string{"Pair"}},
+	} {
+		c := wires[0].connect(t, mirror{newTestServer()})
+		err := Call(boundedContext(t), c, "Plugin."+test.method, test.arg, test.reply)
+		errorSays(t, err, append(test.words, "Plugin."+test.method)...)
+		exchange(t, c)
+	}
+}
+
+// ---- Sizes and streams that are not gob ----
+
+// Above 16 MiB gob writes a size with one byte more, and above 10 MiB it reads
+// in pieces.
+func TestLargeCall(t *testing.T) {
+	t.Parallel()
+	_, test, _ := local(t)
+	in, out := Box{noise(17<<20, 0)}, Box{}
+	check(t, Call(context.Background(), test.Client, "Plugin.Box", in, &out))
+	if !reflect.DeepEqual(in, out) {
+		t.Error("it came back changed")
+	}
+	echo(t, test.Client)
+}
+
+// A server whose replies are not read reads no more requests after a while.
+func TestStuckCaller(t *testing.T) {
+	t.Parallel()
+	const calls = 60
+	_, _, st := rawHost(t, newTestServer())
+	large := string(noise(256<<10, 0))
+	sent := async(func() error {
+		enc := gob.NewEncoder(st)
+		for i := range calls {
+			if err := errors.Join(enc.Encode(rpc.Request{ServiceMethod: "Plugin.Echo", Seq: uint64(i)}), enc.Encode(large)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if poll(300*time.Millisecond, func() bool { return len(sent) > 0 }) {
+		t.Error("the server has read everything")
+	}
+	dec := gob.NewDecoder(st)
+	_ = st.SetReadDeadline(time.Now().Add(hangs))
+	for range calls {
+		var got string
+		check(t, errors.Join(dec.Decode(new(rpc.Response)), dec.Decode(&got)))
+		if got != large {
+			t.Fatal("a reply is wrong")
+		}
+	}
+	check(t, receive(t, "the last request", sent))
+}
+
+// notGob are beginnings of a stream that claim more than comes, or are no gob.
+var notGob = [][]byte{
+	{0xfc, 0x40, 0, 0, 1, 0xff},
+	{0xf8, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
+	{0x80, 1, 2, 3},
+	{0},
+	{0xfc, 0x40, 0, 0, 0, 1, 2, 3},
+	{0xfc, 0x40},
+	{0x03, 0x01, 0x02, 0x03},
+	[]byte("HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n\r\n400 Bad Request: go away\n"),
+}
+
+// A plugin that sends no gob ends the stream of its client, at no cost of
+// memory, and nothing else.
+func TestNotGob(t *testing.T) {
+	for _, sent := range notGob {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		raw, test, st := rawPlugin(t)
+		call := test.Go("Plugin.Echo", "", new(string), nil)
+		_, err1 := st.Read(make([]byte, 1))
+		_, err2 := st.Write(sent)
+		check(t, errors.Join(err1, err2, st.Close()))
+		if receive(t, "the call", call.Done); call.Error == nil {
+			t.Errorf("%x is taken for a reply", sent)
+		}
+		_, err := raw.Ping()
+		check(t, err)
+		runtime.ReadMemStats(&after)
+		if used := after.TotalAlloc - before.TotalAlloc; used > 64<<20 {
+			t.Errorf("%x: %d bytes were allocated", sent, used)
+		}
+	}
+}
+
+// ---- Values that get stuck ----
+
+// Stuck waits while it is encoded or decoded, if its function is set.
+type Stuck struct{ wait func() }
+
+func (s Stuck) GobEncode() ([]byte, error) {
+	if s.wait != nil {
+		s.wait()
+	}
+	return []byte("x"), nil
+}
+
+func (s *Stuck) GobDecode([]byte) error {
+	_, err := s.GobEncode()
+	return err
+}
+
+// sticky replies with a Stuck.
+type sticky struct{}
+
+func (sticky) Get(string, *Stuck) error { return nil }
+
+func init() {
+	modes["sticky"] = func() {
+		servePlugin(func(c *ServeConfig) { c.Plugins = PluginSet{"test": serves(sticky{})} })
+	}
+}
+
+// Kill does not wait for the host's own GobEncode or GobDecode.
+func TestKillStuckGob(t *testing.T) {
+	for _, decode := range []bool{false, true} {
+		leavesNothing(t)
+		c, p := start(t, config("sticky"))
+		test := dispense(t, p)
+		inside, release := make(chan bool), make(chan bool)
+		stuck := Stuck{func() { inside <- true; <-release }}
+		call := async(func() error {
+			if decode {
+				return test.Call("Plugin.Get", "", &stuck)
+			}
+			return test.Call("Plugin.Get", stuck, new(Stuck))
+		})
+		receive(t, "the encoding or decoding", inside)
+		within(t, "Kill", hangs, c.Kill)
+		if !c.Exited() {
+			t.Error("the plugin lives on")
+		}
+		close(release)
+		receive(t, "the call", call)
+	}
+}

@@ -1,0 +1,829 @@
+package plugin
+
+import (
+	"bytes"
+	"context"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/rpc"
+	"reflect"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// ---- An interface, its implementation and its client ----
+
+// Kit has methods of all forms. A generic interface and one of package io are
+// embedded.
+type Kit interface {
+	io.Closer
+	Echoer[any]
+	Point(*Point) (*Point, error)
+	Add(a, b int) (int, error)
+	Greet(ctx context.Context, name string) (string, error)
+	Several(p *Point, n *int, m map[string]int, s []int) (string, error)
+	Fail(how string) (string, error)
+
+	Copy(ctx context.Context, in io.Reader, out io.Writer, limit int64) (int64, error)
+	Ignore(out io.Writer, text string, times int) error
+	Call(f func(context.Context, int) (string, error), n int) (string, error)
+	Nest(f Nested) (string, error)
+	Which(r io.Reader, w io.Writer, f func() error) (string, error)
+
+	Open(ctx context.Context, how string) (io.ReadCloser, error)
+	Create(ctx context.Context, how string) (io.WriteCloser, error)
+	Await(ctx context.Context, event string) error
+}
+
+type Echoer[T any] interface{ Echo(T) (T, error) }
+
+type Point struct{ X, Y int }
+
+// Nested is a function of functions and streams.
+type Nested func(ctx context.Context, in io.Reader, back func(text string) (io.ReadCloser, error)) (io.WriteCloser, error)
+
+// kit implements Kit. Its events tell a test what has happened in the plugin.
+type kit struct {
+	events sync.Map // string to chan struct{}
+
+	// The last arguments of Which.
+	r io.Reader
+	w io.Writer
+	f func() error
+}
+
+func (k *kit) event(name string) chan struct{} {
+	ch, _ := k.events.LoadOrStore(name, make(chan struct{}, 100))
+	return ch.(chan struct{})
+}
+
+func (k *kit) Await(ctx context.Context, event string) error {
+	select {
+	case <-k.event(event):
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for %s: %w", event, context.Cause(ctx))
+	}
+}
+
+func (k *kit) Close() error          { k.event("closed") <- struct{}{}; return nil }
+func (*kit) Echo(v any) (any, error) { return v, nil }
+func (*kit) Point(p *Point) (*Point, error) {
+	if p.X < 0 {
+		p = nil
+	}
+	return p, nil
+}
+
+func (*kit) Add(a, b int) (int, error) { return a + b, nil }
+func (*kit) Secret() error             { return nil }
+
+func (*kit) Greet(ctx context.Context, name string) (string, error) {
+	return "Hello, " + name, ctx.Err()
+}
+
+func (*kit) Several(p *Point, n *int, m map[string]int, s []int) (string, error) {
+	return fmt.Sprint(p == nil, n == nil, len(m), len(s)), nil
+}
+
+func (*kit) Fail(how string) (string, error) {
+	switch how {
+	case "panic":
+		panic("boom")
+	case "nil":
+		return "", nil
+	}
+	return "not to be seen", fmt.Errorf("failing: %w", testErrors[how])
+}
+
+func (k *kit) Copy(ctx context.Context, in io.Reader, out io.Writer, limit int64) (int64, error) {
+	n, err := io.CopyN(out, in, limit)
+	if err == io.EOF {
+		err = nil
+	}
+	return n, err
+}
+
+// Ignore writes and ignores errors.
+func (*kit) Ignore(out io.Writer, text string, times int) error {
+	for range times {
+		_, _ = io.WriteString(out, text)
+	}
+	return nil
+}
+
+func (*kit) Call(f func(context.Context, int) (string, error), n int) (string, error) {
+	return f(context.Background(), n)
+}
+
+func (*kit) Nest(f Nested) (string, error) {
+	w, err := f(context.Background(), strings.NewReader("from the plugin"), func(text string) (io.ReadCloser, error) {
+		return io.NopCloser(strings.NewReader(text)), nil
+	})
+	if err == nil {
+		_, err = io.WriteString(w, "the end")
+		err = errors.Join(err, w.Close())
+	}
+	return "nested", err
+}
+
+func (k *kit) Which(r io.Reader, w io.Writer, f func() error) (string, error) {
+	k.r, k.w, k.f = r, w, f
+	return fmt.Sprint(r == nil, w == nil, f == nil), nil
+}
+
+// closing is a stream with a Close.
+type closing struct {
+	io.Reader
+	io.Writer
+	close func() error
+}
+
+func (c closing) Close() error { return c.close() }
+
+// stream returns a stream that reports its end, and the end of its context, as
+// events.
+func (k *kit) stream(ctx context.Context, how string) closing {
+	context.AfterFunc(ctx, func() { k.event("context of " + how) <- struct{}{} })
+	reader := io.Reader(strings.NewReader("content"))
+	if how == "endless" {
+		reader = readerFunc(func(p []byte) (int, error) { return len(p), nil })
+	}
+	return closing{reader, writerFunc(func(p []byte) (int, error) {
+		k.event("written " + string(p)) <- struct{}{}
+		return len(p), nil
+	}), func() error {
+		k.event("closed " + how) <- struct{}{}
+		if how == "bad" {
+			return fmt.Errorf("closing: %w", fs.ErrExist)
+		}
+		return nil
+	}}
+}
+
+func (k *kit) Open(ctx context.Context, how string) (io.ReadCloser, error) {
+	switch how {
+	case "nil":
+		return nil, nil
+	case "failing":
+		return k.stream(ctx, how), fs.ErrPermission
+	}
+	return k.stream(ctx, how), nil
+}
+
+func (k *kit) Create(ctx context.Context, how string) (io.WriteCloser, error) {
+	return k.stream(ctx, how), nil
+}
+
+// kitClient is a Kit whose methods tests call with Invoke.
+type kitClient struct {
+	Kit
+	remote *Remote
+}
+
+func kitPlugin(impl Kit) Plugin {
+	return For(impl, func(r *Remote) Kit { return kitClient{remote: r} })
+}
+
+func init() {
+	gob.Register(Point{})
+	modes["kit"] = func() {
+		servePlugin(func(c *ServeConfig) { c.Plugins = PluginSet{"kit": kitPlugin(new(kit)), "none": kitPlugin(nil)} })
+	}
+}
+
+// startKit starts a plugin and returns its Kit.
+func startKit(t testing.TB) (*Client, ClientProtocol, *Remote) {
+	t.Helper()
+	cfg := config("kit")
+	cfg.Plugins = PluginSet{"kit": kitPlugin(nil), "none": kitPlugin(nil)}
+	c, p := start(t, cfg)
+	return c, p, dispenseKit(t, p)
+}
+
+func dispenseKit(t testing.TB, p ClientProtocol) *Remote {
+	t.Helper()
+	k, err := Dispense[Kit](p, "kit")
+	check(t, err)
+	return k.(kitClient).remote
+}
+
+// localKit is startKit in this process.
+func localKit(t testing.TB) (*RPCClient, *kit, *Remote) {
+	t.Helper()
+	k := new(kit)
+	host, _ := TestPluginRPCConn(t, PluginSet{"kit": kitPlugin(k)}, nil)
+	return host, k, dispenseKit(t, host)
+}
+
+// invoke calls a method and fails the test if there is an error.
+func invoke[R any](t testing.TB, r *Remote, method string, args ...any) R {
+	t.Helper()
+	v, err := Invoke[R](boundedContext(t), r, method, args...)
+	if err != nil {
+		t.Errorf("%s: %v", method, err)
+	}
+	return v
+}
+
+// errorOf calls a method and returns its error.
+func errorOf[R any](t testing.TB, r *Remote, method string, args ...any) error {
+	_, err := Invoke[R](boundedContext(t), r, method, args...)
+	return err
+}
+
+// same checks a value.
+func same[T comparable](t testing.TB, what string, got, want T) {
+	t.Helper()
+	if got != want {
+		t.Errorf("%s: %v, and not %v", what, got, want)
+	}
+}
+
+// errorIs checks an error.
+func errorIs(t testing.TB, what string, err, want error) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Errorf("%s: the error is %v, and not %v", what, err, want)
+	}
+}
+
+// ---- What can be called ----
+
+type (
+	recursive func(recursive) error
+	mutual    func(func(mutual) error) error
+	hidden    struct{ _ int }
+	list      struct{ Next *list }
+	halfGob   struct{ _ int }
+)
+
+func (halfGob) GobEncode() ([]byte, error) { return nil, nil }
+
+// Interfaces with one method.
+type (
+	Takes[T any]  interface{ M(T) error }
+	Second[T any] interface{ M(int, T) error }
+	Gives[T any]  interface{ M() (T, error) }
+)
+
+// forPanics calls For and returns what it panics with.
+func forPanics[T any]() (text string) {
+	defer func() { text = fmt.Sprint(recover()) }()
+	For[T](*new(T), nil)
+	return ""
+}
+
+func TestForPanics(t *testing.T) {
+	for _, test := range [][]string{
+		{forPanics[*kit](), "interface"},
+		{forPanics[any](), "interface"},
+		{forPanics[interface{ mine() error }](), "mine", "exported"},
+		{forPanics[interface{ M(...int) error }](), "M", "variadic"},
+		{forPanics[interface{ M() (int, string, error) }](), "M", "error"},
+		{forPanics[Second[context.Context]](), "M", "context"},
+		{forPanics[Gives[context.Context]](), "M", "context"},
+		{forPanics[Takes[error]](), "M", "error"},
+		{forPanics[Gives[error]](), "M", "error"},
+		{forPanics[Gives[func() error]](), "M", "func"},
+		{forPanics[Takes[func() (io.Reader, error)]](), "M", "io.Reader"},
+		{forPanics[Takes[recursive]](), "M", "recursive"},
+		{forPanics[Second[mutual]](), "M", "mutual"},
+		{forPanics[Takes[io.ReadCloser]](), "M", "io.ReadCloser"},
+		{forPanics[Gives[io.Reader]](), "M", "io.Reader"},
+		{forPanics[Takes[chan int]](), "M", "chan"},
+		{forPanics[Takes[struct{ P *hidden }]](), "M", "hidden"},
+		{forPanics[Gives[map[string]**hidden]](), "M", "hidden"},
+		{forPanics[Takes[halfGob]](), "M", "halfGob"},
+		// These are accepted.
+		{forPanics[Takes[map[Point][]**list]](), "nil"},
+		{forPanics[Second[picky]](), "nil"},
+		{forPanics[Gives[fmt.Stringer]](), "nil"},
+		{forPanics[Takes[func(io.Reader, func(io.Writer) error) (io.WriteCloser, error)]](), "nil"},
+	} {
+		for _, word := range test[1:] {
+			if !strings.Contains(test[0], word) {
+				t.Errorf("For does not say %q: %s", word, test[0])
+			}
+		}
+	}
+}
+
+func TestInvokeChecks(t *testing.T) {
+	host, _, r := localKit(t)
+	check(t, host.Close()) // so what is sent fails with rpc.ErrShutdown
+	var noContext context.Context
+	_, errContext := Invoke[int](noContext, r, "Add", 1, 2)
+	for what, err := range map[string]error{
+		"a nil context":          errContext,
+		"a nil Remote":           errorOf[int](t, nil, "Add", 1, 2),
+		"the zero Remote":        errorOf[int](t, new(Remote), "Add", 1, 2),
+		"an unknown method":      errorOf[int](t, r, "Subtract", 1, 2),
+		"a method of impl alone": errorOf[struct{}](t, r, "Secret"),
+		"another result":         errorOf[string](t, r, "Add", 1, 2),
+		"no result":              errorOf[struct{}](t, r, "Add", 1, 2),
+		"a result where is none": errorOf[any](t, r, "Close"),
+		"too few arguments":      errorOf[int](t, r, "Add", 1),
+		"another type":           errorOf[int](t, r, "Add", 1, "2"),
+		"a convertible type":     errorOf[int](t, r, "Add", 1, int64(2)),
+		"nil for an int":         errorOf[int](t, r, "Add", 1, nil),
+		"another function":       errorOf[string](t, r, "Which", nil, nil, func() {}),
+		"a reader for a writer":  errorOf[string](t, r, "Which", nil, strings.NewReader(""), nil),
+	} {
+		if err == nil || errors.Is(err, rpc.ErrShutdown) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	errorIs(t, "a correct call", errorOf[int](t, r, "Add", 1, 2), rpc.ErrShutdown)
+}
+
+// ---- Values ----
+
+func TestInterface(t *testing.T) {
+	leavesNothing(t)
+	c, p, r := startKit(t)
+	same(t, "1 + 2", invoke[int](t, r, "Add", 1, 2), 3)
+	same(t, "the greeting", invoke[string](t, r, "Greet", "Gopher"), "Hello, Gopher")
+	invoke[struct{}](t, r, "Close")
+	invoke[struct{}](t, r, "Await", "closed")
+	_, err := Dispense[Kit](p, "none")
+	errorSays(t, err, "Kit", "implementation")
+	ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+	defer cancel()
+	_, err = Invoke[struct{}](ctx, r, "Await", "nothing")
+	errorIs(t, "a call that takes too long", err, context.DeadlineExceeded)
+	for how, want := range testErrors {
+		got, err := Invoke[string](boundedContext(t), r, "Fail", how)
+		errorIs(t, how, err, want)
+		same(t, "the result with an error", got, "")
+	}
+	var exit *ExitError
+	if err := errorOf[string](t, r, "Fail", "panic"); !errors.As(err, &exit) || !strings.Contains(exit.Panic, "boom") {
+		t.Errorf("a panic in a method: %v", err)
+	}
+	<-c.Done()
+	errorIs(t, "a call after the end", errorOf[int](t, r, "Add", 1, 2), rpc.ErrShutdown)
+}
+
+// What gob does not keep is as the documentation says.
+func TestNils(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	for _, p := range []any{nil, (*Point)(nil), &Point{X: -1}} { // the last has a nil result
+		errorSays(t, errorOf[*Point](t, r, "Point", p), "nil *plugin.Point")
+	}
+	for _, p := range []Point{{}, {1, 2}} {
+		same(t, "a point", *invoke[*Point](t, r, "Point", &p), p)
+		same[any](t, "a point in an any", invoke[any](t, r, "Echo", p), p)
+	}
+	same(t, "nil in an any", invoke[any](t, r, "Echo", nil), nil)
+	errorSays(t, errorOf[any](t, r, "Echo", (*Point)(nil)), "nil")
+	errorSays(t, errorOf[any](t, r, "Echo", hidden{}), "Register")
+	zero, one := 0, 1
+	for _, test := range []struct {
+		args []any
+		want string
+	}{
+		{[]any{nil, nil, nil, nil}, "true true 0 0"},
+		{[]any{(*Point)(nil), &zero, map[string]int{}, []int{}}, "true true 0 0"},
+		{[]any{&Point{}, &one, map[string]int{"": 0}, []int{0}}, "false false 1 1"},
+	} {
+		same(t, "several parameters", invoke[string](t, r, "Several", test.args...), test.want)
+	}
+	same(t, "nil", invoke[string](t, r, "Which", nil, nil, nil), "true true true")
+	same(t, "typed nil", invoke[string](t, r, "Which", io.Reader(nil), nil, (func() error)(nil)), "true true true")
+	same(t, "not nil", invoke[string](t, r, "Which", strings.NewReader(""), io.Discard, func() error { return nil }), "false false false")
+	same(t, "a nil result", invoke[io.ReadCloser](t, r, "Open", "nil"), nil)
+}
+
+// ---- Readers, writers and callbacks ----
+
+func TestArguments(t *testing.T) {
+	leavesNothing(t)
+	_, _, r := startKit(t)
+	// Calls, their streams and callbacks are concurrent.
+	callers(t, 20, func(i int) {
+		data := noise(100_000*i, uint64(i))
+		var back bytes.Buffer
+		same(t, "bytes copied", invoke[int64](t, r, "Copy", bytes.NewReader(data), &back, int64(1<<40)), int64(len(data)))
+		if !bytes.Equal(back.Bytes(), data) {
+			t.Errorf("caller %d got other bytes", i)
+		}
+		got := invoke[string](t, r, "Call", func(_ context.Context, n int) (string, error) {
+			return fmt.Sprint(n, invoke[int](t, r, "Add", n, n)), nil // calls the plugin again
+		}, i)
+		same(t, "the callback's result", got, fmt.Sprint(i, 2*i))
+	})
+	failing := func([]byte) (int, error) { return 0, fs.ErrPermission }
+	callback := func(context.Context, int) (string, error) { return "x", fs.ErrPermission }
+	errorIs(t, "a reader", errorOf[int64](t, r, "Copy", readerFunc(failing), io.Discard, int64(9)), fs.ErrPermission)
+	errorIs(t, "a callback", errorOf[string](t, r, "Call", callback, 1), fs.ErrPermission)
+}
+
+// Functions take functions and streams, and return streams.
+func TestNestedFunctions(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	var written, read syncBuffer
+	over := make(chan struct{})
+	got := invoke[string](t, r, "Nest", Nested(func(ctx context.Context, in io.Reader, back func(string) (io.ReadCloser, error)) (io.WriteCloser, error) {
+		more, err := back(" and back")
+		if err == nil {
+			_, err = io.Copy(&read, io.MultiReader(in, more))
+		}
+		context.AfterFunc(ctx, func() { close(over) })
+		return closing{nil, &written, func() error { return nil }}, errors.Join(err, more.Close())
+	}))
+	same(t, "the result", got, "nested")
+	same(t, "read", read.String(), "from the plugin and back")
+	same(t, "written", written.String(), "the end")
+	receive(t, "the end of the callback's context, with its stream", over)
+}
+
+// A panic or Goexit in an argument is an error there, and nowhere else.
+func TestBrokenArguments(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	for what, broken := range map[string]func(){"panic": func() { panic("boom") }, "exit": runtime.Goexit} {
+		use := func([]byte) (int, error) { broken(); return 0, nil }
+		for _, err := range []error{
+			errorOf[string](t, r, "Call", func(context.Context, int) (string, error) { broken(); return "", nil }, 1),
+			errorOf[int64](t, r, "Copy", readerFunc(use), io.Discard, int64(9)),
+			errorOf[int64](t, r, "Copy", strings.NewReader("some"), writerFunc(use), int64(9)),
+		} {
+			if !errors.As(err, new(rpc.ServerError)) {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+	}
+	invoke[int](t, r, "Add", 1, 2)
+}
+
+// All that a method wrote is in the writer. A failure that it has not seen is the
+// error of Invoke, and one that it has seen is not.
+func TestWriterOfCall(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	var back syncBuffer
+	slow := writerFunc(func(p []byte) (int, error) { time.Sleep(time.Millisecond); return back.Write(p) })
+	invoke[struct{}](t, r, "Ignore", slow, strings.Repeat("x", 1000), 100)
+	same(t, "bytes", len(back.String()), 100_000)
+	failing := writerFunc(func(p []byte) (int, error) { return 0, fs.ErrNotExist })
+	errorIs(t, "the last Write", errorOf[struct{}](t, r, "Ignore", failing, "x", 1), fs.ErrNotExist)
+	// So much does not fit into the stream, so a Write of the method returns the error.
+	invoke[struct{}](t, r, "Ignore", failing, strings.Repeat("x", 4<<20), 2)
+}
+
+// A reader is read ahead, but not far.
+func TestReadAhead(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	var read atomic.Int64
+	endless := readerFunc(func(p []byte) (int, error) { read.Add(int64(len(p))); return len(p), nil })
+	same(t, "bytes copied", invoke[int64](t, r, "Copy", endless, io.Discard, int64(10)), 10)
+	n := read.Load()
+	if n > 1<<20+64<<10 {
+		t.Errorf("%d bytes were read for 10", n)
+	}
+	invoke[int](t, r, "Add", 1, 2) // time for another Read to begin
+	same(t, "bytes read in the end", read.Load(), n)
+}
+
+// What a method keeps fails when it has returned.
+func TestKeptArguments(t *testing.T) {
+	_, k, r := localKit(t)
+	var uses atomic.Int64
+	use := func([]byte) (int, error) { uses.Add(1); return 0, io.EOF }
+	invoke[string](t, r, "Which", readerFunc(use), writerFunc(use), func() error { uses.Add(1); return nil })
+	before := uses.Load()
+	_, errRead := k.r.Read(make([]byte, 1))
+	_, errWrite := k.w.Write([]byte("late"))
+	for i, err := range []error{errRead, errWrite, k.f()} {
+		if err == nil || err == io.EOF {
+			t.Errorf("argument %d that was kept: %v", i, err)
+		}
+	}
+	same(t, "uses", uses.Load(), before)
+}
+
+// Invoke waits for a Write and a callback, and none begins when it has returned.
+func TestEndOfCall(t *testing.T) {
+	leavesNothing(t)
+	_, _, r := startKit(t)
+	for _, what := range []string{"Write", "callback"} {
+		ctx, cancel := context.WithCancel(context.Background())
+		began, release := make(chan struct{}, 100), make(chan struct{})
+		var done atomic.Int64
+		use := func() {
+			began <- struct{}{}
+			<-release
+			done.Add(1)
+		}
+		returned := async(func() (err error) {
+			if what == "Write" {
+				w := writerFunc(func(p []byte) (int, error) { use(); return len(p), nil })
+				_, err = Invoke[int64](ctx, r, "Copy", bytes.NewReader(noise(1<<20, 1)), w, int64(1<<20))
+			} else {
+				_, err = Invoke[string](ctx, r, "Call", func(context.Context, int) (string, error) { use(); return "", nil }, 1)
+			}
+			same(t, what+" before Invoke returns", done.Load(), 1)
+			return err
+		})
+		receive(t, "a "+what, began)
+		cancel()
+		invoke[int](t, r, "Add", 1, 2) // time for it to return too early
+		close(release)
+		errorIs(t, what, receive(t, "the end of Invoke", returned), context.Canceled)
+		invoke[int](t, r, "Add", 1, 2) // time for another one to begin
+		same(t, what+" too many", len(began), 0)
+	}
+	// A callback learns that the call is cancelled.
+	ctx, cancel := context.WithCancel(context.Background())
+	_, err := Invoke[string](ctx, r, "Call", func(ctx context.Context, _ int) (string, error) {
+		cancel()
+		<-ctx.Done()
+		return "", nil
+	}, 1)
+	errorIs(t, "a callback that waits for the end", err, context.Canceled)
+}
+
+// Invoke does not wait for a Read that blocks, whether the method has returned or
+// the call is cancelled, and no other begins.
+func TestBlockedRead(t *testing.T) {
+	leavesNothing(t)
+	_, _, r := startKit(t)
+	for _, limit := range []int64{0, 9} {
+		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+		defer cancel()
+		release := make(chan struct{})
+		var reads atomic.Int64
+		blocked := readerFunc(func(p []byte) (int, error) { reads.Add(1); <-release; return 0, nil })
+		within(t, "Invoke with a Read that blocks", readTimeout, func() {
+			_, err := Invoke[int64](ctx, r, "Copy", blocked, io.Discard, limit)
+			same(t, "cancelled", errors.Is(err, context.DeadlineExceeded), limit > 0)
+		})
+		close(release)
+		invoke[int](t, r, "Add", 1, 2) // time for another one to begin
+		if n := reads.Load(); n > 1 {
+			t.Errorf("%d Reads began", n)
+		}
+	}
+}
+
+// ---- Results that are streams ----
+
+func TestResults(t *testing.T) {
+	leavesNothing(t)
+	_, _, r := startKit(t)
+	for _, how := range []string{"good", "bad"} {
+		ctx, cancel := context.WithCancel(context.Background())
+		in, err := Invoke[io.ReadCloser](ctx, r, "Open", how)
+		check(t, err)
+		out, err := Invoke[io.WriteCloser](ctx, r, "Create", how)
+		check(t, err)
+		cancel() // does not touch them
+		data, err := io.ReadAll(in)
+		same(t, "read", string(data), "content")
+		check(t, err)
+		_, err = io.WriteString(out, how)
+		check(t, err)
+		invoke[struct{}](t, r, "Await", "written "+how)
+		for _, s := range []io.Closer{in, out} {
+			err := s.Close()
+			same(t, how+": Close fails", err != nil, how == "bad")
+			same(t, how+": with its error", errors.Is(err, fs.ErrExist), how == "bad")
+			invoke[struct{}](t, r, "Await", "closed "+how)
+			invoke[struct{}](t, r, "Await", "context of "+how)
+		}
+	}
+	// One that is not read to its end.
+	s := invoke[io.ReadCloser](t, r, "Open", "endless")
+	_, err := io.ReadFull(s, make([]byte, 1<<20))
+	check(t, err)
+	within(t, "closing early", 0, func() { check(t, s.Close()) })
+	invoke[struct{}](t, r, "Await", "closed endless")
+	_, err = s.Read(make([]byte, 1))
+	errorIs(t, "Read after Close", err, io.ErrClosedPipe)
+	// One with an error.
+	s, err = Invoke[io.ReadCloser](boundedContext(t), r, "Open", "failing")
+	same(t, "a stream with an error", s, nil)
+	errorIs(t, "a stream with an error", err, fs.ErrPermission)
+	invoke[struct{}](t, r, "Await", "closed failing")
+	invoke[struct{}](t, r, "Await", "context of failing")
+}
+
+// A stream that is not taken is closed, and so is one whose connection ends.
+func TestForgottenResults(t *testing.T) {
+	t.Parallel()
+	host, k, r := localKit(t)
+	check(t, Call(boundedContext(t), r.client, "Plugin.Open", "forgotten", new(uint32)))
+	invoke[io.WriteCloser](t, r, "Create", "cut")
+	check(t, k.Await(boundedContext(t), "closed forgotten"))
+	check(t, k.Await(boundedContext(t), "context of forgotten"))
+	same(t, "streams closed too early", len(k.event("closed cut"))+len(k.event("context of cut")), 0)
+	check(t, host.Close())
+	check(t, k.Await(boundedContext(t), "closed cut"))
+	check(t, k.Await(boundedContext(t), "context of cut"))
+}
+
+// A stream that is cut does not seem complete.
+func TestCutResults(t *testing.T) {
+	t.Parallel()
+	for _, end := range []string{"Kill", "crash"} {
+		c, _, r := startKit(t)
+		s := invoke[io.ReadCloser](t, r, "Open", "endless")
+		errs := async(func() error { _, err := io.Copy(io.Discard, s); return err })
+		if end == "Kill" {
+			c.Kill()
+		} else {
+			_ = errorOf[string](t, r, "Fail", "panic")
+		}
+		err := receive(t, "the end of a stream", errs)
+		same(t, end+": complete", err == nil, false)
+		same(t, end+": with an ExitError", errors.As(err, new(*ExitError)), end == "crash")
+		same(t, end+": Close fails", s.Close() != nil, true)
+	}
+}
+
+// ---- The wire ----
+
+// handKit serves methods of Kit as they would be written by hand.
+type handKit struct{ broker *MuxBroker }
+
+type (
+	addArgs   = struct{ A0, A1 int }
+	whichArgs = struct{ A0, A1, A2 uint32 }
+)
+
+func (handKit) Add(args addArgs, sum *int) error          { *sum = args.A0 + args.A1; return nil }
+func (handKit) Greet(name string, greeting *string) error { *greeting = "Hello, " + name; return nil }
+func (handKit) Point(p *Point, reply *Point) error        { *reply = *p; return nil }
+func (handKit) Echo(v any, reply *any) error              { *reply = v; return nil }
+func (handKit) Close(struct{}, *struct{}) error           { return nil }
+
+// Ignore has the reply of go-plugin's examples.
+func (handKit) Ignore(struct{ A0 uint32 }, *any) error { return nil }
+
+// Which copies from the reader to the writer and calls the function.
+func (k handKit) Which(args whichArgs, reply *string) error {
+	if args == (whichArgs{}) {
+		*reply = "true true true"
+		return nil
+	}
+	in, errIn := k.broker.DialReader(args.A0)
+	out, errOut := k.broker.DialWriter(args.A1)
+	f, errCall := k.broker.DialRPC(args.A2)
+	if err := errors.Join(errIn, errOut, errCall); err != nil {
+		return err
+	}
+	_, err := io.Copy(out, in)
+	return errors.Join(err, f.Call("Plugin.Call", 1, nil), in.Close(), out.Close(), f.Close())
+}
+
+func (k handKit) Open(how string, id *uint32) error {
+	*id, _ = k.broker.ServeReader(strings.NewReader(how))
+	return nil
+}
+
+// What is sent is what net/rpc sends, byte for byte: a request and a response end with
+// the message that gob makes of the argument and the reply.
+func TestInterfaceOnWire(t *testing.T) {
+	t.Parallel()
+	type tapped struct {
+		io.Reader
+		io.WriteCloser
+	}
+	none, text := any(nil), any("text")
+	for _, test := range []struct {
+		method string
+		args   []any
+		sent   any
+		reply  any
+	}{
+		{"Add", []any{1, 2}, addArgs{1, 2}, 3},
+		{"Add", []any{0, 0}, addArgs{}, 0},
+		{"Greet", []any{"Gopher"}, "Gopher", "Hello, Gopher"},
+		{"Point", []any{&Point{1, 2}}, Point{1, 2}, &Point{1, 2}},
+		{"Point", []any{&Point{}}, &Point{}, &Point{}},
+		{"Echo", []any{"text"}, &text, &text},
+		{"Echo", []any{nil}, &none, &none},
+		{"Close", nil, struct{}{}, struct{}{}},
+		{"Which", []any{nil, nil, nil}, whichArgs{}, "true true true"},
+	} {
+		// net/rpc is the plugin.
+		_, c, st := rawPlugin(t)
+		var request, response syncBuffer
+		server := rpc.NewServer()
+		check(t, server.RegisterName("Plugin", handKit{}))
+		go server.ServeConn(tapped{io.TeeReader(st, &request), st}) // ends with the connection
+		k, err := kitPlugin(nil).Client(c.broker, c.Client)
+		check(t, err)
+		r := k.(kitClient).remote
+		result := r.shapes[test.method].result.Type
+		got, err := r.invoke(boundedContext(t), result, test.method, test.args)
+		check(t, err)
+		same(t, test.method, reflect.Indirect(got).Interface(), reflect.Indirect(reflect.ValueOf(test.reply)).Interface())
+		// net/rpc is the host.
+		svc, err := kitPlugin(new(kit)).Server(nil)
+		check(t, err)
+		_, _, st = rawHost(t, svc)
+		check(t, rpc.NewClient(tapped{io.TeeReader(st, &response), st}).Call("Plugin."+test.method, test.sent, reflect.New(result).Interface()))
+
+		for what, pair := range map[string][2]string{
+			"request": {request.String(), lastMessage(t, test.sent)},
+			"reply":   {response.String(), lastMessage(t, test.reply)},
+		} {
+			if !strings.HasSuffix(pair[0], pair[1]) {
+				t.Errorf("the %s of %s(%v) is %x and not %x", what, test.method, test.args, pair[0], pair[1])
+			}
+		}
+	}
+}
+
+// lastMessage returns v as gob writes it, without definitions of types.
+func lastMessage(t testing.TB, v any) (last string) {
+	t.Helper()
+	check(t, gob.NewEncoder(writerFunc(func(p []byte) (int, error) { last = string(p); return len(p), nil })).Encode(v))
+	return last
+}
+
+// Invoke calls methods that were written by hand, which have no context.
+func TestInvokeOfHandWritten(t *testing.T) {
+	host, _ := TestPluginRPCConn(t, PluginSet{"kit": handPlugin{kitPlugin(nil)}}, nil)
+	r := dispenseKit(t, host)
+	var back bytes.Buffer
+	called := false
+	invoke[string](t, r, "Which", strings.NewReader("content"), &back, func() error { called = true; return nil })
+	same(t, "copied", back.String(), "content")
+	same(t, "called", called, true)
+	s := invoke[io.ReadCloser](t, r, "Open", "content")
+	data, err := io.ReadAll(s)
+	same(t, "read", string(data), "content")
+	check(t, err)
+	check(t, s.Close())
+	invoke[struct{}](t, r, "Close")
+	invoke[struct{}](t, r, "Ignore", nil, "", 0)
+	errorSays(t, errorOf[struct{}](t, r, "Await", "text"), "Await")
+}
+
+type handPlugin struct{ Plugin }
+
+func (handPlugin) Server(b *MuxBroker) (any, error) { return handKit{b}, nil }
+
+// A client that was written by hand calls methods of an interface.
+func TestHandWrittenCalls(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	same(t, "without the last parameter", mustCall[int](t, r.client, "Add", struct{ A0 int }{5}), 5)
+	same(t, "with one more", mustCall[int](t, r.client, "Add", struct{ A2, A1, A0 int }{7, 2, 1}), 3)
+	for _, args := range []any{new(any), struct{}{}, true, "text", []any{nil}, map[string]any{"x": nil}, Point{}} {
+		check(t, r.client.Call("Plugin.Close", args, nil))
+	}
+	var back bytes.Buffer
+	in, stopReader := r.broker.ServeReader(strings.NewReader("content"))
+	defer stopReader()
+	out, stopWriter := r.broker.ServeWriter(&back)
+	defer stopWriter()
+	type copyArgs struct {
+		A0, A1 uint32
+		A2     int64
+	}
+	same(t, "bytes copied", mustCall[int64](t, r.client, "Copy", copyArgs{in, out, 5}), 5)
+	same(t, "copied", back.String(), "conte")
+	f, stop := r.broker.ServeRPC(handCallback{})
+	defer stop()
+	call := struct {
+		A0 uint32
+		A1 int
+	}{f, 42}
+	same(t, "the callback's result", mustCall[string](t, r.client, "Call", call), "called with 42")
+	s, err := r.broker.DialReader(mustCall[uint32](t, r.client, "Open", "good"))
+	check(t, err)
+	data, err := io.ReadAll(s)
+	same(t, "read", string(data), "content")
+	check(t, err)
+	check(t, s.Close())
+	invoke[struct{}](t, r, "Await", "closed good")
+	same(t, "the number of nil", mustCall[uint32](t, r.client, "Open", "nil"), 0)
+	// Numbers that are not served.
+	for _, args := range []copyArgs{{7, 7, 1}, {out, in, 1}} {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		same(t, "a wrong number works", Call(ctx, r.client, "Plugin.Copy", args, new(int64)) == nil, false)
+	}
+	invoke[int](t, r, "Add", 1, 2)
+}
+
+type handCallback struct{}
+
+func (handCallback) Call(n int, reply *string) error {
+	*reply = fmt.Sprint("called with ", n)
+	return nil
+}

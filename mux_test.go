@@ -1,0 +1,275 @@
+package plugin
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/rpc"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// shakyListener fails to accept a connection before each that it accepts.
+type shakyListener struct {
+	net.Listener
+	failed bool
+}
+
+func (l *shakyListener) Accept() (net.Conn, error) {
+	if l.failed = !l.failed; l.failed {
+		return nil, errors.New("too many open files")
+	}
+	return l.Listener.Accept()
+}
+
+// An RPCServer serves one host after the other, until its listener is closed.
+func TestRPCServer(t *testing.T) {
+	leavesNothing(t)
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	done := make(chan struct{})
+	server := &RPCServer{Plugins: testPlugins(newTestState()), DoneCh: done}
+	if err := server.Init(); err != nil || server.Config() != "" {
+		t.Errorf("Init returned %v, and Config %q", err, server.Config())
+	}
+	served := async(func() bool { server.Serve(&shakyListener{Listener: lis}); return true })
+	for range 2 {
+		conn, err := net.Dial("tcp", lis.Addr().String())
+		check(t, err)
+		host, err := NewRPCClient(conn, testPlugins(nil))
+		check(t, err)
+		answers(t, host)
+		check(t, host.Close())
+		if err := host.Close(); err != nil {
+			t.Errorf("a second Close returned %v", err)
+		}
+		if _, err := host.Dispense("test"); err == nil || host.Ping() == nil {
+			t.Errorf("after Close, Dispense returned %v", err)
+		}
+		receive(t, "DoneCh", done)
+	}
+	check(t, lis.Close())
+	receive(t, "the end of Serve", served)
+}
+
+// On the wire, a plugin's output goes to the second and third stream, and ends
+// before Quit is answered. What was printed before the host came is there, and
+// Close waits for all of it.
+func TestWireOfOutput(t *testing.T) {
+	leavesNothing(t)
+	stdout, stderr := noise(200_000, 1), noise(200_000, 2)
+	connect := func() (net.Conn, <-chan struct{}) {
+		a, b := TestConn(t)
+		done := make(chan struct{})
+		server := &RPCServer{Stdout: bytes.NewReader(stdout), Stderr: bytes.NewReader(stderr), DoneCh: done}
+		go server.ServeConn(b) // ends with the connection
+		return a, done
+	}
+	conn, done := connect()
+	raw := newRawPeer(t, conn, true)
+	check(t, rpc.NewClient(raw.control).Call("Control.Quit", true, &struct{}{}))
+	for st, want := range map[net.Conn][]byte{raw.stdout: stdout, raw.stderr: stderr} {
+		check(t, st.SetReadDeadline(time.Now()))
+		if got, err := io.ReadAll(st); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("of %d bytes, %d were read: %v", len(want), len(got), err)
+		}
+	}
+	receive(t, "DoneCh", done)
+
+	conn, done = connect()
+	host, err := NewRPCClient(conn, nil)
+	check(t, err)
+	var out, errs syncBuffer
+	gate := make(chan struct{})
+	check(t, host.SyncStreams(writerFunc(func(p []byte) (int, error) { <-gate; return out.Write(p) }), &errs))
+	closed := async(host.Close)
+	receive(t, "DoneCh", done)
+	if poll(100*time.Millisecond, func() bool { return len(closed) > 0 }) {
+		t.Error("Close returned before the output was written")
+	}
+	close(gate)
+	check(t, receive(t, "Close", closed))
+	if out.String() != string(stdout) || errs.String() != string(stderr) {
+		t.Errorf("%d and %d bytes have arrived", len(out.String()), len(errs.String()))
+	}
+}
+
+// A plugin that does not answer makes Ping and Close fail.
+func TestSilentPlugin(t *testing.T) {
+	t.Parallel()
+	a, b := TestConn(t)
+	host, err := NewRPCClient(a, nil)
+	check(t, err)
+	newRawPeer(t, b, false)
+	within(t, "Ping", pingTimeout, func() {
+		if err := host.Ping(); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Ping returned %v", err)
+		}
+	})
+	within(t, "Close", quitTimeout, func() {
+		if err := host.Close(); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Close returned %v", err)
+		}
+	})
+}
+
+// A host that does not read the plugin's output, and output that does not end,
+// keep the plugin from nothing. Without a host the output is dropped.
+func TestOutputWithoutReader(t *testing.T) {
+	leavesNothing(t)
+	r, w := io.Pipe()
+	defer w.Close()
+	print := func() <-chan int {
+		return async(func() int { n, _ := w.Write(make([]byte, 2*streamWindow)); return n })
+	}
+	server := &RPCServer{Stdout: r}
+	connect := func() net.Conn {
+		a, b := TestConn(t)
+		go server.ServeConn(b) // ends with the connection
+		return a
+	}
+	printed := print()
+	stopped := newRawPeer(t, connect(), true)
+	_, err := stopped.stdout.Read(make([]byte, 1))
+	check(t, err)
+
+	host, err := NewRPCClient(connect(), nil)
+	check(t, err)
+	var got syncBuffer
+	check(t, host.SyncStreams(&got, io.Discard))
+	receive(t, "the output", printed)
+	receive(t, "more output", print())
+	if !poll(slack, func() bool { return len(got.String()) >= 2*streamWindow }) {
+		t.Errorf("the host has got %d bytes", len(got.String()))
+	}
+	within(t, "Close", outputTimeout, func() { check(t, host.Close()) })
+	check(t, stopped.Close())
+	receive(t, "output without a host", print())
+}
+
+// A plugin that cannot be dispensed costs neither the connection nor anything
+// that stays.
+func TestBadDispense(t *testing.T) {
+	leavesNothing(t)
+	fails := func(err error) func(*MuxBroker) (any, error) {
+		return func(*MuxBroker) (any, error) { return nil, err }
+	}
+	set := PluginSet{
+		"good":         serves(newTestServer()),
+		"server fails": testPlugin(fails(errors.New("no database"))),
+		"server nil":   testPlugin(fails(nil)),
+		"client fails": badClient{serves(newTestServer()), errors.New("no licence")},
+		"client nil":   badClient{serves(newTestServer()), nil},
+	}
+	a, b := TestConn(t)
+	go (&RPCServer{Plugins: set}).ServeConn(b) // ends with the connection
+	known := maps.Clone(set)
+	known["only here"] = set["good"]
+	host, err := NewRPCClient(a, known)
+	check(t, err)
+	defer host.Close()
+	check(t, host.Ping())
+	for name, words := range map[string][]string{
+		"missing":      {"good", "ClientConfig"},
+		"only here":    {"good", "ServeConfig"},
+		"server fails": {"Server", "no database"},
+		"server nil":   {"Server", "nil"},
+		"client fails": {"Client", "no licence"},
+		"client nil":   {"Client", "nil"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			leavesNothing(t)
+			v, err := host.Dispense(name)
+			errorSays(t, err, append(words, fmt.Sprintf("%q", name))...)
+			if v != nil {
+				t.Errorf("there is the value %v with the error", v)
+			}
+			c, err := Dispense[*testClient](host, "good")
+			check(t, err)
+			echo(t, c.Client)
+			check(t, c.Close())
+		})
+	}
+}
+
+// badClient is a plugin whose Client returns err and no client.
+type badClient struct {
+	testPlugin
+	err error
+}
+
+func (p badClient) Client(*MuxBroker, *rpc.Client) (any, error) { return nil, p.err }
+
+// All that a plugin printed has arrived when Kill returns, also what was on its
+// way when Kill began, because the host's writers took nothing.
+func TestOutput(t *testing.T) {
+	t.Parallel()
+	var stdout, stderr syncBuffer
+	gate := make(chan struct{})
+	gated := func(w io.Writer) io.Writer {
+		return writerFunc(func(p []byte) (int, error) { <-gate; return w.Write(p) })
+	}
+	cfg := newLab(t).config("plugin say cry", sayEnv+"=last words")
+	cfg.SyncStdout, cfg.SyncStderr = gated(&stdout), gated(&stderr)
+	logger, records := recorder()
+	cfg.Logger = logger
+	c, p := start(t, cfg)
+	test := dispense(t, p)
+	size := streamWindow + 20<<10 // pipes hold 4 KiB on Windows, and elsewhere 64
+	out, errs := string(noise(size, 1)), string(noise(size, 2))
+	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: out, Stderr: errs})
+	call := test.Go("Plugin.Wait", "", new(string), nil)
+	await(t, "a call", func() bool { return test.self(t).Waiting > 0 })
+	killed := async(func() bool { c.Kill(); return true })
+	receive(t, "the end of a context", call.Done)
+	close(gate)
+	receive(t, "Kill", killed)
+	if stdout.String() != out || stderr.String() != errs {
+		t.Errorf("of %d bytes each, %d and %d have arrived", size, len(stdout.String()), len(stderr.String()))
+	}
+	// What main prints after Serve goes to the process's own.
+	if found := records.find("last words"); len(found) != 2 || found[0].level != hclog.Debug {
+		t.Errorf("what main printed last was logged as %v", found)
+	}
+}
+
+// Output without a writer is logged at Debug, line by line.
+func TestOutputToLog(t *testing.T) {
+	t.Parallel()
+	var lines strings.Builder
+	for i := range 1000 {
+		fmt.Fprintf(&lines, "[ERROR] line %d %s\n", i, strings.Repeat("of some length ", 75))
+	}
+	lines.WriteString("no end")
+	want := strings.Split(lines.String(), "\n")
+	for _, discarded := range []bool{false, true} {
+		cfg := newLab(t).config("plugin")
+		logger, records := recorder()
+		cfg.Logger = logger
+		copies := 2
+		if discarded {
+			cfg.SyncStdout, copies = io.Discard, 1
+		}
+		c, p := start(t, cfg)
+		mustCall[struct{}](t, dispense(t, p).Client, "Print", Output{Stdout: lines.String(), Stderr: lines.String()})
+		c.Kill()
+		got := map[string]int{}
+		for _, r := range records.find("") {
+			if r.level == hclog.Debug {
+				got[r.msg]++
+			}
+		}
+		for _, line := range want {
+			if got[line] != copies {
+				t.Fatalf("%d of %d times, there was logged %q", got[line], copies, line)
+			}
+		}
+	}
+}

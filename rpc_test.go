@@ -1,0 +1,523 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"net/rpc"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// ---- Contexts of callers ----
+
+var errCause = errors.New("test: the cause")
+
+// A call returns when its context ends, and its reply is not written later.
+func TestCallEndsWithContext(t *testing.T) {
+	test := func(t *testing.T, c *rpc.Client, s *testServer, deadline bool, cause error) {
+		ctx, cancel := context.WithCancelCause(context.Background())
+		defer cancel(nil)
+		if deadline {
+			var stop context.CancelFunc
+			ctx, stop = context.WithTimeoutCause(ctx, 20*time.Millisecond, cause)
+			defer stop()
+		}
+		reply := "before"
+		done := async(func() error { return Call(ctx, c, "Plugin.Block", "late", &reply) })
+		if !deadline {
+			receive(t, "the call", s.started)
+			cancel(cause)
+		}
+		err := receive(t, "the end of Call", done)
+		if deadline != errors.Is(err, context.DeadlineExceeded) || deadline == errors.Is(err, context.Canceled) || !errors.Is(err, context.Cause(ctx)) {
+			t.Errorf("Call returned %v", err)
+		}
+		close(s.release)
+		for range 20 {
+			reply = "in use again" // the race detector watches
+			echo(t, c)
+		}
+		if reply != "in use again" {
+			t.Errorf("a late reply was written: %q", reply)
+		}
+		calls := len(s.started)
+		if again := Call(ctx, c, "Plugin.Block", "", &reply); again == nil || again.Error() != err.Error() {
+			t.Errorf("a call with an ended context returned %v", again)
+		}
+		if echo(t, c); len(s.started) > calls {
+			t.Error("a call with an ended context was sent")
+		}
+	}
+	for _, wire := range wires {
+		for _, deadline := range []bool{false, true} {
+			for _, cause := range []error{nil, errCause} {
+				t.Run(fmt.Sprint(wire.name, " ", deadline, " ", cause), func(t *testing.T) {
+					t.Parallel()
+					s := newTestServer()
+					test(t, wire.connect(t, s), s, deadline, cause)
+				})
+			}
+		}
+	}
+}
+
+// A reply that cannot be written fails its call before anything is sent.
+func TestCallReply(t *testing.T) {
+	for _, wire := range wires {
+		s := newTestServer()
+		c := wire.connect(t, s)
+		for _, reply := range []any{"", Box{}, (*string)(nil)} {
+			err := Call(boundedContext(t), c, "Plugin.Block", "", reply)
+			errorSays(t, err, "Plugin.Block", fmt.Sprintf("%T", reply))
+		}
+		check(t, Call(boundedContext(t), c, "Plugin.Echo", "text", nil))
+		if echo(t, c); len(s.started) > 0 {
+			t.Errorf("%s: a call was sent", wire.name)
+		}
+	}
+}
+
+// Call ends with its context although the peer takes nothing. While too much
+// waits to be written, no argument is encoded.
+func TestCallToStuckPeer(t *testing.T) {
+	_, test, st := rawPlugin(t)
+	large := string(noise(2*maxQueued, 0))
+	test.Go("Plugin.Echo", large, new(string), nil)
+	_, err := st.Read(make([]byte, 1)) // it is being written, and never will be
+	check(t, err)
+	test.Go("Plugin.Echo", large, new(string), nil)
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	before := padding.Load()
+	callers(t, 10, func(int) {
+		if err := Call(ctx, test.Client, "Plugin.Box", Padded{}, new(Box)); !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+	})
+	if padding.Load() != before {
+		t.Error("an argument was encoded")
+	}
+	here, _ := TestConn(t)
+	stock := rpc.NewClient(here) // its Go waits for the peer
+	defer stock.Close()
+	ctx, cancel = context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	within(t, "Call", hangs, func() {
+		if err := Call(ctx, stock, "Plugin.Echo", strings.Repeat(large, 20), new(string)); !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+	})
+}
+
+// ---- Contexts of methods ----
+
+// dialled returns a client here for v, which is served there.
+func dialled(t testing.TB, here, there *MuxBroker, v any) *rpc.Client {
+	t.Helper()
+	id, _ := there.ServeRPC(v)
+	c, err := here.DialRPC(id)
+	check(t, err)
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// The context of a method ends with that of its call and with the caller.
+func TestServedContext(t *testing.T) {
+	for name, want := range map[string]error{
+		"cancel": context.Canceled, "deadline": context.DeadlineExceeded, "client closed": nil, "session closed": nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+				s := newTestServer()
+				c := dialled(t, here, there, s)
+				ctx, cancel := context.WithCancel(context.Background())
+				if name == "deadline" {
+					ctx, cancel = context.WithTimeout(ctx, 300*time.Millisecond)
+				}
+				defer cancel()
+				done := async(func() error { return Call(ctx, c, "Plugin.Wait", "", new(string)) })
+				receive(t, "the call", s.started)
+				switch name {
+				case "cancel":
+					cancel()
+				case "client closed":
+					c.Close()
+				case "session closed":
+					here.Close()
+				}
+				if cause := receive(t, "the end of the context", s.ended); want != nil && !errors.Is(cause, want) {
+					t.Errorf("the context ended by %v and not %v", cause, want)
+				}
+				if err := receive(t, "the end of Call", done); err == nil {
+					t.Error("Call returned no error")
+				}
+			})
+		})
+	}
+}
+
+// When the plugin is asked to quit, the contexts of methods end on both sides.
+func TestServedContextEndsWithQuit(t *testing.T) {
+	host, test, plugin := local(t)
+	callback := newTestServer()
+	id, _ := test.broker.ServeRPC(callback)
+	waiting := async(func() error { return test.Call("Plugin.Wait", "", new(string)) })
+	calling := async(func() error { return test.Call("Plugin.CallBack", Callback{id, "Wait", ""}, new(string)) })
+	receive(t, "the call", plugin.started)
+	receive(t, "the callback", callback.started)
+	closed := async(host.Close)
+	receive(t, "the end of the method's context", plugin.ended)
+	receive(t, "the end of the callback's context", callback.ended)
+	check(t, receive(t, "Close", closed))
+	for _, done := range []<-chan error{waiting, calling} {
+		if err := receive(t, "the end of a call", done); err == nil {
+			t.Error("a call returned no error")
+		}
+	}
+}
+
+// A call that is cancelled leaves the others of its stream alone.
+func TestCancelOneOfMany(t *testing.T) {
+	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+		s := newTestServer()
+		c := dialled(t, here, there, s)
+		ctx, cancel := context.WithCancel(context.Background())
+		const pairs = 50
+		canceled, released := make(chan error, pairs), make(chan string, pairs)
+		for i := range pairs {
+			go func() { canceled <- Call(ctx, c, "Plugin.Wait", "", new(string)) }()
+			go func() { released <- mustCall[string](t, c, "Wait", fmt.Sprint(i)) }()
+			receive(t, "a call", s.started)
+			receive(t, "a call", s.started)
+		}
+		cancel()
+		for range pairs {
+			if err := receive(t, "a cancelled call", canceled); !errors.Is(err, context.Canceled) {
+				t.Error(err)
+			}
+			receive(t, "the end of a context", s.ended)
+		}
+		close(s.release)
+		got := make(map[string]bool)
+		for range pairs {
+			got[receive(t, "a released call", released)] = true
+		}
+		if len(got) != pairs || len(s.ended) > 0 {
+			t.Errorf("the others have replied %v, and %d contexts have ended", got, len(s.ended))
+		}
+	})
+}
+
+// ---- Lost connections ----
+
+// brokenConn is a connection whose loss is found by writing first. Reading
+// learns the reason when known is closed.
+type brokenConn struct {
+	writes atomic.Int32
+	known  chan struct{}
+}
+
+func (c *brokenConn) Write([]byte) (int, error) {
+	c.writes.Add(1)
+	return 0, io.ErrClosedPipe
+}
+
+func (c *brokenConn) Read([]byte) (int, error) {
+	<-c.known
+	return 0, errCause
+}
+
+func (c *brokenConn) Close() error { return nil }
+
+// spawn is for clients without a session.
+func spawn(f func()) bool {
+	go f()
+	return true
+}
+
+// Until the reason for the loss of a connection is known, calls wait for it,
+// including those that begin after the loss.
+func TestCallsWaitForReason(t *testing.T) {
+	conn := &brokenConn{known: make(chan struct{})}
+	c := newRPCClient(conn, spawn)
+	defer c.Close()
+	calls := []*rpc.Call{c.Go("Plugin.Echo", "", new(string), nil)}
+	await(t, "a write", func() bool { return conn.writes.Load() > 0 })
+	for range 20 {
+		calls = append(calls, c.Go("Plugin.Echo", "", new(string), nil))
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	if err := Call(ctx, c, "Plugin.Echo", "", new(string)); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	for i, call := range calls {
+		if len(call.Done) > 0 {
+			t.Errorf("call %d does not wait: %v", i, call.Error)
+		}
+	}
+	close(conn.known)
+	for i, call := range calls {
+		if receive(t, "a call", call.Done); !errors.Is(call.Error, errCause) {
+			t.Errorf("call %d returned %v", i, call.Error)
+		}
+	}
+	await(t, "the end of the client", func() bool { return errors.Is(c.Call("Plugin.Echo", "", new(string)), rpc.ErrShutdown) })
+}
+
+// A panic in a plugin ends it, and each call in flight tells of it.
+func TestPluginPanics(t *testing.T) {
+	t.Parallel()
+	_, p := start(t, config("plugin"))
+	test := dispense(t, p)
+	const calls = 20
+	errs := test.block(t, calls)
+	err := dispense(t, p).Call("Plugin.Panic", "the end", new(string))
+	for i := 0; ; i++ {
+		var exit *ExitError
+		if !errors.As(err, &exit) || !strings.Contains(exit.Panic, "the end") || !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("a call returned %T: %v", err, err)
+		}
+		if i == calls {
+			break
+		}
+		err = receive(t, "a call", errs)
+	}
+}
+
+// A panic in a method of the host is an error of that call. It is logged, and
+// the calls beside it go on.
+func TestCallbackPanics(t *testing.T) {
+	t.Parallel()
+	cfg := config("plugin")
+	logger, records := recorder()
+	cfg.Logger = logger
+	_, p := start(t, cfg)
+	test := dispense(t, p)
+	id, stop := test.broker.ServeRPC(newTestServer())
+	defer stop()
+	err := Call(boundedContext(t), test.Client, "Plugin.CallBack", Callback{id, "Panic", "a broken callback"}, new(string))
+	errorSays(t, err, "a broken callback")
+	logged := records.find("panicked")
+	if len(logged) != 1 || logged[0].level != hclog.Error || !strings.Contains(fmt.Sprint(logged[0].args...), "plugin_test.go") {
+		t.Errorf("the log has %+v", logged)
+	}
+	echo(t, test.Client)
+
+	_, host, plugin := local(t)
+	callback := newTestServer()
+	c := dialled(t, plugin.broker, host.broker, callback)
+	beside := async(func() error { return c.Call("Plugin.Block", "", new(string)) })
+	receive(t, "the call beside", callback.started)
+	for range 3 {
+		errorSays(t, Call(boundedContext(t), c, "Plugin.Panic", "boom", new(string)), "boom")
+	}
+	close(callback.release)
+	check(t, receive(t, "the call beside", beside))
+	c = dialled(t, plugin.broker, host.broker, leaving{})
+	errorSays(t, Call(boundedContext(t), c, "Plugin.Leave", "", new(string)), "Goexit")
+}
+
+// leaving ends the goroutine of its method, as t.Fatal does.
+type leaving struct{}
+
+func (leaving) Leave(string, *string) error {
+	runtime.Goexit()
+	return nil
+}
+
+// A plain call whose reply does not fit ends its client, as in net/rpc, and
+// nothing else.
+func TestMisfitReply(t *testing.T) {
+	_, p := start(t, config("plugin"))
+	test := dispense(t, p)
+	errorSays(t, test.Call("Plugin.Echo", "text", new(int)), "int")
+	if test.Call("Plugin.Echo", "", new(string)) == nil {
+		t.Error("a later call returned no error")
+	}
+	if _, known := codecs.Load(test.Client); known {
+		t.Error("the client is still known")
+	}
+	answers(t, p)
+}
+
+// ---- Methods ----
+
+// unfit has a method for each reason for which it cannot be called.
+type unfit struct{}
+
+func (unfit) Many(_, _, _ string) error                         { return nil }
+func (unfit) Value(_, _ string) error                           { return nil }
+func (unfit) NoError(string, *string)                           {}
+func (unfit) Other(string, *string) bool                        { return false }
+func (unfit) Variadic(string, ...string) error                  { return nil }
+func (unfit) Last(_ string, _ *string, _ context.Context) error { return nil }
+func (unfit) Context(_ context.Context, _ string) error         { return nil }
+
+// partlyUnfit has a method that can be called.
+type partlyUnfit struct {
+	unfit
+	*testServer
+}
+
+func (partlyUnfit) Hidden(in notRegistered, out *notRegistered) error { return mirrored(in, out) }
+
+// Fill writes into a map, which is there already.
+func (partlyUnfit) Fill(key string, out *map[string]bool) error {
+	(*out)[key] = true
+	return nil
+}
+
+// onPointer has its method on the pointer.
+type onPointer struct{}
+
+func (*onPointer) Echo(in string, out *string) error { return mirrored(in, out) }
+
+func TestMethods(t *testing.T) {
+	for _, test := range []struct {
+		v     any
+		words []string
+	}{
+		{nil, nil},
+		{struct{}{}, nil},
+		{onPointer{}, []string{"onPointer", "pointer"}},
+		{unfit{}, []string{"unfit", "Many", "Value", "NoError", "Other", "Variadic", "Last", "Context"}},
+	} {
+		host, _ := TestPluginRPCConn(t, PluginSet{"test": serves(test.v)}, nil)
+		_, err := host.Dispense("test")
+		errorSays(t, err, test.words...)
+		check(t, host.Ping())
+		bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+			err := Call(boundedContext(t), dialled(t, here, there, test.v), "Plugin.Echo", "", new(string))
+			errorSays(t, err, test.words...)
+		})
+	}
+	for _, wire := range wires {
+		if !wire.plugin {
+			continue
+		}
+		c := wire.connect(t, partlyUnfit{testServer: newTestServer()})
+		for method, words := range map[string][]string{
+			"Plugin.Value":   {"Plugin.Value", "pointer"},
+			"Plugin.Missing": {"Plugin.Missing", "Echo", "Wait", "ProtocolVersion"},
+			"Other.Echo":     {"Other.Echo", "Plugin"},
+			"Echo":           {"Plugin.Echo"},
+		} {
+			err := Call(boundedContext(t), c, method, new(any), new(string))
+			if !errors.As(err, new(rpc.ServerError)) {
+				t.Errorf("%s returned %T: %v", method, err, err)
+			}
+			errorSays(t, err, words...)
+		}
+		mustCall[notRegistered](t, c, "Hidden", notRegistered{1})
+		mustCall[map[string]bool](t, c, "Fill", "x")
+	}
+}
+
+// ---- Errors ----
+
+// failing returns errors by name.
+type failing map[string]error
+
+func (f failing) Fail(name string, _ *string) error { return f[name] }
+
+// Errors keep their text, and between two sides with this package what they are.
+func TestErrorIdentity(t *testing.T) {
+	unknown, all := errors.New("test: unknown"), failing{}
+	for name, err := range testErrors {
+		all[name] = err
+		all[name+" wrapped"] = fmt.Errorf("failing: %w", err)
+		all[name+" joined"] = errors.Join(unknown, err, io.EOF)
+		all[name+" with a path"] = &fs.PathError{Op: "open", Path: "x", Err: err}
+	}
+	all["unknown"] = unknown
+	compare := func(t *testing.T, c *rpc.Client, identity bool) {
+		t.Helper()
+		for name, sent := range all {
+			err := Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
+			var remote rpc.ServerError
+			if !errors.As(err, &remote) || string(remote) != sent.Error() || err.Error() != sent.Error() {
+				t.Errorf("%v arrived as %T: %v", sent, err, err)
+			}
+			for _, known := range testErrors {
+				if got, want := errors.Is(err, known), errors.Is(sent, known); got != (want && identity) {
+					t.Errorf("%s: errors.Is(%v) is %v", name, known, got)
+				}
+			}
+			if errors.Is(err, unknown) {
+				t.Errorf("%s: is an error that is not registered", name)
+			}
+		}
+	}
+	for _, wire := range wires {
+		compare(t, wire.connect(t, all), wire.host && wire.plugin)
+	}
+	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+		compare(t, dialled(t, here, there, all), true)
+	})
+}
+
+// An error that both sides have registered is the same in another process.
+func TestRegisteredInBothProcesses(t *testing.T) {
+	t.Parallel()
+	_, p := start(t, config("plugin"))
+	err := Call(boundedContext(t), dispense(t, p).Client, "Plugin.Fail", "registered", new(string))
+	if !errors.Is(err, errRegistered) {
+		t.Error(err)
+	}
+}
+
+// Of two errors with one text the first that is registered stays.
+func TestRegisterError(t *testing.T) {
+	text := fmt.Sprint("test: ", rand.Int())
+	first, second := errors.New(text), errors.New(text)
+	RegisterError(first, second)
+	RegisterError(second)
+	c := wires[0].connect(t, failing{"first": fmt.Errorf("failing: %w", first), "second": second})
+	for name, want := range map[string]bool{"first": true, "second": false} {
+		err := Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
+		if errors.Is(err, first) != want || errors.Is(err, second) {
+			t.Errorf("the %s error is the first: %v, and the second: %v", name, errors.Is(err, first), errors.Is(err, second))
+		}
+	}
+	defer func() {
+		if recover() == nil {
+			t.Error("a nil error does not panic")
+		}
+	}()
+	RegisterError(nil)
+}
+
+// nilError panics when it is asked for its text.
+type nilError struct{ text string }
+
+func (e *nilError) Error() string { return e.text }
+
+// oddIs panics when it is asked what it is.
+type oddIs struct{}
+
+func (oddIs) Error() string { return "odd" }
+func (oddIs) Is(error) bool { panic("odd Is") }
+
+// An error with odd methods, or without a text, is still an error.
+func TestOddErrors(t *testing.T) {
+	odd := failing{"nil": (*nilError)(nil), "empty": errors.New(""), "panics": oddIs{}}
+	c := wires[0].connect(t, odd)
+	for name := range odd {
+		err := Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
+		var remote rpc.ServerError
+		if !errors.As(err, &remote) || remote == "" {
+			t.Errorf("%s: %T: %v", name, err, err)
+		}
+	}
+}

@@ -1,0 +1,288 @@
+package plugin
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+const testCookie = "TEST_PLUGIN_COOKIE=d5f1"
+
+// refusal is a plugin that cannot serve. It is also a step of its name.
+type refusal struct {
+	name string
+	args []string
+	env  []string
+	edit func(*ServeConfig)
+	says string // on stderr
+}
+
+var refusals = []refusal{
+	{name: "by-hand", says: "host"},
+	{name: "wrong-cookie", env: []string{testHandshake.MagicCookieKey + "=wrong"}, says: "host"},
+	{name: "no-cookie", edit: func(c *ServeConfig) { c.MagicCookieKey = "" }, says: "MagicCookieKey"},
+	{name: "no-plugins", env: []string{testCookie}, edit: func(c *ServeConfig) { c.Plugins = nil }, says: "Plugins"},
+	{name: "empty-sets", env: []string{testCookie}, edit: func(c *ServeConfig) {
+		c.Plugins, c.VersionedPlugins = PluginSet{}, map[int]PluginSet{1: nil, 2: {}}
+	}, says: "Plugins"},
+	{name: "no-certificate", env: []string{testCookie}, edit: func(c *ServeConfig) {
+		c.TLSProvider = func() (*tls.Config, error) { return nil, errors.New("out of paper") }
+	}, says: "paper"},
+	{name: "bad-certificate", env: []string{testCookie, envClientCert + "=junk"}, says: "certificate"},
+	{name: "no-stdout", env: []string{testCookie}, says: "handshake"},
+	{name: "mux", env: []string{testCookie}, says: "first, second"},
+	{name: "mux", env: []string{testCookie}, args: []string{"third"}, says: "first, second"},
+	{name: "mux", env: []string{testCookie}, args: []string{"first", "second"}, says: "first, second"},
+}
+
+func init() {
+	if runtime.GOOS != "windows" {
+		refusals = append(refusals,
+			refusal{name: "no-directory", env: []string{testCookie, EnvUnixSocketDir + "=/no/directory"}, says: "/no/directory"},
+			refusal{name: "no-group", env: []string{testCookie, EnvUnixSocketGroup + "=no-group"}, says: "no-group"})
+	}
+	for _, r := range refusals {
+		modes[r.name] = func() {
+			if r.edit == nil {
+				r.edit = func(*ServeConfig) {}
+			}
+			servePlugin(r.edit)
+		}
+	}
+	modes["mux"] = func() {
+		set := make(ServeMuxMap)
+		for _, name := range []string{"first", "second"} {
+			set[name] = &ServeConfig{HandshakeConfig: testHandshake, Plugins: PluginSet{name: serves(newTestServer())}}
+		}
+		ServeMux(set)
+	}
+}
+
+// A plugin that cannot serve says why on stderr and exits with status 1.
+func TestRefusals(t *testing.T) {
+	for _, test := range refusals {
+		t.Run(fmt.Sprint(test.name, test.args), func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			cmd := exec.Command(os.Args[0], test.args...)
+			cmd.Env = slices.Concat(os.Environ(), l.env(), []string{modeEnv + "=" + test.name}, test.env)
+			var stdout, stderr bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &stdout, &stderr
+			if test.name == "no-stdout" {
+				file, err := os.Open(os.DevNull) // cannot be written to
+				check(t, err)
+				defer file.Close()
+				cmd.Stdout = file
+			}
+			within(t, "a plugin that cannot serve", hangs, func() { _ = cmd.Run() })
+			if cmd.ProcessState.ExitCode() != 1 || stdout.Len() > 0 || !strings.Contains(stderr.String(), test.says) {
+				t.Errorf("%v, with the stdout %q; the stderr should say %q:\n%s", cmd.ProcessState, &stdout, test.says, &stderr)
+			}
+			if l.noted(test.name + " finished") {
+				t.Error("Serve returned")
+			}
+		})
+	}
+	cfg := newLab(t).config("plugin")
+	cfg.MagicCookieValue = "wrong"
+	errorSays(t, startError(t, NewClient(cfg)), "cookie", testHandshake.MagicCookieKey, "exit status 1")
+}
+
+// The argument selects the plugin that ServeMux serves.
+func TestServeMux(t *testing.T) {
+	for _, name := range []string{"first", "second"} {
+		cfg := newLab(t).config("mux")
+		cfg.Cmd.Args = append(cfg.Cmd.Args, name)
+		cfg.Plugins = PluginSet{name: serves(nil)}
+		_, p := start(t, cfg)
+		test, err := Dispense[*testClient](p, name)
+		check(t, err)
+		echo(t, test.Client)
+	}
+}
+
+// foreignFile is a file where the step "foreign-lifeline" says that the lifeline is,
+// as after a process in between that closes what it does not know.
+var foreignFile *os.File
+
+func init() {
+	modes["foreign-lifeline"] = func() {
+		foreignFile = must(os.Open(os.DevNull))
+		os.Setenv(envHost, hostInfo{os.Getppid(), int(foreignFile.Fd()), watchPipe}.String())
+	}
+	modes["use-foreign"] = func() {
+		runtime.GC()
+		if _, err := foreignFile.Read(make([]byte, 1)); err != io.EOF {
+			panic(err)
+		}
+	}
+}
+
+// A descriptor that is no pipe is not the host's: it is neither closed nor taken
+// for the end of the host.
+func TestForeignLifeline(t *testing.T) {
+	c, p := start(t, newLab(t).config("foreign-lifeline plugin"))
+	for range 5 {
+		mustCall[string](t, dispense(t, p).Client, "Do", "use-foreign")
+	}
+	if c.Kill(); c.Err() != nil {
+		t.Error(c.Err())
+	}
+}
+
+// serveTestMode runs Serve in test mode. The function ends it. closed is
+// CloseCh.
+func serveTestMode(t *testing.T, test ServeTestConfig) (rc *ReattachConfig, stop func(), closed <-chan struct{}) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	ready, closing := make(chan *ReattachConfig), make(chan struct{})
+	test.Context, test.ReattachConfigCh, test.CloseCh = ctx, ready, closing
+	returned := async(func() bool {
+		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(newTestState()), Logger: hclog.NewNullLogger(), Test: &test})
+		return true
+	})
+	stop = func() {
+		cancel()
+		receive(t, "CloseCh", closing)
+		<-returned
+	}
+	t.Cleanup(stop)
+	return receive(t, "the ReattachConfig", ready), stop, closing
+}
+
+// In test mode, Serve changes nothing of its process, and ends when a host asks
+// it to.
+func TestTestMode(t *testing.T) {
+	leavesNothing(t)
+	dir, err := os.MkdirTemp("", "t*")
+	check(t, err)
+	t.Cleanup(func() { check(t, os.Remove(dir)) })
+	for _, name := range append(slices.Clone(protocolEnv), testHandshake.MagicCookieKey) {
+		t.Setenv(name, "x")
+	}
+	t.Setenv(EnvUnixSocketDir, dir)
+	environ, stdout, stderr := os.Environ(), os.Stdout, os.Stderr
+	rc, stop, closed := serveTestMode(t, ServeTestConfig{})
+	if !rc.Test || rc.Pid != os.Getpid() || rc.ProtocolVersion != 3 || rc.Protocol != ProtocolNetRPC {
+		t.Errorf("the ReattachConfig is %+v", rc)
+	}
+	if runtime.GOOS != "windows" && filepath.Dir(rc.Addr.String()) != dir {
+		t.Errorf("the socket is %v", rc.Addr)
+	}
+	cfg := attachTo(rc)
+	_, p := start(t, cfg)
+	answers(t, p)
+	check(t, p.Close())
+	receive(t, "CloseCh", closed)
+	stop()
+	if !slices.Equal(os.Environ(), environ) || os.Stdout != stdout || os.Stderr != stderr {
+		t.Error("the environment, stdout or stderr has changed")
+	}
+	if _, err := NewClient(cfg).Start(); err != ErrProcessNotFound {
+		t.Errorf("a client of what was served returned %v", err)
+	}
+}
+
+// In test mode, Serve ends with its context, and when it cannot serve.
+func TestTestModeEnds(t *testing.T) {
+	leavesNothing(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	for _, test := range []struct {
+		name   string
+		config ServeConfig
+		says   string
+	}{
+		{"nobody receives", ServeConfig{Plugins: testPlugins(nil), Test: &ServeTestConfig{Context: ctx, ReattachConfigCh: make(chan *ReattachConfig)}}, ""},
+		{"no plugins", ServeConfig{Test: new(ServeTestConfig)}, "Plugins"},
+		{"no certificate", ServeConfig{Plugins: testPlugins(nil), Test: new(ServeTestConfig), TLSProvider: func() (*tls.Config, error) {
+			return nil, errors.New("out of paper")
+		}}, "paper"},
+	} {
+		closed := make(chan struct{})
+		logger, records := recorder()
+		test.config.Test.CloseCh, test.config.Logger = closed, logger
+		within(t, "Serve", 0, func() { Serve(&test.config) })
+		if !ended(closed) {
+			t.Errorf("%s: CloseCh is not closed", test.name)
+		}
+		logged := slices.DeleteFunc(records.find(""), func(r logRecord) bool { return r.level <= hclog.Debug })
+		if (test.says != "") != (len(logged) == 1) || test.says != "" && !strings.Contains(logged[0].String(), test.says) {
+			t.Errorf("%s: there was logged %v", test.name, logged)
+		}
+	}
+}
+
+// With SyncStdio the process's output goes to the host as well, until the
+// serving ends.
+func TestTestModeOutput(t *testing.T) {
+	leavesNothing(t)
+	stdout, stderr := os.Stdout, os.Stderr
+	defer func() { os.Stdout, os.Stderr = stdout, stderr }()
+	file, err := os.Create(filepath.Join(t.TempDir(), "output"))
+	check(t, err)
+	defer file.Close()
+	os.Stdout, os.Stderr = file, file
+	rc, stop, _ := serveTestMode(t, ServeTestConfig{SyncStdio: true})
+	var out, errs syncBuffer
+	cfg := attachTo(rc)
+	cfg.SyncStdout, cfg.SyncStderr = &out, &errs
+	_, p := start(t, cfg)
+	fmt.Fprint(os.Stdout, "to stdout,")
+	await(t, "stdout", func() bool { return out.String() == "to stdout," })
+	fmt.Fprint(os.Stderr, "to stderr,")
+	check(t, p.Close())
+	stop()
+	if errs.String() != "to stderr," {
+		t.Errorf("the host got %q of stderr", errs.String())
+	}
+	fmt.Fprint(os.Stdout, "to its own")
+	if got, err := os.ReadFile(file.Name()); string(got) != "to stdout,to stderr,to its own" || os.Stderr != file {
+		t.Errorf("the process's own output is %q, %v", got, err)
+	}
+}
+
+// The helpers take what tests have.
+var (
+	_ TestingT = (*testing.T)(nil)
+	_ TestingT = (*testing.B)(nil)
+	_ TestingT = testing.TB(nil)
+)
+
+// What the helpers have made ends with the test.
+func TestHelpers(t *testing.T) {
+	leavesNothing(t)
+	var conns [2]net.Conn
+	t.Run("helped", func(t *testing.T) {
+		conns[0], conns[1] = TestConn(t)
+		c, s := TestRPCConn(t)
+		check(t, s.RegisterName("Plugin", newTestServer()))
+		echo(t, c)
+		r, w := io.Pipe()
+		defer w.Close()
+		host, _ := TestPluginRPCConn(t, testPlugins(newTestState()), &TestOptions{io.NopCloser(strings.NewReader("to stdout")), r})
+		var stdout, stderr syncBuffer
+		check(t, host.SyncStreams(&stdout, &stderr))
+		answers(t, host)
+		fmt.Fprint(w, "to stderr")
+		await(t, "output", func() bool { return stdout.String() == "to stdout" && stderr.String() == "to stderr" })
+	})
+	for _, conn := range conns {
+		if _, err := conn.Write([]byte("abc")); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("after the test, Write returned %v", err)
+		}
+	}
+}

@@ -1,0 +1,80 @@
+//go:build unix
+
+package plugin
+
+import (
+	"errors"
+	"os"
+	"os/signal"
+	"syscall"
+	"testing"
+)
+
+func init() {
+	// The goroutine of package signal stays, and is no leak of a test.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM)
+	signal.Stop(signals)
+}
+
+// SIGTERM and SIGHUP end a plugin as Kill does. SIGINT is left to the host.
+func TestServeSignals(t *testing.T) {
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			cfg := l.config("plugin finishing")
+			c, p := start(t, cfg)
+			test := dispense(t, p)
+			for range 3 {
+				check(t, cfg.Cmd.Process.Signal(syscall.SIGINT))
+				echo(t, test.Client)
+			}
+			test.Go("Plugin.Wait", "", new(string), nil)
+			l.read("in a call")
+			check(t, cfg.Cmd.Process.Signal(sig))
+			l.read("cause")
+			l.read("finishing")
+			l.write("finish", "")
+			receive(t, "Done", c.Done())
+			var exit *ExitError
+			if !errors.As(c.Err(), &exit) || exit.State == nil || !exit.State.Success() {
+				t.Errorf("the plugin ended with %v", c.Err())
+			}
+			l.read("plugin finished")
+		})
+	}
+	t.Run("nohup", func(t *testing.T) {
+		t.Parallel()
+		cfg := newLab(t).config("plugin")
+		cfg.Cmd.Path, cfg.Cmd.Args = "/bin/sh", []string{"sh", "-c", `trap "" HUP; exec "$0"`, os.Args[0]}
+		c, p := start(t, cfg)
+		test := dispense(t, p)
+		check(t, cfg.Cmd.Process.Signal(syscall.SIGHUP))
+		for range 200 {
+			echo(t, test.Client)
+		}
+		if c.Kill(); c.Err() != nil {
+			t.Error(c.Err())
+		}
+	})
+}
+
+// In test mode the signals of the process stay with whoever takes them.
+func TestTestModeSignals(t *testing.T) {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGHUP, os.Interrupt)
+	defer signal.Stop(signals)
+	rc, _, closed := serveTestMode(t, ServeTestConfig{})
+	_, p := start(t, attachTo(rc))
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT} {
+		check(t, syscall.Kill(os.Getpid(), sig))
+		if got := receive(t, sig.String(), signals); got != sig {
+			t.Errorf("%v arrived as %v", sig, got)
+		}
+		answers(t, p)
+	}
+	if ended(closed) {
+		t.Error("the serving has ended")
+	}
+}
