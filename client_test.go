@@ -94,7 +94,7 @@ func TestBadConfig(t *testing.T) {
 		{"Stdout", nil, false, func(c cfg) { c.Cmd.Stdout = io.Discard }},
 		{"Stderr", nil, false, func(c cfg) { c.Cmd.Stderr = io.Discard }},
 		{"netrpc", nil, false, func(c cfg) { c.AllowedProtocols = []Protocol{ProtocolGRPC} }},
-		{"AutoMTLS", nil, true, func(c cfg) { c.AutoMTLS = true }},
+		{"Reattach", nil, true, func(c cfg) { c.AutoMTLS = true }},
 		{"Addr", nil, true, func(c cfg) { c.Reattach.Addr = nil }},
 		{"gRPC", nil, true, func(c cfg) { c.Reattach.Protocol = ProtocolGRPC }},
 		{"[3]", nil, true, func(c cfg) { c.Reattach.ProtocolVersion = 4 }},
@@ -171,7 +171,6 @@ func TestStartError(t *testing.T) {
 		"stderr, and exits":   {mode: "cry exit3", say: "jungle", state: "exit status 3", word: "jungle"},
 		"stdout, and stays":   {mode: "say wait", say: "jungle", edit: soon, word: "jungle", is: context.DeadlineExceeded},
 		"stays":               {mode: "wait", edit: soon, word: "Serve", is: context.DeadlineExceeded},
-		"another cookie":      {mode: "plugin", edit: func(_ testing.TB, c *ClientConfig) { c.MagicCookieValue = "x" }, state: "exit status 1", word: testHandshake.MagicCookieKey},
 		"gRPC":                {mode: "say wait", say: "1|3|unix|/s|grpc|", word: "gRPC"},
 		"another protocol":    {mode: "say wait", say: "1|3|unix|/s|smoke|", word: "smoke"},
 		"gibberish":           {mode: "say wait", say: "1|three|unix|/s", word: "three"},
@@ -179,7 +178,6 @@ func TestStartError(t *testing.T) {
 		"no certificate":      {mode: "say wait", say: "1|3|unix|/s|netrpc|", edit: mtls, word: "AutoMTLS"},
 		"a bad certificate":   {mode: "say wait", say: "1|3|unix|/s|netrpc|AAAA", edit: mtls, word: "certificate"},
 		"its own certificate": {mode: "tls", edit: func(t testing.TB, c *ClientConfig) { testTLS(t, c); c.AutoMTLS = true }, word: "TLSProvider"},
-		"a bad TLSProvider":   {mode: "tls", state: "exit status 1", word: "TLSProvider"},
 		"no file":             {edit: runs("/no/such/file"), word: "/no/such/file", is: noFile},
 		"not in PATH":         {edit: runs("no-such-program"), word: "PATH", is: exec.ErrNotFound},
 		"a directory":         {edit: func(t testing.TB, c *ClientConfig) { c.Cmd.Path = t.TempDir() }},
@@ -344,17 +342,15 @@ func values(env []string, name string) (values []string) {
 // A plugin takes a free port of the given ones, or says that none is free.
 func TestPorts(t *testing.T) {
 	t.Parallel()
-	taken, err := listenTCP("", "")
+	taken, err := listenTCP("1", "65535")
 	check(t, err)
 	defer taken.Close()
 	port := taken.Addr().(*net.TCPAddr).Port
-	for _, ports := range [][2]int{{0, 9000}, {port, min(port+50, 65535)}} {
-		l, err := listenTCP(strconv.Itoa(ports[0]), strconv.Itoa(ports[1]))
-		check(t, err)
-		defer l.Close()
-		if addr := l.Addr().(*net.TCPAddr); !addr.IP.IsLoopback() || addr.Port <= ports[0] || addr.Port > ports[1] {
-			t.Errorf("with the ports %v, it listens at %v", ports, addr)
-		}
+	next, err := listenTCP(strconv.Itoa(port), "65535")
+	check(t, err)
+	defer next.Close()
+	if addr := next.Addr().(*net.TCPAddr); !addr.IP.IsLoopback() || addr.Port <= port {
+		t.Errorf("where %d is taken, it listens at %v", port, addr)
 	}
 	_, err = listenTCP(strconv.Itoa(port), strconv.Itoa(port))
 	errorSays(t, err, strconv.Itoa(port))
@@ -387,6 +383,36 @@ func TestQuiet(t *testing.T) {
 	receive(t, "the host's end", host.ended)
 	if text := host.output.String(); text != "" || !host.ProcessState.Success() {
 		t.Errorf("the host ended with %v, and printed: %s", host.ProcessState, text)
+	}
+}
+
+// Writers of the host's that fail or block stop neither the plugin nor Kill.
+func TestBadWriters(t *testing.T) {
+	t.Parallel()
+	for name, size := range map[string]int{"failing": 3 * streamWindow, "blocking": 1} { // as more would fill what is between
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cfg := newLab(t).config("plugin")
+			cfg.KillTimeout = time.Second
+			release := make(chan struct{})
+			t.Cleanup(func() { close(release) })
+			bad := writerFunc(func([]byte) (int, error) {
+				if name == "blocking" {
+					<-release
+				}
+				return 0, io.ErrClosedPipe
+			})
+			cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = bad, bad, bad
+			c, p := start(t, cfg)
+			test := dispense(t, p)
+			text := strings.Repeat("x", size)
+			mustCall[struct{}](t, test.Client, "Print", Output{Stdout: text, Stderr: text, Raw: text})
+			echo(t, test.Client)
+			within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
+			if !c.Exited() || c.Err() != nil || cfg.Cmd.Process.Signal(os.Kill) == nil {
+				t.Error("the plugin lives:", c.Exited(), c.Err())
+			}
+		})
 	}
 }
 
@@ -474,22 +500,22 @@ func TestKill(t *testing.T) {
 	}
 }
 
-// Kill ends calls in flight and lets main finish. What the plugin wrote has been
+// Kill ends calls in flight and lets main finish. Its last output has been
 // delivered by then.
 func TestKillIsGentle(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	cfg := l.config("plugin cry", sayEnv+"=last words")
-	var stdout, stderr, raw syncBuffer
-	cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = &stdout, &stderr, &raw
+	var stderr syncBuffer
+	cfg.Stderr = &stderr
 	c, p := start(t, cfg)
 	test := dispense(t, p)
 	errs := test.block(t, 4)
 	text := strings.Repeat(strings.Repeat("x", 99)+"\n", 10_000)
-	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: text, Stderr: text, Raw: text})
+	mustCall[struct{}](t, test.Client, "Print", Output{Raw: text})
 	c.Kill()
-	if got := raw.String(); stdout.String() != text || stderr.String() != text || !strings.HasPrefix(got, text) || !strings.HasSuffix(got, "last words\n") {
-		t.Errorf("of %d bytes arrived %d, %d and %d", len(text), len(stdout.String()), len(stderr.String()), len(got))
+	if got := stderr.String(); !strings.HasPrefix(got, text) || !strings.HasSuffix(got, "last words\n") {
+		t.Errorf("of %d bytes arrived %d", len(text), len(got))
 	}
 	if !l.noted("plugin finished") || !cfg.Cmd.ProcessState.Success() || c.Err() != nil {
 		t.Errorf("main has not finished: %v, %v", cfg.Cmd.ProcessState, c.Err())
@@ -556,8 +582,8 @@ func TestCleanupClients(t *testing.T) {
 // ---- The end ----
 
 // An end that nobody asked for is logged once, with the plugin's name, its pid
-// and what is known of the cause. An end that was asked for is not logged, nor
-// is a start that failed. A line before the handshake is a warning.
+// and what is known of the cause. An end that was asked for, or a start that
+// failed, is logged at Debug. A line before the handshake is a warning.
 func TestEndIsLogged(t *testing.T) {
 	t.Parallel()
 	do := func(how string) func(*Client, ClientProtocol) {
@@ -565,16 +591,16 @@ func TestEndIsLogged(t *testing.T) {
 	}
 	for name, test := range map[string]struct {
 		end   func(*Client, ClientProtocol) // nil for a start that fails
-		level hclog.Level                   // NoLevel for none above Debug
+		level hclog.Level
 		word  string
 	}{
 		"panic":  {do("panic"), hclog.Error, "panic: boom"},
 		"exit3":  {do("exit3"), hclog.Error, "exit status 3"},
 		"killed": {do("killed"), hclog.Error, map[bool]string{true: "exit status 1", false: "killed"}[runtime.GOOS == "windows"]},
 		"exit0":  {do("exit0"), hclog.Info, "exit status 0"},
-		"Kill":   {func(c *Client, _ ClientProtocol) { c.Kill() }, hclog.NoLevel, ""},
-		"Close":  {func(_ *Client, p ClientProtocol) { _ = p.Close() }, hclog.NoLevel, ""},
-		"start":  {nil, hclog.NoLevel, ""},
+		"Kill":   {func(c *Client, _ ClientProtocol) { c.Kill() }, hclog.Debug, ""},
+		"Close":  {func(_ *Client, p ClientProtocol) { _ = p.Close() }, hclog.Debug, ""},
+		"start":  {nil, hclog.Debug, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -583,7 +609,7 @@ func TestEndIsLogged(t *testing.T) {
 			if test.end == nil {
 				mode = "say exit3"
 			}
-			cfg := newLab(t).config(mode, sayEnv+"=a banner | of a library\n")
+			cfg := newLab(t).config(mode, sayEnv+"=a banner | of a library\n") // and an empty line
 			cfg.Logger = logger
 			c := NewClient(cfg)
 			t.Cleanup(c.Kill)
@@ -592,22 +618,22 @@ func TestEndIsLogged(t *testing.T) {
 			}
 			receive(t, "Done", c.Done())
 			c.Kill()
-			records := slices.DeleteFunc(log.find(""), func(r logRecord) bool {
-				trace := name == "panic" && len(r.args) == 0 // which is logged, too
-				return r.level <= hclog.Debug || trace
-			})
-			if len(records) == 0 || records[0].level != hclog.Warn || !strings.Contains(fmt.Sprint(records[0]), "a banner") {
-				t.Fatalf("the banner is not logged: %+v", records)
+			// ofProcess returns the records with its pid: of its start and its end.
+			ofProcess := func() []logRecord {
+				return slices.DeleteFunc(log.find(""), func(r logRecord) bool { return !strings.Contains(r.String(), "pid="+strconv.Quote(c.ID())) })
 			}
-			if ends := records[1:]; test.level == hclog.NoLevel && len(ends) == 0 {
-				return
-			} else if len(ends) != 1 || ends[0].level != test.level {
-				t.Fatalf("logged: %+v", ends)
+			await(t, "the records of start and end", func() bool { return len(ofProcess()) >= 2 })
+			end := ofProcess()[1]
+			if len(ofProcess()) != 2 || end.level != test.level {
+				t.Errorf("logged: %v", ofProcess())
 			}
-			for _, word := range []string{test.word, pluginName(cfg.Cmd.Path), c.ID()} {
-				if text := fmt.Sprintln(records[1].args...); !strings.Contains(text, word) {
-					t.Errorf("%q is not in the record %s", word, text)
+			for _, word := range []string{test.word, pluginName(cfg.Cmd.Path)} {
+				if !strings.Contains(end.String(), word) {
+					t.Errorf("%q is not in the record %v", word, end)
 				}
+			}
+			if banner := log.find("handshake"); len(banner) != 1 || banner[0].level != hclog.Warn || !strings.Contains(banner[0].String(), "a banner") {
+				t.Errorf("the line before the handshake is logged as %v", banner)
 			}
 		})
 	}
@@ -644,20 +670,10 @@ func TestExitedAfterCrash(t *testing.T) {
 
 // ---- Test mode ----
 
-// In test mode Kill and CleanupClients do nothing. Close ends the serving.
-func TestTestModeHost(t *testing.T) {
+// In test mode Kill and CleanupClients do nothing, and nothing is watched.
+func TestTestModeClient(t *testing.T) {
 	leavesNothing(t)
-	dir := newLab(t).tmp
-	t.Setenv(EnvUnixSocketDir, dir)
-	configs, closed := make(chan *ReattachConfig), make(chan struct{})
-	go Serve(&ServeConfig{ // ends with Close
-		HandshakeConfig: testHandshake, Plugins: testPlugins(newTestState()), Logger: hclog.NewNullLogger(),
-		Test: &ServeTestConfig{ReattachConfigCh: configs, CloseCh: closed},
-	})
-	rc := receive(t, "a ReattachConfig", configs)
-	if runtime.GOOS != "windows" && filepath.Dir(rc.Addr.String()) != dir {
-		t.Errorf("the socket is at %v and not in %s", rc.Addr, dir)
-	}
+	rc, stop, _ := serveTestMode(t, ServeTestConfig{})
 	rc.ReattachFunc = func() (AttachedRunner, error) {
 		t.Error("ReattachFunc was called")
 		return nil, ErrProcessNotFound
@@ -678,7 +694,7 @@ func TestTestModeHost(t *testing.T) {
 		answers(t, p)
 	}
 	check(t, p.Close())
-	receive(t, "the end of Serve", closed)
+	stop()
 	if c.Exited() || ended(c.Done()) || c.Err() != nil || c.ID() != "" {
 		t.Error("it is watched:", c.Exited(), c.Err(), c.ID())
 	}
