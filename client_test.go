@@ -16,7 +16,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"reflect"
 	"runtime"
 	"slices"
 	"strconv"
@@ -227,30 +226,6 @@ func TestStartContext(t *testing.T) {
 	check(t, connect(c))
 }
 
-// The accessors say what is known before and after the start.
-func TestAccessors(t *testing.T) {
-	t.Parallel()
-	c := NewClient(newLab(t).config("plugin"))
-	t.Cleanup(c.Kill)
-	if c.Exited() || c.Err() != nil || c.ID() != "" || c.NegotiatedVersion() != 0 || c.ReattachConfig() != nil {
-		t.Error("before Start:", c.Exited(), c.Err(), c.ID(), c.NegotiatedVersion(), c.ReattachConfig())
-	}
-	if p := c.Protocol(); p != ProtocolNetRPC || c.ID() == "" {
-		t.Errorf("Protocol returned %q and started %q", p, c.ID())
-	}
-	p, err1 := c.Client()
-	same, err2 := c.Client()
-	addr, err3 := c.Start()
-	if err := errors.Join(err1, err2, err3); err != nil || same != p {
-		t.Fatalf("Client returned %v, and then %v, %v", p, same, err)
-	}
-	pid := mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{}).Pid
-	want := &ReattachConfig{Protocol: ProtocolNetRPC, ProtocolVersion: 3, Addr: addr, Pid: pid}
-	if rc := c.ReattachConfig(); !reflect.DeepEqual(rc, want) || c.ID() != strconv.Itoa(pid) || c.NegotiatedVersion() != 3 {
-		t.Errorf("after Start: %+v and not %+v; %s, %d", rc, want, c.ID(), c.NegotiatedVersion())
-	}
-}
-
 // Without plugins, the host requires its ProtocolVersion, and Dispense fails.
 func TestNoPlugins(t *testing.T) {
 	t.Parallel()
@@ -412,36 +387,6 @@ func TestQuiet(t *testing.T) {
 	receive(t, "the host's end", host.ended)
 	if text := host.output.String(); text != "" || !host.ProcessState.Success() {
 		t.Errorf("the host ended with %v, and printed: %s", host.ProcessState, text)
-	}
-}
-
-// Writers of the host's that fail or block stop neither the plugin nor Kill.
-func TestBadWriters(t *testing.T) {
-	t.Parallel()
-	for name, size := range map[string]int{"failing": 500_000, "blocking": 1} { // as more would fill what is between
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			cfg := newLab(t).config("plugin")
-			cfg.KillTimeout = time.Second
-			release := make(chan struct{})
-			t.Cleanup(func() { close(release) })
-			bad := writerFunc(func([]byte) (int, error) {
-				if name == "blocking" {
-					<-release
-				}
-				return 0, io.ErrClosedPipe
-			})
-			cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = bad, bad, bad
-			c, p := start(t, cfg)
-			test := dispense(t, p)
-			text := strings.Repeat("x", size)
-			mustCall[struct{}](t, test.Client, "Print", Output{Stdout: text, Stderr: text, Raw: text})
-			echo(t, test.Client)
-			within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
-			if !c.Exited() || c.Err() != nil || cfg.Cmd.Process.Signal(os.Kill) == nil {
-				t.Error("the plugin lives:", c.Exited(), c.Err())
-			}
-		})
 	}
 }
 

@@ -18,7 +18,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -480,90 +479,6 @@ func (c *testClient) traffic(ctx context.Context, progress func()) error {
 		}
 	}
 	return nil
-}
-
-// torments are signals that end no plugin, and goOn continues a stopped process.
-// Windows has neither.
-var (
-	torments []os.Signal
-	goOn     = func(*os.Process) {}
-)
-
-// torment sends these signals and the torments to a process, in random order
-// and at random moments.
-func torment(p *os.Process, signals ...os.Signal) {
-	signals = append(signals, torments...)
-	for _, i := range rand.Perm(len(signals)) {
-		time.Sleep(rand.N(100 * time.Millisecond))
-		_ = p.Signal(signals[i])
-	}
-}
-
-// Hosts and plugins are killed, stopped and continued at any moment, while they
-// call, stream and print. No call may hang or get a wrong reply.
-func TestTorture(t *testing.T) {
-	l := newLab(t)
-	end := time.Now().Add(time.Second)
-	var calls atomic.Int64
-	callers(t, 4, func(i int) {
-		for time.Now().Before(end) && !t.Failed() {
-			if i%2 == 0 {
-				torturePlugin(t, l, &calls)
-			} else {
-				tortureHost(t, l)
-			}
-		}
-	})
-	if l.noted("a wrong reply") || calls.Load() == 0 {
-		t.Errorf("there is a wrong reply, or there are no calls: %d", calls.Load())
-	}
-}
-
-func torturePlugin(t *testing.T, l *lab, calls *atomic.Int64) {
-	cfg := l.config("plugin say cry")
-	cfg.KillTimeout = 500 * time.Millisecond
-	cfg.AutoMTLS = rand.IntN(4) == 0
-	c := NewClient(cfg)
-	killed := async(func() bool {
-		await(t, "a process", func() bool { return c.ID() != "" || ended(c.Done()) })
-		pid, _ := strconv.Atoi(c.ID())
-		if p, err := os.FindProcess(pid); err == nil && !ended(c.Done()) {
-			torment(p, syscall.SIGTERM, os.Kill)
-		}
-		c.Kill()
-		return ended(c.Done())
-	})
-	if p, err := c.Client(); err == nil {
-		callers(t, 3, func(int) {
-			test, err := Dispense[*testClient](p, "test")
-			if err == nil {
-				err = test.traffic(context.Background(), func() { calls.Add(1) })
-			}
-			if err == nil || err == errWrong {
-				t.Errorf("a call to a killed plugin returned %v", err)
-			}
-		})
-	}
-	if !receive(t, "Kill", killed) {
-		t.Error("a plugin outlives Kill")
-	}
-}
-
-func tortureHost(t *testing.T, l *lab) {
-	host := l.start("host busy", childEnv+"=plugin say cry")
-	pid := l.readPid(fmt.Sprintf("busy-%d", host.Process.Pid))
-	plugin, err := os.FindProcess(pid)
-	check(t, err)
-	if rand.IntN(2) == 0 {
-		torment(plugin, os.Kill)
-		receive(t, "the end of a host without its plugin", host.ended)
-	} else {
-		torment(host.Process, syscall.SIGTERM)
-		torment(plugin)
-		host.kill(t)
-		goOn(plugin)
-	}
-	await(t, "the end of a plugin without its host", func() bool { return !slices.Contains(processesIn(l.tmp), pid) })
 }
 
 // ---- Processes of other hosts ----

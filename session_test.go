@@ -284,6 +284,7 @@ func TestWriteWaits(t *testing.T) {
 			_, err = io.ReadFull(peer, make([]byte, 2*room))
 			check(t, errors.Join(err, receive(t, "Write", writing)))
 			writing = async(func() error { return until(write) })
+			await(t, "a Write that waits", func() bool { return strings.Contains(stacks(), "waitWindow") })
 			end(c.broker, conn, raw)
 			if err := receive(t, "Write", writing); name == "session closed there" && !errors.Is(err, io.ErrUnexpectedEOF) {
 				t.Error("a Write that waits ended with", err)
