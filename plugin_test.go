@@ -825,32 +825,6 @@ func TestCrash(t *testing.T) {
 	}
 }
 
-// All methods of a client may be called concurrently.
-func TestConcurrency(t *testing.T) {
-	t.Parallel()
-	c := NewClient(config("plugin"))
-	t.Cleanup(c.Kill)
-	callers(t, 100, func(int) {
-		p, err := c.Client()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		for range 3 {
-			test := dispense(t, p)
-			for range 5 {
-				echo(t, test.Client)
-			}
-			if err := test.Close(); err != nil {
-				t.Error(err)
-			}
-		}
-		if _, err := c.Start(); err != nil || p.Ping() != nil || c.Exited() || c.ID() == "" || c.Protocol() != ProtocolNetRPC || c.NegotiatedVersion() != 3 {
-			t.Error("the state of a running client is wrong:", err)
-		}
-	})
-}
-
 // Dispense returns a value of the type that is asked for, or says what it is.
 func TestDispenseType(t *testing.T) {
 	host, _, _ := local(t)
