@@ -411,6 +411,8 @@ func (s *shape) run(ctx context.Context, b *MuxBroker, f, sent reflect.Value) (o
 		}
 		if closer != nil {
 			taken = append(taken, closer)
+			// When the call has ended, neither f nor giveBack waits for the peer.
+			context.AfterFunc(ctx, func() { _ = giveBack([]io.Closer{closer}, false) })
 		}
 		args = append(args, arg)
 	}

@@ -190,7 +190,7 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 func (c *clientCodec) send(req *rpc.Request, body any) error {
 	write, err := c.w.encode(req, body)
 	if write && !c.spawn(c.write) {
-		_ = c.w.conn.Close()
+		c.w.write() // fails at once: the session is being closed
 	}
 	return err
 }
