@@ -534,28 +534,30 @@ func TestStranger(t *testing.T) {
 	silent, now := l.silent("plugin-1-1"), context.Background()
 	ended, cancel := context.WithCancel(now)
 	cancel()
-	for name, test := range map[string]struct {
-		rc  *ReattachConfig
-		ctx context.Context
-		err error
+	tests := []struct {
+		name string
+		rc   *ReattachConfig
+		ctx  context.Context
+		err  error
 	}{
-		"dead":                {&ReattachConfig{Pid: dead.Process.Pid, Addr: silent}, now, ErrProcessNotFound},
-		"no pid":              {&ReattachConfig{Addr: silent}, now, ErrProcessNotFound},
-		"a process group":     {&ReattachConfig{Pid: -pid, Addr: silent}, now, ErrProcessNotFound},
-		"nobody listens":      {&ReattachConfig{Pid: pid, Addr: toAddr("127.0.0.1:1")}, now, ErrProcessNotFound},
-		"not its socket":      {&ReattachConfig{Pid: pid, Addr: silent}, now, nil},
-		"the plugin's socket": {&ReattachConfig{Pid: pid, Addr: plugin.ReattachConfig().Addr}, now, nil},
-		"no time to look":     {other.ReattachConfig(), ended, context.Canceled},
-	} {
-		cfg := attachTo(test.rc)
-		cfg.KillTimeout = 200 * time.Millisecond
-		c := NewClient(cfg)
-		if _, err := c.StartContext(test.ctx); !errors.Is(err, test.err) || test.err == ErrProcessNotFound && err != test.err {
-			t.Errorf("%s: Start returned %v", name, err)
-		}
-		within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
-		receive(t, "Done", c.Done())
+		{"dead", &ReattachConfig{Pid: dead.Process.Pid, Addr: silent}, now, ErrProcessNotFound},
+		{"no pid", &ReattachConfig{Addr: silent}, now, ErrProcessNotFound},
+		{"a process group", &ReattachConfig{Pid: -pid, Addr: silent}, now, ErrProcessNotFound},
+		{"nobody listens", &ReattachConfig{Pid: pid, Addr: toAddr("127.0.0.1:1")}, now, ErrProcessNotFound},
+		{"not its socket", &ReattachConfig{Pid: pid, Addr: silent}, now, nil},
+		{"the plugin's socket", &ReattachConfig{Pid: pid, Addr: plugin.ReattachConfig().Addr}, now, nil},
+		{"no time to look", other.ReattachConfig(), ended, context.Canceled},
 	}
+	callers(t, len(tests), func(i int) {
+		c := NewClient(attachTo(tests[i].rc))
+		if _, err := c.StartContext(tests[i].ctx); !errors.Is(err, tests[i].err) || tests[i].err == ErrProcessNotFound && err != ErrProcessNotFound {
+			t.Errorf("%s: Start returned %v", tests[i].name, err)
+		}
+		within(t, "Kill", 4*time.Second, c.Kill)
+		if !c.Exited() {
+			t.Errorf("%s: Kill has returned, and Exited is false", tests[i].name)
+		}
+	})
 	receive(t, "the end of a plugin that was asked to quit", plugin.Done())
 	l.write("serve", "")
 	receive(t, "the stranger's end", stranger.ended)
