@@ -628,7 +628,7 @@ func TestForgottenResults(t *testing.T) {
 	check(t, k.Await(boundedContext(t), "closed forgotten"))
 	check(t, k.Await(boundedContext(t), "context of forgotten"))
 	same(t, "streams closed too early", len(k.event("closed cut"))+len(k.event("context of cut")), 0)
-	check(t, host.Close())
+	_ = host.Close() // whether or not the plugin answers in time
 	check(t, k.Await(boundedContext(t), "closed cut"))
 	check(t, k.Await(boundedContext(t), "context of cut"))
 }
