@@ -16,7 +16,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"reflect"
 	"runtime"
 	"slices"
 	"strconv"
@@ -230,30 +229,6 @@ func TestStartContext(t *testing.T) {
 	check(t, connect(c))
 	end()
 	receive(t, "the end of a plugin whose command's context has ended", c.Done())
-}
-
-// The accessors say what is known before and after the start.
-func TestAccessors(t *testing.T) {
-	t.Parallel()
-	c := NewClient(newLab(t).config("plugin"))
-	t.Cleanup(c.Kill)
-	if c.Exited() || c.Err() != nil || c.ID() != "" || c.NegotiatedVersion() != 0 || c.ReattachConfig() != nil {
-		t.Error("before Start:", c.Exited(), c.Err(), c.ID(), c.NegotiatedVersion(), c.ReattachConfig())
-	}
-	if p := c.Protocol(); p != ProtocolNetRPC || c.ID() == "" {
-		t.Errorf("Protocol returned %q and started %q", p, c.ID())
-	}
-	p, err1 := c.Client()
-	same, err2 := c.Client()
-	addr, err3 := c.Start()
-	if err := errors.Join(err1, err2, err3); err != nil || same != p {
-		t.Fatalf("Client returned %v, and then %v, %v", p, same, err)
-	}
-	pid := mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{}).Pid
-	want := &ReattachConfig{Protocol: ProtocolNetRPC, ProtocolVersion: 3, Addr: addr, Pid: pid}
-	if rc := c.ReattachConfig(); !reflect.DeepEqual(rc, want) || c.ID() != strconv.Itoa(pid) || c.NegotiatedVersion() != 3 {
-		t.Errorf("after Start: %+v and not %+v; %s, %d", rc, want, c.ID(), c.NegotiatedVersion())
-	}
 }
 
 // Without plugins, the host requires its ProtocolVersion, and Dispense fails.

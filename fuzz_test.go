@@ -8,7 +8,6 @@ import (
 	"errors"
 	"io"
 	"math/rand"
-	"net"
 	"net/rpc"
 	"reflect"
 	"slices"
@@ -78,53 +77,6 @@ func FuzzSessionPlugin(f *testing.F) {
 		server := &RPCServer{Plugins: PluginSet{"test": serves(&useService{func() {}})}}
 		serving := async(func() bool { server.ServeConn(feed(script, false)); return true })
 		receive(t, "ServeConn", serving)
-	})
-}
-
-// FuzzBroker is a broker whose peer opens, uses and closes streams at will.
-func FuzzBroker(f *testing.F) {
-	f.Add([]byte("o1a1w\x02hic0s0o5w\x04textc0s1o6w\x00c0s2o7d3d0d1d2"))
-	f.Fuzz(func(t *testing.T, script []byte) {
-		raw, c, _ := rawPlugin(t)
-		go func() { // sends back what it gets; ends with the session
-			for st, err := raw.Accept(); err == nil; st, err = raw.Accept() {
-				go io.Copy(st, st)
-			}
-		}()
-		ids := []uint32{1, 2, 3, 4}
-		var st net.Conn
-		var uses []<-chan bool
-		use := func(f func()) { uses = append(uses, async(func() bool { f(); return true })) }
-		for len(script) > 1 && len(uses) < 20 {
-			op, arg := script[0], int(script[1])
-			script = script[2:]
-			id, kind := ids[arg%len(ids)], served[arg%len(served)]
-			switch {
-			case op == 'o':
-				st, _ = raw.Open()
-				_ = binary.Write(st, binary.LittleEndian, id)
-			case op == 'w' && st != nil:
-				_, _ = st.Write(script[:min(len(script), arg)])
-			case op == 'c' && st != nil:
-				_ = st.Close()
-			case op == 's':
-				id, stop := kind.serve(c.broker, func() {})
-				ids = append(ids, id)
-				defer stop()
-			case op == 'a':
-				use(func() { _, _ = c.broker.Accept(id) })
-			case op == 'd':
-				use(func() {
-					if end, err := kind.dial(c.broker, id); err == nil {
-						_ = errors.Join(end.next(), end.Close())
-					}
-				})
-			}
-		}
-		check(t, c.broker.Close())
-		for _, done := range uses {
-			receive(t, "a use", done)
-		}
 	})
 }
 

@@ -73,7 +73,7 @@ import (
 // When Invoke returns, also because its context has ended, no Write and no callback
 // of its arguments is running, and none begins. Invoke waits for them without a
 // limit: a Write to a pipe that is never read blocks it, and so does a callback that
-// waits for Invoke. It waits a tenth of a second at most for a Read, because a
+// waits for Invoke. It waits a tenth of a second at most for each Read, because a
 // terminal may never answer. What that Read returns later is lost, and no other Read
 // begins.
 //
@@ -411,6 +411,8 @@ func (s *shape) run(ctx context.Context, b *MuxBroker, f, sent reflect.Value) (o
 		}
 		if closer != nil {
 			taken = append(taken, closer)
+			// When the call has ended, neither f nor giveBack waits for the peer.
+			context.AfterFunc(ctx, func() { _ = giveBack([]io.Closer{closer}, false) })
 		}
 		args = append(args, arg)
 	}

@@ -559,8 +559,8 @@ func TestEndOfCall(t *testing.T) {
 func TestBlockedRead(t *testing.T) {
 	leavesNothing(t)
 	_, _, r := startKit(t)
-	for _, limit := range []int64{0, 9} {
-		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	for limit, timeout := range map[int64]time.Duration{0: hangs, 9: 50 * time.Millisecond} {
+		ctx, cancel := context.WithTimeout(context.Background(), timeout)
 		defer cancel()
 		release := make(chan struct{})
 		var reads atomic.Int64
@@ -628,7 +628,7 @@ func TestForgottenResults(t *testing.T) {
 	check(t, k.Await(boundedContext(t), "closed forgotten"))
 	check(t, k.Await(boundedContext(t), "context of forgotten"))
 	same(t, "streams closed too early", len(k.event("closed cut"))+len(k.event("context of cut")), 0)
-	check(t, host.Close())
+	_ = host.Close() // whether or not the plugin answers in time
 	check(t, k.Await(boundedContext(t), "closed cut"))
 	check(t, k.Await(boundedContext(t), "context of cut"))
 }

@@ -76,7 +76,7 @@ func TestWireOfOutput(t *testing.T) {
 	raw := newRawPeer(t, conn, true)
 	check(t, rpc.NewClient(raw.control).Call("Control.Quit", true, &struct{}{}))
 	for st, want := range map[net.Conn][]byte{raw.stdout: stdout, raw.stderr: stderr} {
-		check(t, st.SetReadDeadline(time.Now()))
+		check(t, st.SetReadDeadline(time.Now().Add(hangs)))
 		if got, err := io.ReadAll(st); err != nil || !bytes.Equal(got, want) {
 			t.Errorf("of %d bytes, %d were read: %v", len(want), len(got), err)
 		}

@@ -18,7 +18,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -482,90 +481,6 @@ func (c *testClient) traffic(ctx context.Context, progress func()) error {
 	return nil
 }
 
-// torments are signals that end no plugin, and goOn continues a stopped process.
-// Windows has neither.
-var (
-	torments []os.Signal
-	goOn     = func(*os.Process) {}
-)
-
-// torment sends these signals and the torments to a process, in random order
-// and at random moments.
-func torment(p *os.Process, signals ...os.Signal) {
-	signals = append(signals, torments...)
-	for _, i := range rand.Perm(len(signals)) {
-		time.Sleep(rand.N(100 * time.Millisecond))
-		_ = p.Signal(signals[i])
-	}
-}
-
-// Hosts and plugins are killed, stopped and continued at any moment, while they
-// call, stream and print. No call may hang or get a wrong reply.
-func TestTorture(t *testing.T) {
-	l := newLab(t)
-	end := time.Now().Add(time.Second)
-	var calls atomic.Int64
-	callers(t, 4, func(i int) {
-		for time.Now().Before(end) && !t.Failed() {
-			if i%2 == 0 {
-				torturePlugin(t, l, &calls)
-			} else {
-				tortureHost(t, l)
-			}
-		}
-	})
-	if l.noted("a wrong reply") || calls.Load() == 0 {
-		t.Errorf("there is a wrong reply, or there are no calls: %d", calls.Load())
-	}
-}
-
-func torturePlugin(t *testing.T, l *lab, calls *atomic.Int64) {
-	cfg := l.config("plugin say cry")
-	cfg.KillTimeout = 500 * time.Millisecond
-	cfg.AutoMTLS = rand.IntN(4) == 0
-	c := NewClient(cfg)
-	killed := async(func() bool {
-		await(t, "a process", func() bool { return c.ID() != "" || ended(c.Done()) })
-		pid, _ := strconv.Atoi(c.ID())
-		if p, err := os.FindProcess(pid); err == nil && !ended(c.Done()) {
-			torment(p, syscall.SIGTERM, os.Kill)
-		}
-		c.Kill()
-		return ended(c.Done())
-	})
-	if p, err := c.Client(); err == nil {
-		callers(t, 3, func(int) {
-			test, err := Dispense[*testClient](p, "test")
-			if err == nil {
-				err = test.traffic(context.Background(), func() { calls.Add(1) })
-			}
-			if err == nil || err == errWrong {
-				t.Errorf("a call to a killed plugin returned %v", err)
-			}
-		})
-	}
-	if !receive(t, "Kill", killed) {
-		t.Error("a plugin outlives Kill")
-	}
-}
-
-func tortureHost(t *testing.T, l *lab) {
-	host := l.start("host busy", childEnv+"=plugin say cry")
-	pid := l.readPid(fmt.Sprintf("busy-%d", host.Process.Pid))
-	plugin, err := os.FindProcess(pid)
-	check(t, err)
-	if rand.IntN(2) == 0 {
-		torment(plugin, os.Kill)
-		receive(t, "the end of a host without its plugin", host.ended)
-	} else {
-		torment(host.Process, syscall.SIGTERM)
-		torment(plugin)
-		host.kill(t)
-		goOn(plugin)
-	}
-	await(t, "the end of a plugin without its host", func() bool { return !slices.Contains(processesIn(l.tmp), pid) })
-}
-
 // ---- Processes of other hosts ----
 
 // A plugin whose host is gone is used by the next host, and killed by the last.
@@ -619,28 +534,30 @@ func TestStranger(t *testing.T) {
 	silent, now := l.silent("plugin-1-1"), context.Background()
 	ended, cancel := context.WithCancel(now)
 	cancel()
-	for name, test := range map[string]struct {
-		rc  *ReattachConfig
-		ctx context.Context
-		err error
+	tests := []struct {
+		name string
+		rc   *ReattachConfig
+		ctx  context.Context
+		err  error
 	}{
-		"dead":                {&ReattachConfig{Pid: dead.Process.Pid, Addr: silent}, now, ErrProcessNotFound},
-		"no pid":              {&ReattachConfig{Addr: silent}, now, ErrProcessNotFound},
-		"a process group":     {&ReattachConfig{Pid: -pid, Addr: silent}, now, ErrProcessNotFound},
-		"nobody listens":      {&ReattachConfig{Pid: pid, Addr: toAddr("127.0.0.1:1")}, now, ErrProcessNotFound},
-		"not its socket":      {&ReattachConfig{Pid: pid, Addr: silent}, now, nil},
-		"the plugin's socket": {&ReattachConfig{Pid: pid, Addr: plugin.ReattachConfig().Addr}, now, nil},
-		"no time to look":     {other.ReattachConfig(), ended, context.Canceled},
-	} {
-		cfg := attachTo(test.rc)
-		cfg.KillTimeout = 200 * time.Millisecond
-		c := NewClient(cfg)
-		if _, err := c.StartContext(test.ctx); !errors.Is(err, test.err) || test.err == ErrProcessNotFound && err != test.err {
-			t.Errorf("%s: Start returned %v", name, err)
-		}
-		within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
-		receive(t, "Done", c.Done())
+		{"dead", &ReattachConfig{Pid: dead.Process.Pid, Addr: silent}, now, ErrProcessNotFound},
+		{"no pid", &ReattachConfig{Addr: silent}, now, ErrProcessNotFound},
+		{"a process group", &ReattachConfig{Pid: -pid, Addr: silent}, now, ErrProcessNotFound},
+		{"nobody listens", &ReattachConfig{Pid: pid, Addr: toAddr("127.0.0.1:1")}, now, ErrProcessNotFound},
+		{"not its socket", &ReattachConfig{Pid: pid, Addr: silent}, now, nil},
+		{"the plugin's socket", &ReattachConfig{Pid: pid, Addr: plugin.ReattachConfig().Addr}, now, nil},
+		{"no time to look", other.ReattachConfig(), ended, context.Canceled},
 	}
+	callers(t, len(tests), func(i int) {
+		c := NewClient(attachTo(tests[i].rc))
+		if _, err := c.StartContext(tests[i].ctx); !errors.Is(err, tests[i].err) || tests[i].err == ErrProcessNotFound && err != ErrProcessNotFound {
+			t.Errorf("%s: Start returned %v", tests[i].name, err)
+		}
+		within(t, "Kill", 4*time.Second, c.Kill)
+		if !c.Exited() {
+			t.Errorf("%s: Kill has returned, and Exited is false", tests[i].name)
+		}
+	})
 	receive(t, "the end of a plugin that was asked to quit", plugin.Done())
 	l.write("serve", "")
 	receive(t, "the stranger's end", stranger.ended)

@@ -24,8 +24,6 @@ import (
 
 func init() {
 	ownGroup = func(cmd *exec.Cmd) { cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} }
-	torments = append(torments, syscall.SIGTERM, syscall.SIGINT, syscall.SIGSTOP, syscall.SIGCONT)
-	goOn = func(p *os.Process) { _ = p.Signal(syscall.SIGCONT) }
 	stop = func(t testing.TB, pid int) {
 		signalTo(t, pid, syscall.SIGSTOP)
 		await(t, "a stop", func() bool { // the threads run on until they notice
@@ -108,22 +106,6 @@ func longDir(t *testing.T) string {
 	dir := filepath.Join(t.TempDir(), strings.Repeat("long", 30))
 	check(t, os.Mkdir(dir, 0o700))
 	return dir
-}
-
-// A plugin's children have the usual signals.
-func TestSignalsOfChildren(t *testing.T) {
-	t.Parallel()
-	l := newLab(t)
-	_, p := start(t, l.config("plugin"))
-	test := dispense(t, p)
-	for _, name := range []string{"INT", "PIPE", "TERM", "HUP"} {
-		script := fmt.Sprintf(`cd "$%s"; sh -c 'kill -%s $$; >survived'; >%s`, notesEnv, name, name)
-		mustCall[int](t, test.Client, "Fork", []string{"sh", "-c", script})
-		l.read(name)
-	}
-	if l.noted("survived") {
-		t.Error("a child has survived a signal")
-	}
 }
 
 // A plugin that was stopped for longer than any of yamux's default timeouts
@@ -324,26 +306,5 @@ func TestSummedIsRun(t *testing.T) {
 	self(&SecureConfig{sum, swapHash{sha256.New(), func() { check(t, os.Rename(bad, path)) }}})
 	if slices.Equal(sumOf(t, path), sum) {
 		t.Error("the file was not swapped")
-	}
-}
-
-// A host with too few descriptors says so, and leaves nothing.
-func TestDescriptors(t *testing.T) {
-	t.Parallel()
-	for _, step := range []string{"", "quiet ", "detaching "} {
-		t.Run(step, func(t *testing.T) {
-			t.Parallel()
-			l := newLab(t)
-			for n := 8; ; n++ {
-				host := exec.Command("sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$0"`, n), os.Args[0])
-				host.Env = slices.Concat(os.Environ(), l.env(), []string{modeEnv + "=host " + step + "frugal", childEnv + "=plugin"})
-				out, err := host.CombinedOutput()
-				if text := strings.TrimSpace(string(out)); text == "<nil>" && n > 8 {
-					break
-				} else if err != nil || n > 40 || !strings.HasSuffix(text, "too many open files") {
-					t.Fatalf("with %d descriptors: %v, %s", n, err, text)
-				}
-			}
-		})
 	}
 }

@@ -190,7 +190,7 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 func (c *clientCodec) send(req *rpc.Request, body any) error {
 	write, err := c.w.encode(req, body)
 	if write && !c.spawn(c.write) {
-		_ = c.w.conn.Close()
+		c.w.write() // fails at once: the session is being closed
 	}
 	return err
 }
@@ -214,7 +214,7 @@ func (c *clientCodec) abandon(ctx context.Context, k *call) bool {
 func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 	c.head = response{}
 	if err := c.w.decode(&c.head); err != nil {
-		return c.end(c.w.reason(err))
+		return c.end(err)
 	}
 	resp.Seq, resp.Error = c.head.Seq, c.head.Error
 	c.mu.Lock()
@@ -266,6 +266,14 @@ func (c *clientCodec) end(err error) error {
 	c.mu.Unlock()
 	codecs.Delete(client)
 	_ = c.w.conn.Close()
+	// The peer may wait for room for replies, and reads that this end is closed only
+	// when it has sent them.
+	c.spawn(func() {
+		if d, ok := c.w.conn.(interface{ SetReadDeadline(time.Time) error }); ok {
+			_ = d.SetReadDeadline(time.Time{})
+		}
+		_, _ = io.Copy(io.Discard, c.w.conn)
+	})
 	if closed || err == io.ErrUnexpectedEOF {
 		return io.EOF // net/rpc turns it into ErrShutdown or ErrUnexpectedEOF
 	}
@@ -406,7 +414,7 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 		}
 		var req rpc.Request
 		if err := s.w.decode(&req); err != nil {
-			return s.w.reason(err)
+			return err
 		}
 		if req.ServiceMethod == cancelMethod && req.Seq&cancelBit != 0 {
 			s.cancel(req.Seq &^ cancelBit)

@@ -2,14 +2,12 @@ package plugin
 
 import (
 	"context"
-	"encoding/gob"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"math/rand/v2"
 	"net/rpc"
-	"reflect"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -218,52 +216,6 @@ func TestCancelOneOfMany(t *testing.T) {
 			t.Errorf("the others have replied %v, and %d contexts have ended", got, len(s.ended))
 		}
 	})
-}
-
-// A request to cancel that comes early, late, again or without its argument
-// does no harm.
-func TestOddCancels(t *testing.T) {
-	s := newTestServer()
-	_, _, st := rawHost(t, s)
-	_ = st.SetDeadline(time.Now().Add(hangs))
-	enc, dec := gob.NewEncoder(st), gob.NewDecoder(st)
-	send := func(method string, seq uint64, arg any) {
-		t.Helper()
-		check(t, errors.Join(enc.Encode(rpc.Request{ServiceMethod: method, Seq: seq}), enc.Encode(arg)))
-	}
-	cancel := func(seq uint64, arg any) { send("Context.Cancel", seq|1<<63, arg) }
-	answered := func(seq uint64, fails bool) {
-		t.Helper()
-		var resp rpc.Response
-		check(t, errors.Join(dec.Decode(&resp), dec.DecodeValue(reflect.Value{})))
-		if resp.Seq != seq || (resp.Error != "") != fails {
-			t.Errorf("%+v is not the answer to %d", resp, seq)
-		}
-	}
-	cancel(1, true) // before its call
-	send("Plugin.Wait", 1, "")
-	receive(t, "the call", s.started)
-	cancel(77, false) // of no call
-	send("Plugin.Echo", 2, "")
-	answered(2, false)
-	if len(s.ended) > 0 {
-		t.Error("another call was cancelled:", <-s.ended)
-	}
-	cancel(2, true) // after its end
-	for range 3 {
-		cancel(1, false)
-	}
-	receive(t, "the end of the context", s.ended)
-	answered(1, true)
-	send("Plugin.Wait", 3, "")
-	receive(t, "the call", s.started)
-	cancel(3, Box{}) // not a bool
-	receive(t, "the end of the context", s.ended)
-	answered(3, true)
-	send("Context.Cancel", 4, true) // an ordinary call
-	answered(4, true)
-	send("Plugin.Echo", 5, "")
-	answered(5, false)
 }
 
 // ---- Lost connections ----
