@@ -291,9 +291,8 @@ func (c *Client) watch(p AttachedRunner) {
 	close(c.gone)
 	<-c.starting.done
 	if rc := c.connecting.result(); rc != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/2)
-		rc.waitOutput(ctx)
-		cancel()
+		waitFor(drainTimeout/2, rc.copied[0], rc.copied[1])
+		_ = rc.session.frames.Close() // another process may hold the connection
 	}
 	var exit *ExitError
 	if !errors.As(err, &exit) {
