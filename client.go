@@ -355,7 +355,7 @@ func (c *Client) reattach(ctx context.Context) (h handshake, err error) {
 	switch {
 	case ctx.Err() != nil:
 		return handshake{}, contextError(ctx)
-	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.Errno(10061)), errors.Is(err, fs.ErrNotExist): // 10061 on Windows
 		return handshake{}, ErrProcessNotFound
 	case err != nil: // says nothing about the plugin
 		return handshake{}, err

@@ -422,7 +422,7 @@ func startHint(e *StartError, config *ClientConfig) string {
 		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
 	case silent && (e.State != nil || errors.Is(e.Err, context.DeadlineExceeded)):
 		return "does its main call plugin.Serve?"
-	case errors.Is(e.Err, syscall.ENOEXEC), runtime.GOOS == "windows" && errors.Is(e.Err, syscall.Errno(216)):
+	case errors.Is(e.Err, syscall.ENOEXEC), runtime.GOOS == "windows" && (errors.Is(e.Err, syscall.Errno(193)) || errors.Is(e.Err, syscall.Errno(216))):
 		return fmt.Sprintf("is it built for %s/%s, as this host is?", runtime.GOOS, runtime.GOARCH)
 	case errors.Is(e.Err, fs.ErrPermission):
 		return "is it executable?"
