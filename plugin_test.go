@@ -780,7 +780,7 @@ func TestCrash(t *testing.T) {
 				if !child {
 					return
 				}
-				errorSays(t, err, want.panic, want.state, filepath.Base(cfg.Cmd.Path))
+				errorSays(t, err, want.panic, want.state, pluginName(cfg.Cmd.Path))
 				if exit.Path != cfg.Cmd.Path || exit.State.String() != want.state || !strings.HasPrefix(exit.Panic, want.panic) || (exit.Panic == "") != (want.panic == "") {
 					t.Errorf("the error is %+v", exit)
 				}

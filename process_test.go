@@ -501,8 +501,7 @@ func TestReattach(t *testing.T) {
 			cfg.SyncStdout = &stdout
 			c, p := start(t, cfg)
 			test := dispense(t, p)
-			_ = test.Call("Plugin.Print", Output{Raw: "for nobody"}, new(struct{})) // must not be its end
-			mustCall[struct{}](t, test.Client, "Print", Output{Stdout: "for this host"})
+			_ = test.Call("Plugin.Print", Output{"for this host", "", "for nobody", ""}, new(struct{})) // nor is that its end
 			await(t, "output", func() bool { return stdout.String() == "for this host" })
 			if c.ID() != pid || c.NegotiatedVersion() != 3 || c.Exited() || !reflect.DeepEqual(c.ReattachConfig(), rc) {
 				t.Errorf("reattached: %s, %d, %v, %+v", c.ID(), c.NegotiatedVersion(), c.Exited(), c.ReattachConfig())
@@ -657,6 +656,16 @@ func TestReattachFunc(t *testing.T) {
 			errorSays(t, err, errBox.Error())
 			if !c.Exited() || !errors.Is(err, errBox) || !errors.As(err, new(*ExitError)) {
 				t.Errorf("Exited is %v, and the error %v", c.Exited(), err)
+			}
+		}
+	})
+	t.Run("outlived", func(t *testing.T) { // as by a child that has the connection
+		c, test, r, _ := boxed(t, "plugin", true)
+		errs := test.block(t, 4)
+		r.ended <- errBox
+		for range cap(errs) {
+			if err := receive(t, "a call", errs); !errors.Is(err, errBox) || !c.Exited() {
+				t.Errorf("Exited is %v, and a call in flight returned %v", c.Exited(), err)
 			}
 		}
 	})
