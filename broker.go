@@ -293,21 +293,16 @@ func (l *loan) stop() {
 func (b *MuxBroker) serve(svc *service, uses *group, timeout time.Duration) *loan {
 	id := b.NextId()
 	ctx, cancel := context.WithCancelCause(b.session.calls)
+	// Ends with the stream or the session, or if the peer does not dial in time.
 	b.session.spawn(func() {
+		defer cancel(nil)
 		dialling, expire := context.WithTimeout(ctx, timeout)
 		defer expire()
-		st, err := b.accept(dialling, id)
-		if err != nil {
-			b.session.debug("what is served was not dialled", "stream", id, "error", err)
-			cancel(nil)
-			return
-		}
-		// Only stop waits for this, because it runs the caller's code. It ends
-		// with the stream, or when that code returns.
-		go func() {
-			defer cancel(nil)
+		if st, err := b.accept(dialling, id); err == nil {
 			b.session.serve(ctx, st, svc)
-		}()
+		} else {
+			b.session.debug("what is served was not dialled", "stream", id, "error", err)
+		}
 	})
 	return &loan{id: id, ctx: ctx, uses: uses, end: func() {
 		svc.calls.close()
@@ -431,10 +426,9 @@ func (b *MuxBroker) serveStream(name string, use func([]byte) (int, error), time
 		waitFor(readTimeout, lent.uses.allDone())
 		return closer()
 	})
-	nothing := reflect.TypeFor[struct{}]()
 	l := b.serve(&service{methods: map[string]*method{
-		name:    {call: flow, context: true, arg: reflect.TypeFor[uint32](), into: nothing},
-		"Close": {call: func(context.Context, reflect.Value, reflect.Value) error { return end() }, arg: nothing, into: nothing},
+		name:    {call: flow, context: true, arg: reflect.TypeFor[uint32](), into: typeOfNothing},
+		"Close": {call: func(context.Context, reflect.Value, reflect.Value) error { return end() }, arg: typeOfNothing, into: typeOfNothing},
 	}}, &lent.uses, timeout)
 	l.reads = name == "Read"
 	if closer != nil {

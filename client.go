@@ -369,6 +369,9 @@ func (c *Client) reattach(ctx context.Context) (h handshake, err error) {
 		find = func() (AttachedRunner, error) { return findProcess(rc, c.logger) }
 	}
 	p, err := find()
+	if err == nil && p == nil {
+		err = ErrProcessNotFound
+	}
 	if err != nil {
 		return handshake{}, err
 	}

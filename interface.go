@@ -233,7 +233,6 @@ func (r *Remote) invoke(ctx context.Context, result reflect.Type, method string,
 }
 
 var (
-	typeOfNothing = reflect.TypeFor[struct{}]()
 	typeOfNumber  = reflect.TypeFor[uint32]()
 	paramStreams  = []reflect.Type{reflect.TypeFor[io.Reader](), reflect.TypeFor[io.Writer]()}
 	resultStreams = []reflect.Type{reflect.TypeFor[io.ReadCloser](), reflect.TypeFor[io.WriteCloser]()}

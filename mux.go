@@ -197,8 +197,8 @@ type RPCServer struct {
 	logger  hclog.Logger
 	release func() // ends Stdout and Stderr; may be nil
 
-	done     func()    // closes DoneCh
 	begun    sync.Once // sets the fields below
+	done     func()    // closes DoneCh
 	outputs  [2]*output
 	calls    context.Context // ends when methods should return
 	endCalls context.CancelFunc

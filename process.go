@@ -59,7 +59,8 @@ type ReattachConfig struct {
 	// Pid is the id of the process. The process is killed only if the name of its
 	// socket, Addr, shows that it is the plugin, and never on Windows.
 	Pid int
-	// ReattachFunc, if not nil, finds the process instead of Pid.
+	// ReattachFunc, if not nil, finds the process instead of Pid. Start and Kill
+	// wait for it.
 	ReattachFunc func() (AttachedRunner, error)
 	// Test reports that the plugin runs in test mode, where Kill does nothing.
 	Test bool
@@ -67,9 +68,8 @@ type ReattachConfig struct {
 
 // child is the process of a plugin that this host has started.
 type child struct {
-	cmd    *exec.Cmd // a copy of given
-	given  *exec.Cmd // of the caller
-	logger hclog.Logger
+	cmd   *exec.Cmd // a copy of given
+	given *exec.Cmd // of the caller
 
 	dir      string          // private, for the socket; "" if there is none
 	cert     tls.Certificate // of the host, with AutoMTLS
@@ -93,7 +93,7 @@ func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *chil
 	cmd := *config.Cmd
 	givenMu.Unlock()
 	cmd.Process, cmd.ProcessState = nil, nil
-	p := &child{cmd: &cmd, given: config.Cmd, logger: logger, handshakes: make(chan string, 1), log: stderrLog{logger: logger}}
+	p := &child{cmd: &cmd, given: config.Cmd, handshakes: make(chan string, 1), log: stderrLog{logger: logger}}
 	var passed []*os.File // to the process; closed here
 	defer func() {
 		for _, f := range passed {
@@ -193,12 +193,12 @@ func (p *child) stdoutLine(line []byte, left int) {
 	text := printable(string(line)) + cutMark(left)
 	switch {
 	case p.found:
-		p.logger.Debug(text)
+		p.log.logger.Debug(text)
 	case isHandshake(line):
 		p.found = true
 		p.handshakes <- string(line)
 	case text != "":
-		p.logger.Warn("the plugin printed to stdout before its handshake", "line", text)
+		p.log.logger.Warn("the plugin printed to stdout before its handshake", "line", text)
 		_, _ = p.noise.Write(append(line, '\n'))
 	}
 }

@@ -689,8 +689,8 @@ func TestReattachFunc(t *testing.T) {
 			t.Error("after Kill:", c.Exited(), c.Err(), waiting.Err(), killing.Err())
 		}
 	})
-	for _, want := range []error{errBox, ErrProcessNotFound} {
-		rc := &ReattachConfig{Addr: silent, ReattachFunc: func() (AttachedRunner, error) { return nil, want }}
+	for found, want := range map[error]error{errBox: errBox, ErrProcessNotFound: ErrProcessNotFound, nil: ErrProcessNotFound} {
+		rc := &ReattachConfig{Addr: silent, ReattachFunc: func() (AttachedRunner, error) { return nil, found }}
 		if _, err := NewClient(attachTo(rc)).Start(); !errors.Is(err, want) || want == ErrProcessNotFound && err != want {
 			t.Errorf("Start returned %v and not %v", err, want)
 		}

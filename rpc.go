@@ -201,9 +201,8 @@ func (c *clientCodec) abandon(ctx context.Context, k *call) bool {
 	c.mu.Lock()
 	waiting := c.calls[k.seq] == k
 	delete(c.calls, k.seq)
-	ended := c.ended
 	c.mu.Unlock()
-	if waiting && !ended {
+	if waiting {
 		// If this cannot be sent, the connection is lost, which cancels the call.
 		deadline := errors.Is(ctx.Err(), context.DeadlineExceeded)
 		_ = c.send(&rpc.Request{ServiceMethod: cancelMethod, Seq: k.seq | cancelBit}, deadline)
@@ -308,6 +307,7 @@ type method struct {
 var (
 	typeOfError   = reflect.TypeFor[error]()
 	typeOfContext = reflect.TypeFor[context.Context]()
+	typeOfNothing = reflect.TypeFor[struct{}]()
 )
 
 // newService returns a service for rcvr. Its methods are those that net/rpc describes, and
@@ -421,9 +421,6 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 			continue
 		}
 		c, err := s.prepare(ctx, &req)
-		if s.w.lost != nil && err != nil {
-			return cutShort(s.w.lost)
-		}
 		if err != nil {
 			s.respond(&req, nil, err)
 			continue
@@ -524,13 +521,13 @@ func (s *rpcServer) call(req *rpc.Request, c *inCall) {
 				err = fmt.Errorf("plugin: %s panicked: %v", req.ServiceMethod, p)
 			}
 		}
-		if c.service.calls.isClosed() {
-			err = errStopped
-		}
 		c.service.calls.Done()
 		if err == errExited && !s.catch { // or panicked, and the process ends
 			time.AfterFunc(time.Second, func() { s.respond(req, nil, err) })
 			return
+		}
+		if context.Cause(c.ctx) == errStopped {
+			err = errStopped
 		}
 		s.respond(req, c.reply.Interface(), err)
 	}()

@@ -112,12 +112,6 @@ func (g *group) close() {
 	g.closed = true
 }
 
-func (g *group) isClosed() bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.closed
-}
-
 // allDone returns a channel that is closed when all have called Done.
 func (g *group) allDone() <-chan struct{} {
 	done := make(chan struct{})
