@@ -145,6 +145,7 @@ type clientCodec struct {
 
 	mu     sync.Mutex // guards the fields below
 	client *rpc.Client
+	begun  uint64           // the number of the next request
 	calls  map[uint64]*call // by Call, and not answered yet
 	closed bool             // Close has been called
 	ended  bool             // reading has ended
@@ -169,12 +170,13 @@ func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client 
 // net/rpc holds a lock meanwhile and no context could end the wait.
 func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 	k, ours := body.(*call)
+	c.mu.Lock()
+	c.begun = req.Seq + 1
 	if ours {
 		body, k.args, k.seq = k.args, nil, req.Seq
-		c.mu.Lock()
 		c.calls[k.seq] = k
-		c.mu.Unlock()
 	}
+	c.mu.Unlock()
 	err := c.send(req, body)
 	if err == nil || err == errLost {
 		return nil // the call fails with the reason when reading ends
@@ -217,10 +219,14 @@ func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 	}
 	resp.Seq, resp.Error = c.head.Seq, c.head.Error
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	early := resp.Seq >= c.begun && resp.Seq&cancelBit == 0
 	if k := c.calls[resp.Seq]; k != nil && resp.Error != "" {
 		delete(c.calls, resp.Seq)
 		k.is = c.head.Is
+	}
+	c.mu.Unlock()
+	if early { // net/rpc and WriteRequest would use the call at once
+		return c.end(errors.New("plugin: the peer answers a call that was not made"))
 	}
 	return nil
 }
