@@ -4,16 +4,12 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
-	"fmt"
 	"io"
 	"log/slog"
 	"math"
 	"regexp"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
-	"unicode/utf8"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -64,14 +60,6 @@ func (w *lineWriter) end() {
 	line, left := bytes.TrimSuffix(w.line, []byte{'\r'}), w.left
 	w.line, w.left = w.line[:0], 0
 	w.emit(line, left)
-}
-
-// cutMark returns a mark for the end of a line that was cut, or "".
-func cutMark(left int) string {
-	if left == 0 {
-		return ""
-	}
-	return fmt.Sprintf(" [%d more bytes]", left)
 }
 
 // stderrLog logs the lines of a plugin's stderr, and keeps those that may explain its
@@ -148,11 +136,6 @@ func parseRecord(line []byte) (level hclog.Level, message string, args []any, ok
 	return level, oneLine(texts[1]), args, level != hclog.NoLevel
 }
 
-// oneLine is printable for text that must stay in one record.
-func oneLine(s string) string {
-	return strings.NewReplacer("\n", `\n`, "\t", `\t`).Replace(printable(s))
-}
-
 // rawJSON is a value of a record that is not a string. JSON escapes control
 // characters.
 type rawJSON struct{ json.RawMessage }
@@ -193,20 +176,6 @@ func textLevel(line []byte) (hclog.Level, []byte) {
 		return parseLevel(string(m[1])), line
 	}
 	return hclog.NoLevel, line
-}
-
-// printable escapes characters that a terminal or log file could interpret, except tabs
-// and line feeds.
-func printable(s string) string {
-	var b strings.Builder
-	for line := range strings.Lines(s) {
-		if strings.ContainsFunc(line, func(r rune) bool { return r == utf8.RuneError || r != '\t' && r != '\n' && !strconv.IsPrint(r) }) {
-			quoted := strconv.Quote(strings.TrimSuffix(line, "\n"))
-			line = quoted[1:len(quoted)-1] + line[len(strings.TrimSuffix(line, "\n")):]
-		}
-		b.WriteString(line)
-	}
-	return b.String()
 }
 
 // tail keeps the last tailSize bytes that are written to it.

@@ -1,15 +1,14 @@
 package plugin
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/tls"
+	"encoding/pem"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
-	"net"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,47 +23,79 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-const (
-	pollInterval  = 50 * time.Millisecond // how often a process that is not a child is checked
-	maxHandshake  = 64 << 10              // the length of the handshake line
-	maxSocketPath = 103                   // the shortest limit of any system
-	socketName    = len("/plugin-4194304-ffffffff")
-	socketPrefix  = "plugin-" // of sockets and their directories
-)
-
-// AttachedRunner is a process that [ReattachConfig].ReattachFunc has found. Its methods
-// are called concurrently.
-type AttachedRunner interface {
-	// Wait waits until the process has ended. Client.Err has its error. ctx ends
-	// when the Client does not wait any more.
-	Wait(ctx context.Context) error
-
-	// Kill ends the process. ctx ends when the Client does not wait any more.
-	Kill(ctx context.Context) error
-
-	// ID identifies the process. It may be the pid.
-	ID() string
+// handshakeEnv returns the plugin's variables. It makes the host's certificate and the
+// directory for the socket.
+func (p *child) handshakeEnv(config *ClientConfig, versions string) (env []string, err error) {
+	env = []string{
+		config.MagicCookieKey + "=" + config.MagicCookieValue,
+		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
+		fmt.Sprintf("%s=%d", envMaxPort, config.MaxPort),
+		envVersions + "=" + versions,
+	}
+	if config.AutoMTLS {
+		if p.cert, err = newCertificate(); err != nil {
+			return nil, err
+		}
+		block := &pem.Block{Type: "CERTIFICATE", Bytes: p.cert.Certificate[0]}
+		env = append(env, envClientCert+"="+string(pem.EncodeToMemory(block)))
+	}
+	if runtime.GOOS == "windows" {
+		return env, nil
+	}
+	sockets := cmp.Or(config.UnixSocketConfig, &UnixSocketConfig{})
+	if p.dir, err = sockets.makeDir(); err != nil {
+		return nil, err
+	}
+	env = append(env, EnvUnixSocketDir+"="+p.dir)
+	if sockets.Group != "" {
+		env = append(env, EnvUnixSocketGroup+"="+sockets.Group)
+	}
+	return env, nil
 }
 
-// ReattachConfig describes a running plugin to a host that has not started it.
-// [Client.ReattachConfig] and [ServeTestConfig] return one.
-type ReattachConfig struct {
-	// Protocol is the protocol of the plugin. If empty, it is ProtocolNetRPC.
-	Protocol Protocol
-	// ProtocolVersion is the negotiated version. If zero, it is the version of
-	// the ClientConfig, if that has only one.
-	ProtocolVersion int
-	// Addr is the address of the plugin.
-	Addr net.Addr
-	// Pid is the id of the process. The process is killed only if the name of its
-	// socket, Addr, shows that it is the plugin, and never on Windows.
-	Pid int
-	// ReattachFunc, if not nil, finds the process instead of Pid. Start and Kill
-	// wait for it.
-	ReattachFunc func() (AttachedRunner, error)
-	// Test reports that the plugin runs in test mode, where Kill does nothing.
-	Test bool
+// environment returns the plugin's environment: the host's, Cmd.Env and the variables
+// of the handshake, where later ones win. If the host is a plugin itself, its own
+// handshake is left out.
+func environment(config *ClientConfig, handshake []string) []string {
+	var env []string
+	if !config.SkipHostEnv {
+		env = os.Environ()
+	}
+	env = slices.DeleteFunc(append(env, config.Cmd.Env...), func(v string) bool {
+		name, _, _ := strings.Cut(v, "=")
+		return slices.Contains(protocolEnv, name)
+	})
+	return append(env, handshake...)
 }
+
+// startHint returns a possible cause, or "".
+func startHint(e *StartError, config *ClientConfig) string {
+	silent := e.Stdout == "" && e.Stderr == ""
+	switch {
+	case e.State != nil && strings.Contains(e.Stderr, "is a plugin"):
+		return fmt.Sprintf("it did not accept the cookie %s: it is a plugin of another program, or its HandshakeConfig is another one", config.MagicCookieKey)
+	case e.Stdout != "":
+		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
+	case silent && (e.State != nil || errors.Is(e.Err, context.DeadlineExceeded)):
+		return "does its main call plugin.Serve?"
+	case errors.Is(e.Err, syscall.ENOEXEC), runtime.GOOS == "windows" && (errors.Is(e.Err, syscall.Errno(193)) || errors.Is(e.Err, syscall.Errno(216))):
+		return fmt.Sprintf("is it built for %s/%s, as this host is?", runtime.GOOS, runtime.GOARCH)
+	case errors.Is(e.Err, fs.ErrPermission):
+		return "is it executable?"
+	case errors.Is(e.Err, exec.ErrNotFound) && filepath.Base(e.Path) == e.Path:
+		return fmt.Sprintf("it was looked up in PATH; the file in this directory is ./%s", e.Path)
+	case errors.Is(e.Err, fs.ErrNotExist):
+		hint := "is it there, and the interpreter that it names?"
+		if path, err := filepath.Abs(executed(config.Cmd)); err == nil && !filepath.IsAbs(e.Path) {
+			hint = path + ": " + hint
+		}
+		return hint
+	}
+	return ""
+}
+
+// maxHandshake is the length of the handshake line.
+const maxHandshake = 64 << 10
 
 // child is the process of a plugin that this host has started.
 type child struct {
@@ -170,23 +201,6 @@ func (p *child) pin(f *os.File) {
 	}
 }
 
-// hold makes the plugin exit when this process does. It returns the variable for the
-// plugin and, on Unix, the end of a pipe that the plugin reads. The system closes the
-// other end when this process exits or crashes.
-func (p *child) hold(detach bool) (life string, end *os.File, err error) {
-	host := hostInfo{pid: os.Getpid(), watch: watchPid}
-	switch {
-	case detach:
-		host.watch = watchNothing
-	case runtime.GOOS != "windows":
-		if end, p.lifeline, err = os.Pipe(); err != nil {
-			return "", nil, err
-		}
-		host.watch, host.fd = watchPipe, p.pass(end)
-	}
-	return host.String(), end, nil
-}
-
 // stdoutLine handles a line of the process's stdout. Lines before the handshake are a
 // mistake in the plugin, but not a fatal one.
 func (p *child) stdoutLine(line []byte, left int) {
@@ -222,14 +236,6 @@ func (p *child) awaitHandshake(ctx context.Context, timeout time.Duration) (h ha
 	}
 }
 
-// detach lets the plugin outlive this process.
-func (p *child) detach() {
-	p.release.Do(func() {
-		_, _ = p.lifeline.Write([]byte{1})
-		_ = p.lifeline.Close()
-	})
-}
-
 // ID returns the pid.
 func (p *child) ID() string { return strconv.Itoa(p.cmd.Process.Pid) }
 
@@ -263,126 +269,4 @@ func (p *child) free() {
 	if p.dir != "" {
 		_ = os.RemoveAll(p.dir)
 	}
-}
-
-// stranger is the process of a plugin that this host has not started.
-type stranger struct {
-	process *os.Process
-	pid     int
-	addr    net.Addr
-	logger  hclog.Logger
-}
-
-// findProcess finds the process of a plugin.
-func findProcess(rc *ReattachConfig, logger hclog.Logger) (*stranger, error) {
-	proc, err := os.FindProcess(rc.Pid)
-	if err != nil || rc.Pid <= 0 || !alive(rc.Pid) {
-		return nil, ErrProcessNotFound
-	}
-	return &stranger{proc, rc.Pid, rc.Addr, logger}, nil
-}
-
-// alive reports whether a process exists. A zombie does not, because its parent may
-// never reap it. On Windows, FindProcess fails if it does not.
-func alive(pid int) bool {
-	p, err := os.FindProcess(pid)
-	if err != nil {
-		return false
-	}
-	defer p.Release()
-	if runtime.GOOS == "windows" {
-		return true
-	}
-	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	_, state, _ := bytes.Cut(stat, []byte(") "))
-	return p.Signal(syscall.Signal(0)) == nil && !bytes.HasPrefix(state, []byte("Z"))
-}
-
-// ID returns the pid.
-func (p *stranger) ID() string { return strconv.Itoa(p.pid) }
-
-// mine reports whether the process is certainly the plugin: plugins of this library
-// have their pid in the name of the socket, and the socket accepted a connection just
-// before the process was found.
-func (p *stranger) mine() bool {
-	return strings.HasPrefix(filepath.Base(p.addr.String()), fmt.Sprintf("%s%d-", socketPrefix, p.pid))
-}
-
-// Kill kills the process if it is certainly the plugin.
-func (p *stranger) Kill(context.Context) error {
-	if p.mine() {
-		return p.process.Kill()
-	}
-	p.logger.Warn("the process may not be the plugin, so it is left alone", "pid", p.pid)
-	return nil
-}
-
-// Wait waits until the process has ended and removes its socket.
-func (p *stranger) Wait(ctx context.Context) error {
-	if runtime.GOOS == "windows" {
-		_, _ = p.process.Wait() // it cannot be interrupted
-	} else {
-		for alive(p.pid) && !waitFor(pollInterval, ctx.Done()) {
-		}
-		_ = p.process.Release()
-	}
-	if p.mine() && ctx.Err() == nil {
-		_ = os.Remove(p.addr.String())
-	}
-	if dir := filepath.Dir(p.addr.String()); isPrivate(dir) {
-		_ = os.Remove(dir) // unless there is something in it
-	}
-	return &ExitError{Path: fmt.Sprintf("with pid %d", p.pid)}
-}
-
-// SecureConfig has the checksum of a plugin's binary. On Linux with /proc, the file
-// that was checked is the file that runs, even if its path gets another file. (A script
-// sees another path in $0.) On other systems, the other file runs. A file that is
-// changed in place after the check runs on every system. Kill waits for the check.
-//
-// Several clients may use one SecureConfig.
-type SecureConfig struct {
-	// Checksum is the expected checksum.
-	Checksum []byte
-	// Hash computes the checksum, such as sha256.New().
-	Hash hash.Hash
-}
-
-var hashMu sync.Mutex // guards every Hash
-
-// Check reports whether a file has the expected checksum. It returns
-// [ErrSecureConfigNoChecksum], [ErrSecureConfigNoHash], or an error of reading the file.
-// Another checksum is not an error.
-func (s *SecureConfig) Check(filePath string) (bool, error) {
-	f, err := s.open(filePath)
-	if err == ErrChecksumsDoNotMatch {
-		return false, nil
-	}
-	_ = f.Close()
-	return err == nil, err
-}
-
-// open opens a file if it has the expected checksum.
-func (s *SecureConfig) open(path string) (*os.File, error) {
-	switch {
-	case len(s.Checksum) == 0:
-		return nil, ErrSecureConfigNoChecksum
-	case s.Hash == nil:
-		return nil, ErrSecureConfigNoHash
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	hashMu.Lock()
-	defer hashMu.Unlock()
-	s.Hash.Reset()
-	if _, err = io.Copy(s.Hash, f); err == nil && !bytes.Equal(s.Hash.Sum(nil), s.Checksum) {
-		err = ErrChecksumsDoNotMatch
-	}
-	if err != nil {
-		_ = f.Close()
-		return nil, err
-	}
-	return f, nil
 }

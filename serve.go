@@ -4,28 +4,21 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"net"
-	"net/rpc"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"runtime"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
-
-// orphanTimeout is how long a plugin may run when its host is gone.
-const orphanTimeout = 1500 * time.Millisecond
 
 // ServeConfig describes a plugin to its host.
 type ServeConfig struct {
@@ -177,64 +170,6 @@ func serve(config *ServeConfig) error {
 	return nil
 }
 
-// takeEnvironment returns the variables of the handshake and removes them.
-func takeEnvironment(cookie string) map[string]string {
-	env := make(map[string]string)
-	for _, name := range protocolEnv {
-		env[name] = os.Getenv(name)
-		_ = os.Unsetenv(name)
-	}
-	_ = os.Unsetenv(cookie)
-	return env
-}
-
-// watchHost returns a channel that is closed when the host is gone. After orphanTimeout,
-// the process exits. The goroutine runs as long as the process, because the host may exit
-// while main finishes.
-func watchHost(host hostInfo, dir string) <-chan struct{} {
-	orphaned := make(chan struct{})
-	var pipe *os.File
-	if host.watch == watchPipe {
-		// A process in between may have closed it and reused the descriptor.
-		pipe = os.NewFile(uintptr(host.fd), "lifeline")
-		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
-			foreign = append(foreign, pipe)
-			return orphaned
-		}
-	}
-	go func() {
-		if waitHost(host, pipe) {
-			close(orphaned)
-			time.Sleep(orphanTimeout)
-			removePrivate(dir)
-			os.Exit(1)
-		}
-	}()
-	return orphaned
-}
-
-// foreign has the files that watchHost found instead of a pipe. References keep them
-// open.
-var foreign []*os.File
-
-// waitHost waits until the host is gone. It returns false if the host has detached the
-// plugin or uses go-plugin.
-func waitHost(host hostInfo, pipe *os.File) bool {
-	switch host.watch {
-	case watchPipe:
-		_, err := pipe.Read(make([]byte, 1))
-		return err == io.EOF
-	case watchPid:
-		process, err := os.FindProcess(host.pid)
-		if err != nil { // it is gone, or runs as another user
-			return !errors.Is(err, fs.ErrPermission)
-		}
-		_, err = process.Wait()
-		return err == nil
-	}
-	return false
-}
-
 // serveTest is Serve in test mode.
 func serveTest(config *ServeConfig) {
 	test := config.Test
@@ -324,19 +259,6 @@ func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger)
 	return s, nil
 }
 
-// answerMutualTLS makes the certificate of the plugin. That of the host is PEM.
-func answerMutualTLS(host string) (*tls.Config, []byte, error) {
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM([]byte(host)) {
-		return nil, nil, errors.New("the host has sent no certificate that can be read")
-	}
-	own, err := newCertificate()
-	if err != nil {
-		return nil, nil, err
-	}
-	return mutualTLS(own, pool), own.Certificate[0], nil
-}
-
 // listen listens on a Unix socket, in the directory of the host or a new one. On Windows,
 // it listens on a TCP port.
 func (s *serving) listen(env map[string]string) (err error) {
@@ -406,73 +328,4 @@ func (s *serving) close() {
 	for _, r := range s.output {
 		_ = r.Close()
 	}
-}
-
-// TestOptions are options of [TestPluginRPCConn].
-type TestOptions struct {
-	// ServerStdout and ServerStderr, if not nil, are sent as the stdout and
-	// stderr of the plugin. They are not closed.
-	ServerStdout io.ReadCloser
-	ServerStderr io.ReadCloser
-}
-
-// TestingT has the methods of *testing.T, *testing.B and testing.TB that the test helpers
-// use.
-type TestingT interface {
-	Helper()
-	Fatalf(format string, args ...any)
-	Cleanup(func())
-}
-
-// TestConn returns the client's and the server's end of a local TCP connection. They are
-// closed when the test ends.
-func TestConn(t TestingT) (net.Conn, net.Conn) {
-	t.Helper()
-	lis, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatalf("plugin: listening: %v", err)
-	}
-	defer lis.Close()
-	// The system connects before Accept is called.
-	client, err := net.Dial("tcp", lis.Addr().String())
-	if err != nil {
-		t.Fatalf("plugin: dialling: %v", err)
-	}
-	server, err := lis.Accept()
-	if err != nil {
-		t.Fatalf("plugin: accepting: %v", err)
-	}
-	t.Cleanup(func() {
-		_ = client.Close()
-		_ = server.Close()
-	})
-	return client, server
-}
-
-// TestRPCConn returns a client and a server of net/rpc that are connected. They are closed
-// when the test ends.
-func TestRPCConn(t TestingT) (*rpc.Client, *rpc.Server) {
-	t.Helper()
-	clientConn, serverConn := TestConn(t)
-	server := rpc.NewServer()
-	go server.ServeConn(serverConn) // ends with the connection
-	return rpc.NewClient(clientConn), server
-}
-
-// TestPluginRPCConn returns the two ends of a connection, over which plugins can be
-// dispensed and called within a test. opts may be nil. They are closed when the test ends.
-func TestPluginRPCConn(t TestingT, plugins map[string]Plugin, opts *TestOptions) (*RPCClient, *RPCServer) {
-	t.Helper()
-	clientConn, serverConn := TestConn(t)
-	if opts == nil {
-		opts = &TestOptions{}
-	}
-	server := &RPCServer{Plugins: plugins, Stdout: opts.ServerStdout, Stderr: opts.ServerStderr}
-	go server.ServeConn(serverConn) // ends with the connection
-	client, err := NewRPCClient(clientConn, plugins)
-	if err != nil {
-		t.Fatalf("plugin: connecting: %v", err)
-	}
-	t.Cleanup(func() { client.session.close() })
-	return client, server
 }

@@ -1,0 +1,131 @@
+package plugin
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+const (
+	defaultStartTimeout  = time.Minute
+	defaultKillTimeout   = 2 * time.Second
+	defaultLogBufferSize = 64 << 10
+)
+
+// ClientConfig describes a plugin to its host. NewClient copies it, and it can be used
+// again to start the plugin again. Only Cmd.Process and Cmd.ProcessState are changed.
+// Either Cmd or Reattach must be set.
+type ClientConfig struct {
+	// HandshakeConfig must be that of the plugin.
+	HandshakeConfig
+
+	// Plugins are the plugins of version HandshakeConfig.ProtocolVersion.
+	Plugins PluginSet
+
+	// VersionedPlugins are the plugins of each protocol version. The highest
+	// version that both sides have is used. If it has
+	// HandshakeConfig.ProtocolVersion, Plugins is ignored.
+	VersionedPlugins map[int]PluginSet
+
+	// Cmd is the command that starts the plugin. A copy of it is started. If
+	// Cmd.Stdin is nil, it is os.Stdin; if it is not an *os.File, a Read of it that
+	// blocks delays Done. Cmd.Stdout and Cmd.Stderr must be nil: see
+	// SyncStdout, SyncStderr and Stderr. Cmd.Env is added to the host's
+	// environment and wins over it.
+	Cmd *exec.Cmd
+
+	// Reattach describes a plugin that is running.
+	Reattach *ReattachConfig
+
+	// SecureConfig, if not nil, has the checksum of the binary.
+	SecureConfig *SecureConfig
+
+	// TLSConfig, if not nil, is used for the connection. The plugin needs a
+	// matching ServeConfig.TLSProvider.
+	TLSConfig *tls.Config
+
+	// Managed makes CleanupClients kill the plugin.
+	Managed bool
+
+	// MinPort and MaxPort limit the TCP port of the plugin on Windows. If MaxPort
+	// is zero, it is any free port. Other systems use Unix sockets.
+	MinPort, MaxPort uint
+
+	// StartTimeout limits the time until the handshake, and then that until the
+	// connection. The default is one minute.
+	StartTimeout time.Duration
+
+	// KillTimeout is how long Kill waits for the plugin to exit before it kills
+	// the process. The default is two seconds.
+	KillTimeout time.Duration
+
+	// Stderr, if not nil, gets what the process writes to stderr, byte for byte.
+	// Logger gets it line by line. A Write that blocks stops the plugin's output and
+	// delays Done, but not Kill.
+	Stderr io.Writer
+
+	// SyncStdout and SyncStderr get what the plugin writes to os.Stdout and
+	// os.Stderr while it serves. If nil, output is logged line by line at Debug
+	// level; io.Discard drops it.
+	SyncStdout io.Writer
+	SyncStderr io.Writer
+
+	// AllowedProtocols are the protocols that the plugin may use. The default is
+	// ProtocolNetRPC, the only one that works.
+	AllowedProtocols []Protocol
+
+	// Logger logs for this library and, under the name of its binary, for the
+	// plugin. The default is hclog.Default() named "plugin".
+	Logger hclog.Logger
+
+	// PluginLogBufferSize is the length in bytes at which lines of the plugin are
+	// cut before they are logged. The default is 64 KiB.
+	PluginLogBufferSize int
+
+	// AutoMTLS encrypts the connection with certificates that are made for this
+	// start, so that only this host can connect and only the plugin can answer.
+	// The plugin needs no setting. TLSConfig is ignored. AutoMTLS cannot be used
+	// with Reattach.
+	AutoMTLS bool
+
+	// SkipHostEnv starts the plugin without the host's environment. It gets
+	// Cmd.Env and the variables of the handshake.
+	SkipHostEnv bool
+
+	// UnixSocketConfig configures the plugin's Unix socket. If nil, it is the
+	// zero UnixSocketConfig.
+	UnixSocketConfig *UnixSocketConfig
+
+	// Detach lets the plugin run on when the host exits without Kill, so that
+	// another host can reattach. Otherwise the plugin exits. On systems other
+	// than Windows, a call of ReattachConfig does the same.
+	Detach bool
+}
+
+// validate returns what is wrong with a configuration.
+func (c *ClientConfig) validate() error {
+	switch {
+	case c.SecureConfig != nil && c.Reattach != nil:
+		return ErrSecureConfigAndReattach
+	case (c.Cmd == nil) == (c.Reattach == nil):
+		return errors.New("plugin: exactly one of ClientConfig.Cmd and ClientConfig.Reattach must be set")
+	case c.MinPort > c.MaxPort:
+		return fmt.Errorf("plugin: ClientConfig.MinPort, %d, is above MaxPort, %d", c.MinPort, c.MaxPort)
+	case c.Reattach != nil && c.AutoMTLS:
+		return errors.New("plugin: ClientConfig.AutoMTLS cannot be used with Reattach: only the host that started the plugin has the certificates")
+	case c.Reattach != nil && c.Reattach.Addr == nil:
+		return errors.New("plugin: ReattachConfig has no Addr")
+	case c.Reattach != nil:
+		return nil
+	case c.MagicCookieKey == "" || c.MagicCookieValue == "":
+		return errors.New("plugin: ClientConfig has no magic cookie: set HandshakeConfig.MagicCookieKey and MagicCookieValue")
+	case c.Cmd.Stdout != nil || c.Cmd.Stderr != nil:
+		return errors.New("plugin: ClientConfig.Cmd has Stdout or Stderr set: the plugin needs them to report to its host; see SyncStdout and Stderr")
+	}
+	return nil
+}

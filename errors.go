@@ -1,0 +1,216 @@
+package plugin
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/rpc"
+	"os"
+	"strings"
+	"sync"
+)
+
+// errLost is the error of a message that cannot be sent because the stream has ended.
+var errLost = errors.New("plugin: the stream has ended")
+
+// recoverTo, if deferred, turns a panic into an error.
+func recoverTo(err *error) {
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("panic: %v", p)
+	}
+}
+
+// StartError describes why a plugin did not start.
+type StartError struct {
+	// Path is the path of the plugin's binary.
+	Path string
+	// State is how the process ended, or nil if it did not end by itself.
+	State *os.ProcessState
+	// Stdout is the end of the output to stdout before a handshake, at most 8 KiB.
+	Stdout string
+	// Stderr is the end of the output to stderr, at most 8 KiB.
+	Stderr string
+	// Err is the cause.
+	Err error
+
+	hint string
+}
+
+// Error returns the cause, a hint if there is one, and the output.
+func (e *StartError) Error() string {
+	text := fmt.Sprintf("plugin %s did not start: %v%s", pluginName(e.Path), e.Err, inBrackets(e.State))
+	if e.hint != "" {
+		text += ": " + e.hint
+	}
+	for _, out := range []struct{ name, text string }{{"stdout", e.Stdout}, {"stderr", e.Stderr}} {
+		if s := strings.TrimSpace(out.text); s != "" {
+			text += "\n" + out.name + ": " + printable(strings.ReplaceAll(s, "\n", "\n\t"))
+		}
+	}
+	return text
+}
+
+// Unwrap returns Err.
+func (e *StartError) Unwrap() error { return e.Err }
+
+// VersionError reports that a plugin and its host have no protocol version in common.
+// [Client.Start] returns it in a [*StartError].
+type VersionError struct {
+	// Plugin is the version that the plugin offers.
+	Plugin int
+	// Host has the versions of the host.
+	Host []int
+}
+
+// Error names all versions.
+func (e *VersionError) Error() string {
+	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: one of them is too old (see HandshakeConfig.ProtocolVersion)", e.Plugin, e.Host)
+}
+
+// BasicError is an error that gob can encode, for a reply that has an error in it.
+// The errors that methods return need no BasicError.
+type BasicError struct {
+	// Message is the text of the error.
+	Message string
+}
+
+// NewBasicError returns an error with the text of err, or nil if err is nil.
+func NewBasicError(err error) *BasicError {
+	if err == nil {
+		return nil
+	}
+	return &BasicError{err.Error()}
+}
+
+// Error returns Message.
+func (e *BasicError) Error() string { return e.Message }
+
+var (
+	// ErrProcessNotFound is returned by Client.Start if the plugin described by
+	// ClientConfig.Reattach does not exist any more.
+	ErrProcessNotFound = errors.New("plugin: the plugin to reattach to does not exist")
+
+	// ErrChecksumsDoNotMatch is returned by Client.Start if the binary is not
+	// the one that ClientConfig.SecureConfig describes.
+	ErrChecksumsDoNotMatch = errors.New("plugin: the checksum of the binary is not the expected one")
+
+	// ErrSecureConfigNoChecksum is returned by Client.Start and
+	// SecureConfig.Check if Checksum is empty.
+	ErrSecureConfigNoChecksum = errors.New("plugin: SecureConfig has no Checksum")
+
+	// ErrSecureConfigNoHash is returned by Client.Start and SecureConfig.Check
+	// if Hash is nil.
+	ErrSecureConfigNoHash = errors.New("plugin: SecureConfig has no Hash")
+
+	// ErrSecureConfigAndReattach is returned by Client.Start if ClientConfig
+	// has both.
+	ErrSecureConfigAndReattach = errors.New("plugin: SecureConfig cannot be used with Reattach: a running process cannot be checked")
+)
+
+// ExitError describes the end of a plugin that did not end at the request of its
+// host. [Client.Err] returns it, and errors.As finds it in the error of every call
+// that was in flight.
+type ExitError struct {
+	// Path is the path of the plugin's binary.
+	Path string
+	// State is how the process ended. It is nil for a reattached plugin.
+	State *os.ProcessState
+	// Stderr is the end of the plugin's stderr, at most 8 KiB.
+	Stderr string
+	// Panic is the message and trace of the panic or fatal error that ended the
+	// plugin, or "".
+	Panic string
+	// Err is the error of AttachedRunner.Wait, with ReattachConfig.ReattachFunc.
+	Err error
+}
+
+// Unwrap returns Err.
+func (e *ExitError) Unwrap() error { return e.Err }
+
+// Error returns one line, such as "plugin greeter: panic: boom (exit status 2)".
+func (e *ExitError) Error() string {
+	what, _, _ := strings.Cut(printable(e.Panic), "\n")
+	switch {
+	case what != "":
+	case e.Err != nil:
+		what = e.Err.Error()
+	default:
+		what = "the process exited unexpectedly"
+		if last := lastLine(e.Stderr); last != "" {
+			what += fmt.Sprintf("; the last line of its stderr is %q", last)
+		}
+	}
+	return fmt.Sprintf("plugin %s: %s%s", pluginName(e.Path), what, inBrackets(e.State))
+}
+
+// sendable returns the text of err and the names of the registered errors that
+// err is. net/rpc takes an empty text for success. The methods of err may panic, as
+// those of a nil pointer.
+func sendable(err error) (text, is string) {
+	defer func() {
+		if p := recover(); p != nil {
+			text = fmt.Sprintf("plugin: an error of type %T, whose methods panic: %v", err, p)
+		}
+	}()
+	text = cmp.Or(err.Error(), fmt.Sprintf("plugin: an error of type %T, without a text", err))
+	return text, errorNames(err)
+}
+
+// remoteError is an error that the peer returned.
+type remoteError struct {
+	rpc.ServerError
+	is []error // registered errors that it is
+}
+
+func (e *remoteError) Unwrap() []error { return append([]error{e.ServerError}, e.is...) }
+
+// named has the registered errors by their texts.
+var named sync.Map
+
+func init() {
+	RegisterError(io.EOF, io.ErrUnexpectedEOF, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission, fs.ErrInvalid,
+		fs.ErrClosed, os.ErrDeadlineExceeded, context.Canceled, context.DeadlineExceeded)
+}
+
+// RegisterError makes errors keep their identity when they are sent to the peer: if
+// a method returns one of them, or an error that wraps one, errors.Is finds it in the
+// error that [Call] or [Invoke] returns. Host and plugin must register the same
+// errors, best in the init function of the package that declares them. Errors are
+// identified by their texts: of two with the same text, the first is registered.
+//
+// RegisterError panics if an error is nil.
+func RegisterError(errs ...error) {
+	for _, err := range errs {
+		named.LoadOrStore(err.Error(), err)
+	}
+}
+
+// errorNames returns the names of the registered errors that err is.
+func errorNames(err error) string {
+	var names []string
+	for name, known := range named.Range {
+		if errors.Is(err, known.(error)) {
+			names = append(names, name.(string))
+		}
+	}
+	return strings.Join(names, "\x00")
+}
+
+// knownErrors returns the registered errors with those names.
+func knownErrors(names string) (errs []error) {
+	for name := range strings.SplitSeq(names, "\x00") {
+		if err, ok := named.Load(name); ok {
+			errs = append(errs, err.(error))
+		}
+	}
+	return errs
+}
+
+// lostError is the error of every call and stream when the connection was lost.
+type lostError struct{ cause error }
+
+func (e *lostError) Error() string   { return e.cause.Error() }
+func (e *lostError) Unwrap() []error { return []error{e.cause, io.ErrUnexpectedEOF} }

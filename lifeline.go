@@ -1,0 +1,110 @@
+package plugin
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"runtime"
+	"time"
+)
+
+// hostInfo tells a plugin about its host. Its variable is inherited: if the host
+// uses go-plugin, it may be about the host of that host.
+type hostInfo struct {
+	pid   int    // of the host
+	fd    int    // of the pipe, for watchPipe
+	watch string // how the plugin detects the end of the host
+}
+
+const (
+	watchPipe    = "pipe" // by reading from a pipe that the host holds open
+	watchPid     = "pid"  // by waiting for the process, on Windows
+	watchNothing = "nothing"
+)
+
+func (h hostInfo) String() string { return fmt.Sprintf("%d %d %s", h.pid, h.fd, h.watch) }
+
+// parseHostInfo returns the zero hostInfo for anything but what String returns.
+func parseHostInfo(s string) (h hostInfo) {
+	if _, err := fmt.Sscanf(s, "%d %d %s", &h.pid, &h.fd, &h.watch); err != nil {
+		return hostInfo{}
+	}
+	return h
+}
+
+// hold makes the plugin exit when this process does. It returns the variable for the
+// plugin and, on Unix, the end of a pipe that the plugin reads. The system closes the
+// other end when this process exits or crashes.
+func (p *child) hold(detach bool) (life string, end *os.File, err error) {
+	host := hostInfo{pid: os.Getpid(), watch: watchPid}
+	switch {
+	case detach:
+		host.watch = watchNothing
+	case runtime.GOOS != "windows":
+		if end, p.lifeline, err = os.Pipe(); err != nil {
+			return "", nil, err
+		}
+		host.watch, host.fd = watchPipe, p.pass(end)
+	}
+	return host.String(), end, nil
+}
+
+// detach lets the plugin outlive this process.
+func (p *child) detach() {
+	p.release.Do(func() {
+		_, _ = p.lifeline.Write([]byte{1})
+		_ = p.lifeline.Close()
+	})
+}
+
+// orphanTimeout is how long a plugin may run when its host is gone.
+const orphanTimeout = 1500 * time.Millisecond
+
+// watchHost returns a channel that is closed when the host is gone. After orphanTimeout,
+// the process exits. The goroutine runs as long as the process, because the host may exit
+// while main finishes.
+func watchHost(host hostInfo, dir string) <-chan struct{} {
+	orphaned := make(chan struct{})
+	var pipe *os.File
+	if host.watch == watchPipe {
+		// A process in between may have closed it and reused the descriptor.
+		pipe = os.NewFile(uintptr(host.fd), "lifeline")
+		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
+			foreign = append(foreign, pipe)
+			return orphaned
+		}
+	}
+	go func() {
+		if waitHost(host, pipe) {
+			close(orphaned)
+			time.Sleep(orphanTimeout)
+			removePrivate(dir)
+			os.Exit(1)
+		}
+	}()
+	return orphaned
+}
+
+// foreign has the files that watchHost found instead of a pipe. References keep them
+// open.
+var foreign []*os.File
+
+// waitHost waits until the host is gone. It returns false if the host has detached the
+// plugin or uses go-plugin.
+func waitHost(host hostInfo, pipe *os.File) bool {
+	switch host.watch {
+	case watchPipe:
+		_, err := pipe.Read(make([]byte, 1))
+		return err == io.EOF
+	case watchPid:
+		process, err := os.FindProcess(host.pid)
+		if err != nil { // it is gone, or runs as another user
+			return !errors.Is(err, fs.ErrPermission)
+		}
+		_, err = process.Wait()
+		return err == nil
+	}
+	return false
+}

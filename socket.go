@@ -1,0 +1,118 @@
+package plugin
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+func parseAddr(network, address string) (net.Addr, error) {
+	switch network {
+	case "unix":
+		return net.ResolveUnixAddr(network, address)
+	case "tcp":
+		addr, err := netip.ParseAddrPort(address) // asks no name server
+		return net.TCPAddrFromAddrPort(addr), err
+	}
+	return nil, fmt.Errorf("the network is %q, and must be unix or tcp", network)
+}
+
+// UnixSocketConfig configures the plugin's Unix socket. It is ignored on Windows.
+type UnixSocketConfig struct {
+	// Group is the name or number of a group whose members may connect. The host
+	// must have the right to give files to it. If empty, only the user may connect.
+	Group string
+
+	// TempDir is the directory, which must exist, for the private directory (0700)
+	// of the socket. The default is os.TempDir(), or /tmp if the path of the socket
+	// would be too long.
+	TempDir string
+}
+
+// makeDir makes a private directory for a plugin's socket.
+func (u *UnixSocketConfig) makeDir() (dir string, err error) {
+	base := u.TempDir
+	if base == "" {
+		base = os.TempDir()
+		if len(base) > maxSocketPath-len("/plugin-4294967295")-socketName {
+			base = "/tmp"
+		}
+	}
+	if base, err = filepath.Abs(base); err != nil {
+		return "", err
+	}
+	if dir, err = os.MkdirTemp(base, socketPrefix+"*"); err != nil {
+		return "", fmt.Errorf("no directory for its socket can be made in %s: %w: set UnixSocketConfig.TempDir or TMPDIR to another one", base, err)
+	}
+	if len(dir)+socketName > maxSocketPath {
+		err = fmt.Errorf("the path of its socket would be too long, in %s: set UnixSocketConfig.TempDir to a shorter one", base)
+	} else if u.Group != "" {
+		// Members may connect, but not replace the socket.
+		err = giveToGroup(dir, u.Group, 0o770|os.ModeSticky)
+	}
+	if err != nil {
+		_ = os.Remove(dir)
+		return "", err
+	}
+	return dir, nil
+}
+
+// giveToGroup gives a file to the group with that name or number.
+func giveToGroup(path, group string, mode os.FileMode) error {
+	gid, err := strconv.Atoi(group)
+	if err != nil {
+		var g *user.Group
+		if g, err = user.LookupGroup(group); err == nil {
+			gid, err = strconv.Atoi(g.Gid)
+		}
+	}
+	if err == nil {
+		err = os.Chown(path, -1, gid)
+	}
+	if err == nil {
+		err = os.Chmod(path, mode)
+	}
+	if err != nil {
+		return fmt.Errorf("its socket cannot be given to UnixSocketConfig.Group: %w", err)
+	}
+	return nil
+}
+
+// listenTCP listens on the first free port of the loopback interface.
+func listenTCP(minPort, maxPort string) (net.Listener, error) {
+	low, _ := strconv.ParseUint(minPort, 10, 16)
+	high, _ := strconv.ParseUint(maxPort, 10, 16)
+	if high > 0 {
+		low = max(low, 1) // 0 is any port
+	}
+	for port := low; ; port++ {
+		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
+			return listener, nil
+		}
+		if port >= high {
+			return nil, fmt.Errorf("no port from %d to %d is free: %w", low, high, err)
+		}
+	}
+}
+
+// removePrivate removes the directory that the host made for the socket.
+func removePrivate(dir string) {
+	if isPrivate(dir) {
+		_ = os.RemoveAll(dir)
+	}
+}
+
+// isPrivate reports whether a directory has a name that makeDir makes.
+func isPrivate(dir string) bool { return strings.HasPrefix(filepath.Base(dir), socketPrefix) }
+
+const (
+	maxSocketPath = 103 // the shortest limit of any system
+	socketName    = len("/plugin-4194304-ffffffff")
+	socketPrefix  = "plugin-" // of sockets and their directories
+)

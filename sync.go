@@ -1,0 +1,112 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// reapTimeout is between the kill of a process and its end.
+const reapTimeout = 1400 * time.Millisecond
+
+// contextError returns ctx.Err(), with the cause if that is another error.
+func contextError(ctx context.Context) error {
+	err, cause := ctx.Err(), context.Cause(ctx)
+	if cause == err {
+		return err
+	}
+	return fmt.Errorf("%w: %w", err, cause)
+}
+
+// group is a sync.WaitGroup that can be closed.
+type group struct {
+	mu     sync.Mutex // guards closed, and calls of Add
+	closed bool
+	sync.WaitGroup
+}
+
+// enter adds one, which must call Done. It returns false if the group is closed.
+func (g *group) enter() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.closed {
+		g.Add(1)
+	}
+	return !g.closed
+}
+
+func (g *group) close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.closed = true
+}
+
+// allDone returns a channel that is closed when all have called Done.
+func (g *group) allDone() <-chan struct{} {
+	done := make(chan struct{})
+	go func() { // ends with the group
+		g.Wait()
+		close(done)
+	}()
+	return done
+}
+
+// once calls a function once and keeps its result.
+type once[T any] struct {
+	begun atomic.Bool
+	done  chan struct{} // closed when v and err are set
+	v     T
+	err   error
+}
+
+func newOnce[T any]() *once[T] { return &once[T]{done: make(chan struct{})} }
+
+// do calls f for the first caller. Other callers wait for the result or the end of ctx.
+func (o *once[T]) do(ctx context.Context, f func() (T, error)) (v T, err error) {
+	if o.begun.CompareAndSwap(false, true) {
+		defer close(o.done)
+		o.err = errors.New("plugin: the host's own code panicked") // if f does
+		o.v, o.err = f()
+		return o.v, o.err
+	}
+	select {
+	case <-o.done:
+		return o.v, o.err
+	case <-ctx.Done():
+		return v, fmt.Errorf("plugin: waiting for another call: %w", contextError(ctx))
+	}
+}
+
+// result returns the result of f, or the zero value before f has returned.
+func (o *once[T]) result() (v T) {
+	if isClosed(o.done) {
+		return o.v
+	}
+	return v
+}
+
+// waitFor waits until all channels are closed. It returns false after the timeout.
+func waitFor(timeout time.Duration, chans ...<-chan struct{}) bool {
+	late := time.NewTimer(timeout)
+	defer late.Stop()
+	for _, ch := range chans {
+		select {
+		case <-ch:
+		case <-late.C:
+			return false
+		}
+	}
+	return true
+}
+
+func isClosed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
+	}
+}
