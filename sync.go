@@ -21,6 +21,58 @@ func contextError(ctx context.Context) error {
 	return fmt.Errorf("%w: %w", err, cause)
 }
 
+// event happens once, and has a reason. The first reason wins.
+type event struct {
+	// ctx ends with the event, for waits that need a context.
+	ctx context.Context
+	end context.CancelCauseFunc
+}
+
+func newEvent() *event {
+	ctx, end := context.WithCancelCause(context.Background())
+	return &event{ctx: ctx, end: end}
+}
+
+// set makes the event happen. The reason must not be nil.
+func (e *event) set(reason error) { e.end(reason) }
+
+// done returns a channel that is closed when the event has happened.
+func (e *event) done() <-chan struct{} { return e.ctx.Done() }
+
+// isSet reports whether the event has happened.
+func (e *event) isSet() bool { return e.ctx.Err() != nil }
+
+// reason returns the reason, or nil if the event has not happened.
+func (e *event) reason() error { return context.Cause(e.ctx) }
+
+// lock is a mutex that a waiter can leave. One goroutine may lock it and another
+// unlock it.
+type lock chan struct{}
+
+func newLock() lock { return make(lock, 1) }
+
+// lock waits for the lock, or for the end of ctx.
+func (l lock) lock(ctx context.Context) error {
+	select {
+	case l <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return contextError(ctx)
+	}
+}
+
+// tryLock reports whether the lock was free, and now is held.
+func (l lock) tryLock() bool {
+	select {
+	case l <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
+func (l lock) unlock() { <-l }
+
 // group is a sync.WaitGroup that can be closed.
 type group struct {
 	mu     sync.Mutex // guards closed, and calls of Add
