@@ -1,4 +1,4 @@
-package plugin
+package plugin_test
 
 import (
 	"bytes"
@@ -9,51 +9,38 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/rpc"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/muxplug/plugin"
 )
 
 // ---- Streams by number ----
-
-// leavesNoStreams fails the test if it leaves a stream open, or a number in use.
-func leavesNoStreams(t testing.TB, brokers ...*MuxBroker) {
-	t.Helper()
-	used := func(b *MuxBroker) int {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		return streams(b) + len(b.meeting)
-	}
-	for _, b := range brokers {
-		before := used(b)
-		t.Cleanup(func() {
-			if !poll(hangs, func() bool { return used(b) <= before }) {
-				t.Errorf("%d streams and numbers were in use, and now %d", before, used(b))
-			}
-		})
-	}
-}
 
 // Many streams are open at once. Each who dials a number meets one who accepts
 // it, in any order.
 func TestBrokerMeetings(t *testing.T) {
 	t.Parallel()
 	const pairs, numbers = 2000, 100
-	_, host, plugin := local(t)
-	leavesNoStreams(t, host.broker, plugin.broker)
+	_, host, guest := joinInProcess(t)
+	leavesNoStreams(t, host.broker, guest.broker)
 	ctx := boundedContext(t)
 	meet := []func(context.Context, uint32) (net.Conn, error){
-		host.broker.AcceptContext, plugin.broker.DialContext, plugin.broker.AcceptContext, host.broker.DialContext,
+		host.broker.AcceptContext, guest.broker.DialContext, guest.broker.AcceptContext, host.broker.DialContext,
 	}
 	var met [2 * pairs]int
 	var all sync.WaitGroup
 	all.Add(len(met))
-	callers(t, len(met), func(i int) {
+	concurrently(t, len(met), func(i int) {
 		// Each meets one whose index differs in the lowest bit and, maybe, in how
 		// often numbers goes into it.
 		conn, err := meet[i%4](ctx, uint32(i/4%numbers))
@@ -83,14 +70,14 @@ func TestBrokerMeetings(t *testing.T) {
 func TestBrokerTimeouts(t *testing.T) {
 	t.Parallel()
 	raw, c, _ := rawPlugin(t)
-	_, host, plugin := local(t)
-	leavesNoStreams(t, host.broker, plugin.broker, c.broker)
+	_, host, guest := joinInProcess(t)
+	leavesNoStreams(t, host.broker, guest.broker, c.broker)
 	began := time.Now()
 	waits := make(map[string]<-chan error)
 	cause := errors.New("test: the cause")
 	short, cancel := context.WithTimeoutCause(context.Background(), time.Millisecond, cause)
 	defer cancel()
-	for name, ends := range map[string][2]*MuxBroker{"host": {host.broker, plugin.broker}, "plugin": {plugin.broker, host.broker}} {
+	for name, ends := range map[string][2]*plugin.MuxBroker{"host": {host.broker, guest.broker}, "plugin": {guest.broker, host.broker}} {
 		here, there := ends[0], ends[1]
 		for _, meet := range []func(context.Context, uint32) (net.Conn, error){here.AcceptContext, here.DialContext} {
 			conn, err := meet(short, 4711)
@@ -102,7 +89,7 @@ func TestBrokerTimeouts(t *testing.T) {
 		waits["accepting in the "+name] = async(func() error { _, err := here.Accept(4712); return err })
 		waits["serving in the "+name] = async(func() error { here.AcceptAndServe(4713, newTestServer()); return io.EOF })
 		waits["dialling in the "+name] = async(func() error { _, err := here.Dial(4714); return err })
-		for _, kind := range served {
+		for _, kind := range servedKinds {
 			kind.serve(here, func() {}) // nothing dials it
 			id, stop := kind.serve(there, func() {})
 			stop()
@@ -117,13 +104,36 @@ func TestBrokerTimeouts(t *testing.T) {
 		check(t, err)
 		waits[fmt.Sprint("an odd stream ", begin)] = async(func() error { _, err := st.Read(make([]byte, 1)); return err })
 	}
-	callers(t, len(waits), func(i int) {
-		name := sortedKeys(waits)[i]
+	concurrently(t, len(waits), func(i int) {
+		name := slices.Sorted(maps.Keys(waits))[i]
 		err := <-waits[name]
 		if took := time.Since(began); took < brokerTimeout || err == nil || errors.Is(err, context.Canceled) {
 			t.Errorf("%s: %v, after %v", name, err, took)
 		}
 	})
+}
+
+// A number that nobody has dialled is forgotten when the wait for it ends.
+func TestNumbersAreForgotten(t *testing.T) {
+	_, host, _ := joinInProcess(t)
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	objects := func() uint64 {
+		var stats runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&stats)
+		return stats.HeapObjects
+	}
+	const numbers = 20_000
+	before := objects()
+	for id := range uint32(numbers) {
+		if _, err := host.broker.AcceptContext(ended, id); !errors.Is(err, context.Canceled) {
+			t.Fatalf("AcceptContext returned %v", err)
+		}
+	}
+	if after := objects(); after > before+numbers/2 {
+		t.Errorf("%d numbers have left %d objects", numbers, after-before)
+	}
 }
 
 // Dial closes what the peer has not accepted, or as another.
@@ -149,34 +159,15 @@ func TestNotAccepted(t *testing.T) {
 	}
 }
 
-// The numbers of both sides differ from each other's, and from those of
-// go-plugin, which counts from 1 on both sides.
-func TestNextId(t *testing.T) {
-	_, host, plugin := local(t)
-	for b, side := range map[*MuxBroker]uint32{host.broker: 2, plugin.broker: 1} {
-		for _, begin := range []uint32{0, 1<<30 - 50, 1<<31 - 50, 1<<32 - 50} {
-			b.ids.Store(begin)
-			seen := make(map[uint32]bool)
-			for range 100 {
-				id := b.NextId()
-				if seen[id] || id>>30 != side || id<<2 == 0 {
-					t.Fatalf("NextId returned %#x, after %#x", id, begin)
-				}
-				seen[id] = true
-			}
-		}
-	}
-}
-
 // Closing a client ends its serving at the peer, and what runs there.
 func TestClosingClient(t *testing.T) {
-	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 		leavesNoStreams(t, here, there)
 		s, id := newTestServer(), there.NextId()
 		serving := async(func() bool { there.AcceptAndServe(id, s); return true })
 		c, err := here.DialRPC(id)
 		check(t, err)
-		waiting := async(func() error { return Call(context.Background(), c, "Plugin.Wait", "", nil) })
+		waiting := async(func() error { return plugin.Call(context.Background(), c, "Plugin.Wait", "", nil) })
 		receive(t, "the call", s.started)
 		// The peer is stuck with replies that are not read any more.
 		for range 20 {
@@ -194,16 +185,16 @@ func TestClosingClient(t *testing.T) {
 // Close ends every wait, on both sides.
 func TestBrokerClose(t *testing.T) {
 	leavesNothing(t)
-	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 		ctx := context.Background()
 		begun, block := make(chan bool, 100), make(chan bool)
 		defer close(block)
 		use := func() { begun <- true; <-block }
 		waits := make(map[string]<-chan error)
-		for name, ends := range map[string][2]*MuxBroker{"here": {here, there}, "there": {there, here}} {
+		for name, ends := range map[string][2]*plugin.MuxBroker{"here": {here, there}, "there": {there, here}} {
 			waits[name+", accepting"] = async(func() error { _, err := ends[0].AcceptContext(ctx, 5); return err })
 			waits[name+", dialling"] = async(func() error { _, err := ends[0].DialContext(ctx, 6); return err })
-			for _, kind := range served {
+			for _, kind := range servedKinds {
 				id, _ := kind.serve(ends[0], use)
 				end, err := kind.dial(ends[1], id)
 				check(t, err)
@@ -211,7 +202,7 @@ func TestBrokerClose(t *testing.T) {
 					if kind.name == "writer" { // Close waits, too
 						return errors.Join(end.next(), end.Close())
 					}
-					return until(end.next)
+					return untilError(end.next)
 				})
 				receive(t, "its use", begun)
 			}
@@ -261,7 +252,7 @@ var sizes = []int{0, 5, 2<<20 + 7}
 
 // A reader has the bytes and the end of the one that is served.
 func TestReader(t *testing.T) {
-	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 		leavesNoStreams(t, here, there)
 		read := func(src io.Reader, size int) error {
 			id, stop := there.ServeReader(src)
@@ -298,7 +289,7 @@ func TestReader(t *testing.T) {
 // A writer has written everything when Close has returned, or has the error of
 // the one that is served.
 func TestWriter(t *testing.T) {
-	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 		leavesNoStreams(t, here, there)
 		// The writer fails once it has got so many bytes.
 		write := func(size, after int, fail func() error) (writeErr, closeErr error) {
@@ -342,7 +333,7 @@ func TestWriter(t *testing.T) {
 // A reader is read ahead by no more than a stream holds. Closing it early
 // releases the one that is served.
 func TestReaderIsBounded(t *testing.T) {
-	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 		leavesNoStreams(t, here, there)
 		var ahead atomic.Int64
 		id, _ := there.ServeReader(readerFunc(func(p []byte) (int, error) { ahead.Add(int64(len(p))); return len(p), nil }))
@@ -383,14 +374,14 @@ func (s rawStreams) Write(id uint32, _ *struct{}) error { return s.serve(id) }
 // peer that does as it likes.
 func TestWrongKind(t *testing.T) {
 	t.Parallel()
-	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 		leavesNoStreams(t, here, there)
 		began := time.Now()
-		for i, kind := range served {
+		for i, kind := range servedKinds {
 			one, _ := kind.serve(there, func() {})
 			none, _ := there.ServeRPC(struct{}{}) // has no methods
 			for _, id := range []uint32{one, none} {
-				end, err := served[(i+1)%len(served)].dial(here, id)
+				end, err := servedKinds[(i+1)%len(servedKinds)].dial(here, id)
 				if err == nil { // a client learns it from its first call
 					err = end.next()
 					_ = end.Close()
@@ -426,8 +417,8 @@ func TestWrongKind(t *testing.T) {
 		},
 	}
 	dialling := async(func() bool {
-		callers(t, 2*len(peers), func(i int) {
-			kind := served[i%2]
+		concurrently(t, 2*len(peers), func(i int) {
+			kind := servedKinds[i%2]
 			end, err := kind.dial(c.broker, uint32(i))
 			if err == nil {
 				_ = end.next()
@@ -457,7 +448,7 @@ func TestWrongKind(t *testing.T) {
 func TestServedOnce(t *testing.T) {
 	raw, c, _ := rawPlugin(t)
 	for i, method := range []string{"Plugin.Read", "Plugin.Write"} {
-		id, stop := served[i].serve(c.broker, func() {})
+		id, stop := servedKinds[i].serve(c.broker, func() {})
 		peer := rpc.NewClient(raw.dial(t, id))
 		calls := make(chan *rpc.Call, 2)
 		peer.Go(method, uint32(1), nil, calls)
@@ -488,35 +479,35 @@ type peerEnd struct {
 	next func() error
 }
 
-// served are the kinds of what is served. Each calls use whenever it is used,
+// servedKinds are the kinds of what is served. Each calls use whenever it is used,
 // and has no end of its own.
-var served = []struct {
+var servedKinds = []struct {
 	name  string
-	serve func(b *MuxBroker, use func()) (id uint32, stop func())
-	dial  func(b *MuxBroker, id uint32) (peerEnd, error)
+	serve func(b *plugin.MuxBroker, use func()) (id uint32, stop func())
+	dial  func(b *plugin.MuxBroker, id uint32) (peerEnd, error)
 }{
-	{"reader", func(b *MuxBroker, use func()) (uint32, func()) {
+	{"reader", func(b *plugin.MuxBroker, use func()) (uint32, func()) {
 		return b.ServeReader(readerFunc(func(p []byte) (int, error) { use(); return len(p), nil }))
-	}, func(b *MuxBroker, id uint32) (peerEnd, error) {
+	}, func(b *plugin.MuxBroker, id uint32) (peerEnd, error) {
 		r, err := b.DialReader(id)
 		return peerEnd{r, func() error { _, err := r.Read(make([]byte, 32<<10)); return err }}, err
 	}},
-	{"writer", func(b *MuxBroker, use func()) (uint32, func()) {
+	{"writer", func(b *plugin.MuxBroker, use func()) (uint32, func()) {
 		return b.ServeWriter(writerFunc(func(p []byte) (int, error) { use(); return len(p), nil }))
-	}, func(b *MuxBroker, id uint32) (peerEnd, error) {
+	}, func(b *plugin.MuxBroker, id uint32) (peerEnd, error) {
 		w, err := b.DialWriter(id)
 		return peerEnd{w, func() error { _, err := w.Write(make([]byte, 32<<10)); return err }}, err
 	}},
-	{"client", func(b *MuxBroker, use func()) (uint32, func()) {
+	{"client", func(b *plugin.MuxBroker, use func()) (uint32, func()) {
 		return b.ServeRPC(&useService{use})
-	}, func(b *MuxBroker, id uint32) (peerEnd, error) {
+	}, func(b *plugin.MuxBroker, id uint32) (peerEnd, error) {
 		c, err := b.DialRPC(id)
-		return peerEnd{c, func() error { return Call(context.Background(), c, "Plugin.Use", struct{}{}, nil) }}, err
+		return peerEnd{c, func() error { return plugin.Call(context.Background(), c, "Plugin.Use", struct{}{}, nil) }}, err
 	}},
 }
 
-// until calls next until it fails.
-func until(next func() error) error {
+// untilError calls next until it fails.
+func untilError(next func() error) error {
 	for {
 		if err := next(); err != nil {
 			return err
@@ -528,7 +519,7 @@ func until(next func() error) error {
 func isStopped(t testing.TB, err error) {
 	t.Helper()
 	errorSays(t, err, "stopped")
-	if died := new(ExitError); errors.Is(err, io.EOF) || errors.As(err, &died) {
+	if died := new(plugin.ExitError); errors.Is(err, io.EOF) || errors.As(err, &died) {
 		t.Errorf("the peer gets a %T: %v", err, err)
 	}
 }
@@ -536,10 +527,10 @@ func isStopped(t testing.TB, err error) {
 // After stop has returned, what was served is the caller's alone. The peer is
 // told.
 func TestStop(t *testing.T) {
-	for _, kind := range served {
+	for _, kind := range servedKinds {
 		t.Run(kind.name, func(t *testing.T) {
 			t.Parallel()
-			bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+			bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 				leavesNoStreams(t, here, there)
 				for range 20 {
 					uses, busy := 0, false // guarded by stop alone
@@ -551,9 +542,9 @@ func TestStop(t *testing.T) {
 					})
 					end, err := kind.dial(there, id)
 					check(t, err)
-					using := async(func() error { return until(end.next) })
+					using := async(func() error { return untilError(end.next) })
 					time.Sleep(rand.N(5 * time.Millisecond))
-					callers(t, 3, func(int) {
+					concurrently(t, 3, func(int) {
 						stop()
 						if busy {
 							t.Error("stop returned while it was in use")
@@ -578,13 +569,13 @@ func TestStop(t *testing.T) {
 // stop ends the contexts of methods, waits for the methods, and may be called
 // after the end of what it stops.
 func TestStopOfCalls(t *testing.T) {
-	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 		s := newTestServer()
 		id, stop := here.ServeRPC(s)
 		c, err := there.DialRPC(id)
 		check(t, err)
 		call := func(method string) <-chan error {
-			return async(func() error { return Call(context.Background(), c, "Plugin."+method, "", nil) })
+			return async(func() error { return plugin.Call(context.Background(), c, "Plugin."+method, "", nil) })
 		}
 		waiting, blocked := call("Wait"), call("Block")
 		receive(t, "a call", s.started)
@@ -609,20 +600,20 @@ func TestStopOfCalls(t *testing.T) {
 // waits, and streams can be closed. The end of the session, from either side,
 // ends the rest.
 func TestStopWhileStuck(t *testing.T) {
-	for i, kind := range served {
+	for i, kind := range servedKinds {
 		t.Run(kind.name, func(t *testing.T) {
 			leavesNothing(t)
-			a, b := TestConn(t)
+			a, b := plugin.TestConn(t)
 			line := newFaultyConn(a, 1<<40, true)
-			here, there := newBroker(t, line, true), newBroker(t, b, false)
+			here, there := joinBrokers(t, line, b)
 			conn, _ := joined(t, here.Dial, there.Accept)
 			var uses atomic.Int64
 			id, stop := kind.serve(here, func() { uses.Add(1) })
 			end, err := kind.dial(there, id)
 			check(t, err)
 			waits := []<-chan error{
-				async(func() error { return until(end.next) }),
-				async(func() error { return until(func() error { _, err := conn.Write(make([]byte, 1000)); return err }) }),
+				async(func() error { return untilError(end.next) }),
+				async(func() error { return untilError(func() error { _, err := conn.Write(make([]byte, 1000)); return err }) }),
 			}
 			await(t, "some use", func() bool { return uses.Load() > 10 })
 			line.left.Store(0)
@@ -634,7 +625,7 @@ func TestStopWhileStuck(t *testing.T) {
 			if _, err := here.DialContext(ctx, 8); !errors.Is(err, context.DeadlineExceeded) {
 				t.Error("DialContext returned", err)
 			}
-			check(t, [2]*MuxBroker{here, there}[i%2].Close())
+			check(t, [2]*plugin.MuxBroker{here, there}[i%2].Close())
 			for _, done := range waits {
 				receive(t, "the end of the session", done)
 			}
@@ -646,7 +637,7 @@ func TestStopWhileStuck(t *testing.T) {
 // again once they are stopped. A writer tells how its plugin died.
 func TestStreamsOverProcess(t *testing.T) {
 	t.Parallel()
-	_, p := start(t, config("plugin"))
+	_, p := startPlugin(t, testConfig("plugin"))
 	c := dispense(t, p)
 	data := noise(1<<20, 1)
 	var in bytes.Reader
@@ -660,7 +651,7 @@ func TestStreamsOverProcess(t *testing.T) {
 			return out.Write(p)
 		}))
 		ctx, cancel := context.WithTimeout(context.Background(), rand.N(10*time.Millisecond))
-		err := Call(ctx, c.Client, "Plugin.Copy", Transfer{Reader: from, Writer: to}, nil)
+		err := plugin.Call(ctx, c.Client, "Plugin.Copy", Transfer{Reader: from, Writer: to}, nil)
 		stopReader()
 		stopWriter()
 		cancel()
@@ -668,12 +659,12 @@ func TestStreamsOverProcess(t *testing.T) {
 			t.Errorf("of %d bytes, %d were copied: %v", len(data), out.Len(), err)
 		}
 	}
-	w, err := served[1].dial(c.broker, mustCall[uint32](t, c.Client, "Serve", "writer"))
+	w, err := servedKinds[1].dial(c.broker, mustCall[uint32](t, c.Client, "Serve", "writer"))
 	check(t, err)
 	check(t, w.next())
 	c.Go("Plugin.Do", "killed", new(string), make(chan *rpc.Call, 1))
-	err = receive(t, "its end", async(func() error { return until(w.next) }))
-	if died := new(ExitError); !errors.As(err, &died) || !errors.Is(err, io.ErrUnexpectedEOF) {
+	err = receive(t, "its end", async(func() error { return untilError(w.next) }))
+	if died := new(plugin.ExitError); !errors.As(err, &died) || !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("%T: %v", err, err)
 	}
 }

@@ -1,7 +1,9 @@
-package plugin
+package plugin_test
 
 import (
 	"context"
+	"crypto/ed25519"
+	cryptorand "crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -11,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/big"
 	"net"
 	"net/rpc"
 	"os"
@@ -24,6 +27,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/muxplug/plugin"
 )
 
 func init() {
@@ -43,7 +47,7 @@ func init() {
 	}
 	// Has the certificate of testTLS.
 	modes["tls"] = func() {
-		servePlugin(func(c *ServeConfig) {
+		servePlugin(func(c *plugin.ServeConfig) {
 			c.TLSProvider = func() (*tls.Config, error) {
 				dir := os.Getenv(notesEnv)
 				cert, err := tls.LoadX509KeyPair(filepath.Join(dir, "cert"), filepath.Join(dir, "key"))
@@ -55,7 +59,7 @@ func init() {
 
 // announce listens where a host expects its plugin to, and prints a handshake.
 func announce(cert []byte) net.Listener {
-	network, address := "unix", filepath.Join(os.Getenv(EnvUnixSocketDir), "s")
+	network, address := "unix", filepath.Join(os.Getenv(plugin.EnvUnixSocketDir), "s")
 	if runtime.GOOS == "windows" {
 		network, address = "tcp", "127.0.0.1:0"
 	}
@@ -64,21 +68,12 @@ func announce(cert []byte) net.Listener {
 	return l
 }
 
-// connect starts a plugin and dispenses "test".
-func connect(c *Client) error {
-	p, err := c.Client()
-	if err == nil {
-		_, err = p.Dispense("test")
-	}
-	return err
-}
-
 // ---- Start ----
 
 // Start says what is wrong with a configuration.
 func TestBadConfig(t *testing.T) {
 	t.Parallel()
-	type cfg = *ClientConfig
+	type cfg = *plugin.ClientConfig
 	for _, test := range []struct {
 		word     string
 		is       error // what is returned as it is
@@ -86,29 +81,29 @@ func TestBadConfig(t *testing.T) {
 		edit     func(cfg)
 	}{
 		{"Cmd", nil, false, func(c cfg) { c.Cmd = nil }},
-		{"Cmd", nil, false, func(c cfg) { c.Reattach = &ReattachConfig{} }},
+		{"Cmd", nil, false, func(c cfg) { c.Reattach = &plugin.ReattachConfig{} }},
 		{"MagicCookieKey", nil, false, func(c cfg) { c.MagicCookieKey = "" }},
 		{"MagicCookieValue", nil, false, func(c cfg) { c.MagicCookieValue = "" }},
 		{"MaxPort", nil, false, func(c cfg) { c.MinPort, c.MaxPort = 20, 10 }},
 		{"Stdout", nil, false, func(c cfg) { c.Cmd.Stdout = io.Discard }},
 		{"Stderr", nil, false, func(c cfg) { c.Cmd.Stderr = io.Discard }},
-		{"netrpc", nil, false, func(c cfg) { c.AllowedProtocols = []Protocol{ProtocolGRPC} }},
+		{"netrpc", nil, false, func(c cfg) { c.AllowedProtocols = []plugin.Protocol{plugin.ProtocolGRPC} }},
 		{"Reattach", nil, true, func(c cfg) { c.AutoMTLS = true }},
 		{"Addr", nil, true, func(c cfg) { c.Reattach.Addr = nil }},
-		{"gRPC", nil, true, func(c cfg) { c.Reattach.Protocol = ProtocolGRPC }},
+		{"gRPC", nil, true, func(c cfg) { c.Reattach.Protocol = plugin.ProtocolGRPC }},
 		{"[3]", nil, true, func(c cfg) { c.Reattach.ProtocolVersion = 4 }},
-		{"", ErrProcessNotFound, true, func(cfg) {}},
-		{"", ErrSecureConfigAndReattach, true, func(c cfg) { c.SecureConfig = &SecureConfig{[]byte{1}, sha256.New()} }},
-		{"", ErrSecureConfigNoChecksum, false, func(c cfg) { c.SecureConfig = &SecureConfig{nil, sha256.New()} }},
-		{"", ErrSecureConfigNoHash, false, func(c cfg) { c.SecureConfig = &SecureConfig{[]byte{1}, nil} }},
-		{"", ErrChecksumsDoNotMatch, false, func(c cfg) { c.SecureConfig = &SecureConfig{[]byte{1}, sha256.New()} }},
+		{"", plugin.ErrProcessNotFound, true, func(cfg) {}},
+		{"", plugin.ErrSecureConfigAndReattach, true, func(c cfg) { c.SecureConfig = &plugin.SecureConfig{[]byte{1}, sha256.New()} }},
+		{"", plugin.ErrSecureConfigNoChecksum, false, func(c cfg) { c.SecureConfig = &plugin.SecureConfig{nil, sha256.New()} }},
+		{"", plugin.ErrSecureConfigNoHash, false, func(c cfg) { c.SecureConfig = &plugin.SecureConfig{[]byte{1}, nil} }},
+		{"", plugin.ErrChecksumsDoNotMatch, false, func(c cfg) { c.SecureConfig = &plugin.SecureConfig{[]byte{1}, sha256.New()} }},
 	} {
 		config := newLab(t).config("plugin")
 		if test.reattach {
-			config = attachTo(&ReattachConfig{ProtocolVersion: 3, Pid: os.Getpid(), Addr: toAddr("127.0.0.1:1")})
+			config = attachTo(&plugin.ReattachConfig{ProtocolVersion: 3, Pid: os.Getpid(), Addr: parseAddr("127.0.0.1:1")})
 		}
 		test.edit(config)
-		c := NewClient(config)
+		c := plugin.NewClient(config)
 		_, err := c.Start()
 		errorSays(t, err, "plugin", test.word)
 		_, again := c.Start()
@@ -117,7 +112,7 @@ func TestBadConfig(t *testing.T) {
 			t.Errorf("%s %v: Start returned %v, and then %v, and Client %v, %v", test.word, test.is, err, again, p, connecting)
 		}
 		receive(t, "Done", c.Done())
-		if c.Err() != nil || !c.Exited() || c.Protocol() != ProtocolInvalid || c.NegotiatedVersion() != 0 || c.ReattachConfig() != nil {
+		if c.Err() != nil || !c.Exited() || c.Protocol() != plugin.ProtocolInvalid || c.NegotiatedVersion() != 0 || c.ReattachConfig() != nil {
 			t.Errorf("%s %v: it is not over", test.word, test.is)
 		}
 		c.Kill()
@@ -127,7 +122,7 @@ func TestBadConfig(t *testing.T) {
 // startFailure is a start that fails.
 type startFailure struct {
 	mode, say string // the mode, and what it prints
-	edit      func(testing.TB, *ClientConfig)
+	edit      func(testing.TB, *plugin.ClientConfig)
 	state     string // how the process exits by itself, if it does
 	word      string // in the text
 	is        error  // nil for any
@@ -139,7 +134,7 @@ func (f startFailure) run(t *testing.T) {
 	if f.edit != nil {
 		f.edit(t, cfg)
 	}
-	c := NewClient(cfg)
+	c := plugin.NewClient(cfg)
 	err := startError(t, c)
 	errorSays(t, err, pluginName(cfg.Cmd.Path), f.word, f.state)
 	if (err.State == nil) != (f.state == "") || err.State != nil && err.State.String() != f.state {
@@ -157,11 +152,11 @@ func (f startFailure) run(t *testing.T) {
 // A plugin that does not start says why. Its process is gone by then.
 func TestStartError(t *testing.T) {
 	t.Parallel()
-	runs := func(path string) func(testing.TB, *ClientConfig) {
-		return func(_ testing.TB, c *ClientConfig) { c.Cmd = exec.Command(path) }
+	runs := func(path string) func(testing.TB, *plugin.ClientConfig) {
+		return func(_ testing.TB, c *plugin.ClientConfig) { c.Cmd = exec.Command(path) }
 	}
-	soon := func(_ testing.TB, c *ClientConfig) { c.StartTimeout = 2 * time.Second }
-	mtls := func(_ testing.TB, c *ClientConfig) { c.AutoMTLS = true }
+	soon := func(_ testing.TB, c *plugin.ClientConfig) { c.StartTimeout = 2 * time.Second }
+	mtls := func(_ testing.TB, c *plugin.ClientConfig) { c.AutoMTLS = true }
 	noFile := map[bool]error{true: exec.ErrNotFound, false: fs.ErrNotExist}[runtime.GOOS == "windows"]
 	for name, test := range map[string]startFailure{
 		"exits":               {mode: "exit3", state: "exit status 3", word: "Serve"},
@@ -175,10 +170,10 @@ func TestStartError(t *testing.T) {
 		"a long handshake":    {mode: "say wait", say: "1|" + strings.Repeat("x", 100_000) + "|unix|/s", word: "handshake"},
 		"no certificate":      {mode: "say wait", say: "1|3|unix|/s|netrpc|", edit: mtls, word: "AutoMTLS"},
 		"a bad certificate":   {mode: "say wait", say: "1|3|unix|/s|netrpc|AAAA", edit: mtls, word: "certificate"},
-		"its own certificate": {mode: "tls", edit: func(t testing.TB, c *ClientConfig) { testTLS(t, c); c.AutoMTLS = true }, word: "TLSProvider"},
+		"its own certificate": {mode: "tls", edit: func(t testing.TB, c *plugin.ClientConfig) { testTLS(t, c); c.AutoMTLS = true }, word: "TLSProvider"},
 		"no file":             {edit: runs("/no/such/file"), word: "/no/such/file", is: noFile},
 		"not in PATH":         {edit: runs("no-such-program"), word: "PATH", is: exec.ErrNotFound},
-		"nowhere to run":      {edit: func(_ testing.TB, c *ClientConfig) { c.Cmd.Dir = "/no/such/dir" }, is: fs.ErrNotExist},
+		"nowhere to run":      {edit: func(_ testing.TB, c *plugin.ClientConfig) { c.Cmd.Dir = "/no/such/dir" }, is: fs.ErrNotExist},
 	} {
 		t.Run(name, test.run)
 	}
@@ -189,12 +184,12 @@ func TestStartError(t *testing.T) {
 func TestStartContext(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
-	startIn := func(c *Client, ctx context.Context) error {
+	startIn := func(c *plugin.Client, ctx context.Context) error {
 		t.Cleanup(c.Kill)
 		_, err := c.StartContext(ctx)
 		return err
 	}
-	c := NewClient(l.config("wait"))
+	c := plugin.NewClient(l.config("wait"))
 	reason := errors.New("the user has changed her mind")
 	ctx, cancel := context.WithCancelCause(context.Background())
 	first := async(func() error { return startIn(c, ctx) })
@@ -207,15 +202,15 @@ func TestStartContext(t *testing.T) {
 	}
 	cancel(reason)
 	err := receive(t, "the first start", first)
-	if !errors.Is(err, context.Canceled) || !errors.Is(err, reason) || !errors.As(err, new(*StartError)) {
+	if !errors.Is(err, context.Canceled) || !errors.Is(err, reason) || !errors.As(err, new(*plugin.StartError)) {
 		t.Errorf("the first start returned %v", err)
 	}
 	l.deserted(slack)
-	if err := startIn(NewClient(l.config("plugin")), ended); !errors.Is(err, context.Canceled) {
+	if err := startIn(plugin.NewClient(l.config("plugin")), ended); !errors.Is(err, context.Canceled) {
 		t.Errorf("a start with an ended context returned %v", err)
 	}
 	ctx, cancel = context.WithCancelCause(context.Background())
-	c = NewClient(l.config("plugin"))
+	c = plugin.NewClient(l.config("plugin"))
 	check(t, startIn(c, ctx))
 	cancel(nil)
 	check(t, connect(c))
@@ -224,16 +219,16 @@ func TestStartContext(t *testing.T) {
 // Without plugins, the host requires its ProtocolVersion, and Dispense fails.
 func TestNoPlugins(t *testing.T) {
 	t.Parallel()
-	for _, plugins := range []PluginSet{nil, {}} {
+	for _, plugins := range []plugin.PluginSet{nil, {}} {
 		cfg := newLab(t).config("plugin")
 		cfg.Plugins = plugins
-		_, p := start(t, cfg)
+		_, p := startPlugin(t, cfg)
 		check(t, p.Ping())
 		_, err := p.Dispense("test")
 		errorSays(t, err, "ClientConfig")
 		cfg.ProtocolVersion = 4
-		var version *VersionError
-		if err := startError(t, NewClient(cfg)); !errors.As(err, &version) || version.Plugin != 3 || !slices.Equal(version.Host, []int{4}) {
+		var version *plugin.VersionError
+		if err := startError(t, plugin.NewClient(cfg)); !errors.As(err, &version) || version.Plugin != 3 || !slices.Equal(version.Host, []int{4}) {
 			t.Errorf("another version: %v", err)
 		}
 	}
@@ -253,9 +248,9 @@ func TestConfigIsKept(t *testing.T) {
 	if runtime.GOOS != "windows" {
 		cmd.ExtraFiles = append(cmd.ExtraFiles, os.Stdin)
 	}
-	cfg.VersionedPlugins = map[int]PluginSet{1: testPlugins(nil)}
-	cfg.AllowedProtocols = append(make([]Protocol, 0, 9), ProtocolGRPC, ProtocolNetRPC)
-	cfg.SecureConfig = &SecureConfig{sumOf(t, cmd.Path), sha256.New()}
+	cfg.VersionedPlugins = map[int]plugin.PluginSet{1: testPlugins(nil)}
+	cfg.AllowedProtocols = append(make([]plugin.Protocol, 0, 9), plugin.ProtocolGRPC, plugin.ProtocolNetRPC)
+	cfg.SecureConfig = &plugin.SecureConfig{sumOf(t, cmd.Path), sha256.New()}
 	cfg.AutoMTLS = true
 	// state describes all that must not change.
 	state := func() string {
@@ -265,9 +260,9 @@ func TestConfigIsKept(t *testing.T) {
 			cmd.Env[:cap(cmd.Env)], cmd.Args[:9], cmd.ExtraFiles[:9], cfg.AllowedProtocols[:9])
 	}
 	before := state()
-	var clients []*Client
+	var clients []*plugin.Client
 	for range 2 {
-		c, p := start(t, cfg)
+		c, p := startPlugin(t, cfg)
 		check(t, p.Ping())
 		if strconv.Itoa(cmd.Process.Pid) != c.ID() || cmd.ProcessState != nil {
 			t.Errorf("the command has %v, %v, and the plugin is %s", cmd.Process, cmd.ProcessState, c.ID())
@@ -294,7 +289,7 @@ func TestEnvironment(t *testing.T) {
 	t.Setenv("TEST_BOTH", "host")
 	t.Setenv("PLUGIN_OTHER", "host") // not the protocol's
 	env := []string{"TEST_CMD=cmd", "TEST_BOTH=cmd", "GORACE=" + os.Getenv("GORACE")}
-	protocol := append(slices.Clone(protocolEnv), testHandshake.MagicCookieKey)
+	protocol := append(slices.Clone(protocolVariables), testHandshake.MagicCookieKey)
 	for _, name := range protocol {
 		t.Setenv(name, "host")
 		env = append(env, name+"=cmd")
@@ -303,54 +298,27 @@ func TestEnvironment(t *testing.T) {
 		cfg := newLab(t).config("plugin", env...)
 		cfg.SkipHostEnv, cfg.MinPort, cfg.MaxPort = skip, 10000, 60000
 		host := map[bool][]string{false: {"host"}}[skip]
-		_, p := start(t, cfg)
+		_, p := startPlugin(t, cfg)
 		self := mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{})
 		for name, want := range map[string][]string{
 			"TEST_HOST": host, "PLUGIN_OTHER": host, "TEST_CMD": {"cmd"}, "TEST_BOTH": {"cmd"},
 			testHandshake.MagicCookieKey: {testHandshake.MagicCookieValue},
-			envVersions:                  {"3"}, envMinPort: {"10000"}, envMaxPort: {"60000"},
-			envClientCert: nil, envMultiplex: nil, EnvUnixSocketGroup: nil,
+			versionsVariable:             {"3"}, portMinVariable: {"10000"}, portMaxVariable: {"60000"},
+			certVariable: nil, multiplexVariable: nil, plugin.EnvUnixSocketGroup: nil,
 		} {
-			if got := values(self.Began, name); !slices.Equal(got, want) {
+			if got := envValues(self.Began, name); !slices.Equal(got, want) {
 				t.Errorf("SkipHostEnv %v: %s is %q and not %q", skip, name, got, want)
 			}
 		}
 		for _, name := range protocol {
-			if got := values(self.Began, name); len(got) > 1 || slices.Contains(got, "cmd") || slices.Contains(got, "host") {
+			if got := envValues(self.Began, name); len(got) > 1 || slices.Contains(got, "cmd") || slices.Contains(got, "host") {
 				t.Errorf("SkipHostEnv %v: %s is %q", skip, name, got)
 			}
-			if got := values(self.Env, name); len(got) > 0 {
+			if got := envValues(self.Env, name); len(got) > 0 {
 				t.Errorf("%s is left in the plugin: %q", name, got)
 			}
 		}
 	}
-}
-
-// values returns all values that an environment has for a name.
-func values(env []string, name string) (values []string) {
-	for _, v := range env {
-		if value, found := strings.CutPrefix(v, name+"="); found {
-			values = append(values, value)
-		}
-	}
-	return values
-}
-
-// A plugin takes a free port of the given ones, or says that none is free.
-func TestPorts(t *testing.T) {
-	t.Parallel()
-	taken, err := listenTCP("1", "65535")
-	check(t, err)
-	defer taken.Close()
-	port := taken.Addr().(*net.TCPAddr).Port
-	next, err := listenTCP(strconv.Itoa(port), "65535")
-	check(t, err)
-	defer next.Close()
-	if addr := next.Addr().(*net.TCPAddr); !addr.IP.IsLoopback() || addr.Port <= port {
-		t.Errorf("where %d is taken, it listens at %v", port, addr)
-	}
-	_, err = listenTCP(strconv.Itoa(port), strconv.Itoa(port))
-	errorSays(t, err, strconv.Itoa(port))
 }
 
 // A plugin's stdin is that of its command, or the host's.
@@ -366,7 +334,7 @@ func TestStdin(t *testing.T) {
 	for want, stdin := range map[string]io.Reader{"the host's": nil, "the command's": strings.NewReader("the command's")} {
 		cfg := newLab(t).config("plugin")
 		cfg.Cmd.Stdin = stdin
-		_, p := start(t, cfg)
+		_, p := startPlugin(t, cfg)
 		if got := mustCall[string](t, dispense(t, p).Client, "Stdin", len(want)); got != want {
 			t.Errorf("it read %q and not %q", got, want)
 		}
@@ -400,7 +368,7 @@ func TestBadWriters(t *testing.T) {
 				return 0, io.ErrClosedPipe
 			})
 			cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = bad, bad, bad
-			c, p := start(t, cfg)
+			c, p := startPlugin(t, cfg)
 			test := dispense(t, p)
 			text := strings.Repeat("x", size)
 			mustCall[struct{}](t, test.Client, "Print", Output{Stdout: text, Stderr: text, Raw: text})
@@ -422,11 +390,11 @@ var stop func(t testing.TB, pid int)
 // interrupts says so.
 func TestKill(t *testing.T) {
 	t.Parallel()
-	noted := func(name string) func(*Client, *lab) bool {
-		return func(_ *Client, l *lab) bool { return l.noted(name) }
+	noted := func(name string) func(*plugin.Client, *lab) bool {
+		return func(_ *plugin.Client, l *lab) bool { return l.noted(name) }
 	}
-	stopped := func(busy bool) func(*Client, *lab) bool {
-		return func(c *Client, l *lab) bool {
+	stopped := func(busy bool) func(*plugin.Client, *lab) bool {
+		return func(c *plugin.Client, l *lab) bool {
 			p, err := c.Client()
 			check(t, err)
 			test := dispense(t, p)
@@ -444,15 +412,15 @@ func TestKill(t *testing.T) {
 	for name, test := range map[string]struct {
 		mode       string
 		tls        bool
-		at         func(*Client, *lab) bool // Kill is called when it returns true; nil for before Start
+		at         func(*plugin.Client, *lab) bool // Kill is called when it returns true; nil for before Start
 		interrupts bool
 	}{
 		"before Start":     {"plugin", false, nil, true},
 		"starting":         {"wait", false, noted("plugin"), true},
 		"TLS":              {"deaf", true, noted("connected"), true},
 		"dispensing":       {"deaf", false, noted("connected"), true},
-		"at any moment":    {"plugin", false, func(c *Client, _ *lab) bool { return c.ID() != "" }, false},
-		"stubborn":         {"plugin endless", false, func(c *Client, _ *lab) bool { return connect(c) == nil }, false},
+		"at any moment":    {"plugin", false, func(c *plugin.Client, _ *lab) bool { return c.ID() != "" }, false},
+		"stubborn":         {"plugin endless", false, func(c *plugin.Client, _ *lab) bool { return connect(c) == nil }, false},
 		"stopped":          {"plugin", false, stopped(false), false},
 		"stopped and busy": {"plugin", false, stopped(true), false},
 	} {
@@ -467,16 +435,16 @@ func TestKill(t *testing.T) {
 			if test.tls {
 				cfg.TLSConfig = &tls.Config{InsecureSkipVerify: true}
 			}
-			c := NewClient(cfg)
+			c := plugin.NewClient(cfg)
 			connecting := func() error { return connect(c) }
 			var connected <-chan error
 			if test.at != nil {
 				connected = async(connecting)
 				await(t, name, func() bool { return test.at(c, l) })
 			}
-			callers(t, 4, func(int) {
+			concurrently(t, 4, func(int) {
 				within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
-				if !ended(c.Done()) || !c.Exited() || c.Err() != nil {
+				if !isClosed(c.Done()) || !c.Exited() || c.Err() != nil {
 					t.Errorf("Kill has returned: %v, %v", c.Exited(), c.Err())
 				}
 			})
@@ -504,7 +472,7 @@ func TestKillIsGentle(t *testing.T) {
 	cfg := l.config("plugin cry", sayEnv+"=last words")
 	var stderr syncBuffer
 	cfg.Stderr = &stderr
-	c, p := start(t, cfg)
+	c, p := startPlugin(t, cfg)
 	test := dispense(t, p)
 	errs := test.block(t, 4)
 	text := strings.Repeat(strings.Repeat("x", 99)+"\n", 10_000)
@@ -528,8 +496,8 @@ func TestKillIsGentle(t *testing.T) {
 // seconds. One that was reattached to is killed if its socket tells whose it is.
 func TestKillReattached(t *testing.T) {
 	t.Parallel()
-	first, _ := start(t, newLab(t).config("plugin endless"))
-	c, _ := start(t, attachTo(first.ReattachConfig()))
+	first, _ := startPlugin(t, newLab(t).config("plugin endless"))
+	c, _ := startPlugin(t, attachTo(first.ReattachConfig()))
 	began := time.Now()
 	within(t, "Kill", 4*time.Second, c.Kill)
 	if took := time.Since(began); took < 1900*time.Millisecond || !c.Exited() || c.Err() != nil {
@@ -548,12 +516,12 @@ func TestKillReattached(t *testing.T) {
 // CleanupClients kills all managed clients, at once, and no other.
 func TestCleanupClients(t *testing.T) {
 	l := newLab(t)
-	_, other := start(t, l.config("plugin"))
+	_, other := startPlugin(t, l.config("plugin"))
 	cfg := l.config("plugin")
 	cfg.Managed = true
-	clients := []*Client{NewClient(cfg)} // never started
+	clients := []*plugin.Client{plugin.NewClient(cfg)} // never started
 	for range 2 {
-		c, _ := start(t, cfg)
+		c, _ := startPlugin(t, cfg)
 		clients = append(clients, c)
 	}
 	clients[1].Kill()
@@ -561,18 +529,18 @@ func TestCleanupClients(t *testing.T) {
 	for range 10 { // which take a second each
 		cfg := attachTo(newTestRunner(t, true).config(silent))
 		cfg.Managed, cfg.KillTimeout = true, 100*time.Millisecond
-		c := NewClient(cfg)
+		c := plugin.NewClient(cfg)
 		clients = append(clients, c)
 		_, err := c.Client()
 		check(t, err)
 	}
-	within(t, "CleanupClients", 2*time.Second, CleanupClients)
+	within(t, "CleanupClients", 2*time.Second, plugin.CleanupClients)
 	for i, c := range clients {
 		if !c.Exited() || c.Err() != nil {
 			t.Errorf("client %d: %v, %v", i, c.Exited(), c.Err())
 		}
 	}
-	answers(t, other)
+	dispenseAndEcho(t, other)
 }
 
 // ---- The end ----
@@ -582,11 +550,13 @@ func TestCleanupClients(t *testing.T) {
 // failed, is logged at Debug. A line before the handshake is a warning.
 func TestEndIsLogged(t *testing.T) {
 	t.Parallel()
-	do := func(how string) func(*Client, ClientProtocol) {
-		return func(_ *Client, p ClientProtocol) { _ = dispense(t, p).Call("Plugin.Do", how, new(string)) }
+	do := func(how string) func(*plugin.Client, plugin.ClientProtocol) {
+		return func(_ *plugin.Client, p plugin.ClientProtocol) {
+			_ = dispense(t, p).Call("Plugin.Do", how, new(string))
+		}
 	}
 	for name, test := range map[string]struct {
-		end   func(*Client, ClientProtocol) // nil for a start that fails
+		end   func(*plugin.Client, plugin.ClientProtocol) // nil for a start that fails
 		level hclog.Level
 		word  string
 	}{
@@ -594,8 +564,8 @@ func TestEndIsLogged(t *testing.T) {
 		"exit3":  {do("exit3"), hclog.Error, "exit status 3"},
 		"killed": {do("killed"), hclog.Error, map[bool]string{true: "exit status 1", false: "killed"}[runtime.GOOS == "windows"]},
 		"exit0":  {do("exit0"), hclog.Info, "exit status 0"},
-		"Kill":   {func(c *Client, _ ClientProtocol) { c.Kill() }, hclog.Debug, ""},
-		"Close":  {func(_ *Client, p ClientProtocol) { _ = p.Close() }, hclog.Debug, ""},
+		"Kill":   {func(c *plugin.Client, _ plugin.ClientProtocol) { c.Kill() }, hclog.Debug, ""},
+		"Close":  {func(_ *plugin.Client, p plugin.ClientProtocol) { _ = p.Close() }, hclog.Debug, ""},
 		"start":  {nil, hclog.Debug, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -607,7 +577,7 @@ func TestEndIsLogged(t *testing.T) {
 			}
 			cfg := newLab(t).config(mode, sayEnv+"=a banner | of a library\n") // and an empty line
 			cfg.Logger = logger
-			c := NewClient(cfg)
+			c := plugin.NewClient(cfg)
 			t.Cleanup(c.Kill)
 			if p, err := c.Client(); err == nil {
 				test.end(c, p)
@@ -641,17 +611,17 @@ func TestExitedAfterCrash(t *testing.T) {
 	t.Parallel()
 	for range 3 {
 		cfg := newLab(t).config("plugin")
-		c, p := start(t, cfg)
+		c, p := startPlugin(t, cfg)
 		test := dispense(t, p)
 		calls := []func() error{
 			func() error { return test.Call("Plugin.Echo", "x", new(string)) },
-			func() error { return Call(context.Background(), test.Client, "Plugin.Echo", "x", new(string)) },
+			func() error { return plugin.Call(context.Background(), test.Client, "Plugin.Echo", "x", new(string)) },
 			func() error { _, err := p.Dispense("test"); return err },
 			func() error { return p.Ping() },
 		}
 		crash := time.AfterFunc(20*time.Millisecond, func() { _ = cfg.Cmd.Process.Kill() })
 		defer crash.Stop()
-		callers(t, 20, func(i int) {
+		concurrently(t, 20, func(i int) {
 			for failed := 0; failed < 5; time.Sleep(time.Duration(i) * 100 * time.Microsecond) {
 				if err := calls[i%len(calls)](); err != nil {
 					failed++
@@ -669,37 +639,56 @@ func TestExitedAfterCrash(t *testing.T) {
 // In test mode Kill and CleanupClients do nothing, and nothing is watched.
 func TestTestModeClient(t *testing.T) {
 	leavesNothing(t)
-	rc, stop, _ := serveTestMode(t, ServeTestConfig{})
-	rc.ReattachFunc = func() (AttachedRunner, error) {
+	rc, stop, _ := serveTestMode(t, plugin.ServeTestConfig{})
+	rc.ReattachFunc = func() (plugin.AttachedRunner, error) {
 		t.Error("ReattachFunc was called")
-		return nil, ErrProcessNotFound
+		return nil, plugin.ErrProcessNotFound
 	}
 	cfg := attachTo(rc)
 	cfg.Managed = true
-	c := NewClient(cfg)
-	var p ClientProtocol
+	c := plugin.NewClient(cfg)
+	var p plugin.ClientProtocol
 	for range 2 {
 		c.Kill()
-		CleanupClients()
+		plugin.CleanupClients()
 		again, err := c.Client()
 		check(t, err)
 		if p != nil && again != p {
 			t.Error("Client returned another connection")
 		}
 		p = again
-		answers(t, p)
+		dispenseAndEcho(t, p)
 	}
 	check(t, p.Close())
 	stop()
-	if c.Exited() || ended(c.Done()) || c.Err() != nil || c.ID() != "" {
+	if c.Exited() || isClosed(c.Done()) || c.Err() != nil || c.ID() != "" {
 		t.Error("it is watched:", c.Exited(), c.Err(), c.ID())
 	}
 }
 
 // ---- TLS ----
 
+// newCertificate makes a certificate for localhost that signs itself.
+func newCertificate() (tls.Certificate, error) {
+	public, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	template := &x509.Certificate{
+		SerialNumber:          big.NewInt(1),
+		DNSNames:              []string{"localhost"},
+		NotBefore:             time.Now().Add(-time.Hour),
+		NotAfter:              time.Now().Add(time.Hour),
+		KeyUsage:              x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
+		BasicConstraintsValid: true,
+		IsCA:                  true,
+	}
+	der, err := x509.CreateCertificate(cryptorand.Reader, template, template, public, key)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
+}
+
 // testTLS gives the host a configuration that goes with the step "tls".
-func testTLS(t testing.TB, cfg *ClientConfig) {
+func testTLS(t testing.TB, cfg *plugin.ClientConfig) {
 	t.Helper()
 	cert, err := newCertificate()
 	check(t, err)
@@ -709,7 +698,7 @@ func testTLS(t testing.TB, cfg *ClientConfig) {
 	for name, block := range map[string]*pem.Block{"cert": {Type: "CERTIFICATE", Bytes: cert.Certificate[0]}, "key": {Type: "PRIVATE KEY", Bytes: key}} {
 		text := pem.EncodeToMemory(block)
 		pool.AppendCertsFromPEM(text)
-		check(t, os.WriteFile(filepath.Join(values(cfg.Cmd.Env, notesEnv)[0], name), text, 0o600))
+		check(t, os.WriteFile(filepath.Join(envValues(cfg.Cmd.Env, notesEnv)[0], name), text, 0o600))
 	}
 	cfg.TLSConfig = &tls.Config{RootCAs: pool, ServerName: "localhost"}
 }
@@ -720,22 +709,22 @@ func TestTLS(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
 		mode string
-		edit func(*ClientConfig)
+		edit func(*plugin.ClientConfig)
 		word string // in the error; "" for none
 	}{
-		"both":                {"tls", func(*ClientConfig) {}, ""},
-		"another certificate": {"tls", func(c *ClientConfig) { c.TLSConfig.RootCAs = x509.NewCertPool() }, "certificate"},
-		"host only":           {"plugin", func(*ClientConfig) {}, "TLS"},
-		"plugin only":         {"tls", func(c *ClientConfig) { c.TLSConfig = nil }, "TLS"},
-		"imposter":            {"imposter", func(c *ClientConfig) { c.AutoMTLS = true }, "certificate"},
-		"deaf":                {"deaf", func(c *ClientConfig) { c.StartTimeout = 2 * time.Second }, "deadline"},
+		"both":                {"tls", func(*plugin.ClientConfig) {}, ""},
+		"another certificate": {"tls", func(c *plugin.ClientConfig) { c.TLSConfig.RootCAs = x509.NewCertPool() }, "certificate"},
+		"host only":           {"plugin", func(*plugin.ClientConfig) {}, "TLS"},
+		"plugin only":         {"tls", func(c *plugin.ClientConfig) { c.TLSConfig = nil }, "TLS"},
+		"imposter":            {"imposter", func(c *plugin.ClientConfig) { c.AutoMTLS = true }, "certificate"},
+		"deaf":                {"deaf", func(c *plugin.ClientConfig) { c.StartTimeout = 2 * time.Second }, "deadline"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			cfg := newLab(t).config(test.mode)
 			testTLS(t, cfg)
 			test.edit(cfg)
-			c := NewClient(cfg)
+			c := plugin.NewClient(cfg)
 			defer c.Kill()
 			err := receive(t, "a connection", async(func() error { return connect(c) }))
 			if test.word == "" {
@@ -760,7 +749,7 @@ func TestAutoMTLS(t *testing.T) {
 	for range 2 {
 		cfg := newLab(t).config("plugin")
 		cfg.AutoMTLS, cfg.TLSConfig = true, &tls.Config{} // which is ignored
-		c, p := start(t, cfg)
+		c, p := startPlugin(t, cfg)
 		addr, err := c.Start()
 		check(t, err)
 		for name, secure := range map[string]*tls.Config{
@@ -773,7 +762,7 @@ func TestAutoMTLS(t *testing.T) {
 			if secure != nil {
 				conn = tls.Client(conn, secure)
 			}
-			stranger, err := NewRPCClient(conn, testPlugins(nil))
+			stranger, err := plugin.NewRPCClient(conn, testPlugins(nil))
 			if err == nil {
 				_, err = stranger.Dispense("test")
 				_ = stranger.Close()
@@ -783,7 +772,7 @@ func TestAutoMTLS(t *testing.T) {
 			}
 		}
 		self := mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{})
-		sent := values(self.Began, envClientCert)
+		sent := envValues(self.Began, certVariable)
 		if len(sent) != 1 || seen[sent[0]] {
 			t.Errorf("the certificate is not a new one: %q", sent)
 		}

@@ -1,4 +1,4 @@
-package plugin
+package plugin_test
 
 import (
 	"bytes"
@@ -16,6 +16,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/muxplug/plugin"
 )
 
 // ---- Values ----
@@ -269,11 +271,15 @@ func (m *model) call(method string, arg, reply any) (failed int, panics bool) {
 		func() error { return m.dec.Decode(reply) },
 	} {
 		err := func() (err error) {
-			defer recoverTo(&err)
+			defer func() {
+				if p := recover(); p != nil {
+					panics, err = true, fmt.Errorf("panic: %v", p)
+				}
+			}()
 			return step()
 		}()
 		if err != nil {
-			return i + 1, strings.HasPrefix(err.Error(), "panic")
+			return i + 1, panics
 		}
 	}
 	return 0, false
@@ -281,7 +287,7 @@ func (m *model) call(method string, arg, reply any) (failed int, panics bool) {
 
 // call makes a random call and compares it with the model. host and plugin say
 // which ends are this package's.
-func (s source) call(t testing.TB, c *rpc.Client, host, plugin bool) {
+func (s source) call(t testing.TB, c *rpc.Client, host, guest bool) {
 	names := slices.Sorted(maps.Keys(forms))
 	other := func(name string, one int) string {
 		if s.IntN(one) == 0 {
@@ -293,7 +299,7 @@ func (s source) call(t testing.TB, c *rpc.Client, host, plugin bool) {
 	from, into := other(method, 4), other(method, 8)
 	missing, dropped := s.IntN(20) == 0, s.IntN(20) == 0
 	// gob does not find the end of a nil interface that it skips.
-	s.nils = from == method && into == method && (plugin || !missing) && (host || !dropped)
+	s.nils = from == method && into == method && (guest || !missing) && (host || !dropped)
 	s.bad = s.IntN(2) == 0
 
 	arg := forms[from](s)
@@ -306,7 +312,7 @@ func (s source) call(t testing.TB, c *rpc.Client, host, plugin bool) {
 	if dropped && failed == decodeReply {
 		failed = 0 // the reply is skipped
 	}
-	ours := map[int]bool{encodeArgument: host, decodeArgument: plugin, encodeReply: plugin, decodeReply: host}
+	ours := map[int]bool{encodeArgument: host, decodeArgument: guest, encodeReply: guest, decodeReply: host}
 	if failed != 0 && !ours[failed] && (failed != decodeArgument || panics) {
 		return // ends a net/rpc connection, or the process
 	}
@@ -321,14 +327,14 @@ func (s source) call(t testing.TB, c *rpc.Client, host, plugin bool) {
 	case how == 0 && failed != decodeReply: // would end the client
 		err = c.Call(method, arg, reply)
 	case how == 1:
-		err = Call(context.Background(), c, method, arg, reply)
+		err = plugin.Call(context.Background(), c, method, arg, reply)
 	default:
 		ctx, cancel := context.WithCancel(context.Background())
 		defer cancel()
 		if how == 2 {
 			go cancel()
 		}
-		err = Call(ctx, c, method, arg, reply)
+		err = plugin.Call(ctx, c, method, arg, reply)
 		if errors.Is(err, context.Canceled) {
 			err, failed = nil, 0
 			_, want = parameters(into)
@@ -370,7 +376,7 @@ func TestRandomCalls(t *testing.T) {
 					// that use them, and they are lost with the value.
 					exchange(t, c)
 				}
-				callers(t, 8, func(i int) {
+				concurrently(t, 8, func(i int) {
 					s := source{Rand: rand.New(rand.NewPCG(seed, uint64(i))), model: newModel(t)}
 					for range 25 {
 						s.call(t, c, wire.host, wire.plugin)
@@ -406,7 +412,7 @@ func TestBadValues(t *testing.T) {
 		{"Echo", "text", new(Pair), []string{"Pair"}},
 	} {
 		c := wires[0].connect(t, mirror{newTestServer()})
-		err := Call(boundedContext(t), c, "Plugin."+test.method, test.arg, test.reply)
+		err := plugin.Call(boundedContext(t), c, "Plugin."+test.method, test.arg, test.reply)
 		errorSays(t, err, append(test.words, "Plugin."+test.method)...)
 		exchange(t, c)
 	}
@@ -418,9 +424,9 @@ func TestBadValues(t *testing.T) {
 // in pieces.
 func TestLargeCall(t *testing.T) {
 	t.Parallel()
-	_, test, _ := local(t)
+	_, test, _ := joinInProcess(t)
 	in, out := Box{noise(17<<20, 0)}, Box{}
-	check(t, Call(context.Background(), test.Client, "Plugin.Box", in, &out))
+	check(t, plugin.Call(context.Background(), test.Client, "Plugin.Box", in, &out))
 	if !reflect.DeepEqual(in, out) {
 		t.Error("it came back changed")
 	}
@@ -516,7 +522,7 @@ func (sticky) Get(string, *Stuck) error { return nil }
 
 func init() {
 	modes["sticky"] = func() {
-		servePlugin(func(c *ServeConfig) { c.Plugins = PluginSet{"test": serves(sticky{})} })
+		servePlugin(func(c *plugin.ServeConfig) { c.Plugins = plugin.PluginSet{"test": serves(sticky{})} })
 	}
 }
 
@@ -524,7 +530,7 @@ func init() {
 func TestKillStuckGob(t *testing.T) {
 	for _, decode := range []bool{false, true} {
 		leavesNothing(t)
-		c, p := start(t, config("sticky"))
+		c, p := startPlugin(t, testConfig("sticky"))
 		test := dispense(t, p)
 		inside, release := make(chan bool), make(chan bool)
 		stuck := Stuck{func() { inside <- true; <-release }}

@@ -1,4 +1,4 @@
-package plugin
+package plugin_test
 
 import (
 	"bytes"
@@ -16,6 +16,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/muxplug/plugin"
 )
 
 // ---- An interface, its implementation and its client ----
@@ -182,51 +184,68 @@ func (k *kit) Create(ctx context.Context, how string) (io.WriteCloser, error) {
 	return k.stream(ctx, how), nil
 }
 
-// kitClient is a Kit whose methods tests call with Invoke.
+// kitClient is a Kit whose methods tests call with Invoke, or by hand.
 type kitClient struct {
 	Kit
-	remote *Remote
+	remote *plugin.Remote
+	hand   *testClient
 }
 
-func kitPlugin(impl Kit) Plugin {
-	return For(impl, func(r *Remote) Kit { return kitClient{remote: r} })
+// kitPlugin is what For returns, and tells a kitClient its rpc.Client and broker.
+type kitPlugin struct{ plugin.Plugin }
+
+func newKitPlugin(impl Kit) plugin.Plugin {
+	return kitPlugin{plugin.For(impl, func(r *plugin.Remote) Kit { return kitClient{remote: r} })}
+}
+
+func (p kitPlugin) Client(b *plugin.MuxBroker, c *rpc.Client) (any, error) {
+	v, err := p.Plugin.Client(b, c)
+	if err != nil {
+		return nil, err
+	}
+	k := v.(kitClient)
+	k.hand = &testClient{c, b}
+	return k, nil
 }
 
 func init() {
 	gob.Register(Point{})
 	modes["kit"] = func() {
-		servePlugin(func(c *ServeConfig) { c.Plugins = PluginSet{"kit": kitPlugin(new(kit)), "none": kitPlugin(nil)} })
+		servePlugin(func(c *plugin.ServeConfig) {
+			c.Plugins = plugin.PluginSet{"kit": newKitPlugin(new(kit)), "none": newKitPlugin(nil)}
+		})
 	}
 }
 
 // startKit starts a plugin and returns its Kit.
-func startKit(t testing.TB) (*Client, ClientProtocol, *Remote) {
+func startKit(t testing.TB) (*plugin.Client, plugin.ClientProtocol, *plugin.Remote) {
 	t.Helper()
-	cfg := config("kit")
-	cfg.Plugins = PluginSet{"kit": kitPlugin(nil), "none": kitPlugin(nil)}
-	c, p := start(t, cfg)
-	return c, p, dispenseKit(t, p)
+	cfg := testConfig("kit")
+	cfg.Plugins = plugin.PluginSet{"kit": newKitPlugin(nil), "none": newKitPlugin(nil)}
+	c, p := startPlugin(t, cfg)
+	return c, p, dispenseKit(t, p).remote
 }
 
-func dispenseKit(t testing.TB, p ClientProtocol) *Remote {
+// dispenseKit dispenses a Kit.
+func dispenseKit(t testing.TB, p plugin.ClientProtocol) kitClient {
 	t.Helper()
-	k, err := Dispense[Kit](p, "kit")
+	k, err := plugin.Dispense[Kit](p, "kit")
 	check(t, err)
-	return k.(kitClient).remote
+	return k.(kitClient)
 }
 
 // localKit is startKit in this process.
-func localKit(t testing.TB) (*RPCClient, *kit, *Remote) {
+func localKit(t testing.TB) (*plugin.RPCClient, *kit, *plugin.Remote) {
 	t.Helper()
 	k := new(kit)
-	host, _ := TestPluginRPCConn(t, PluginSet{"kit": kitPlugin(k)}, nil)
-	return host, k, dispenseKit(t, host)
+	host, _ := plugin.TestPluginRPCConn(t, plugin.PluginSet{"kit": newKitPlugin(k)}, nil)
+	return host, k, dispenseKit(t, host).remote
 }
 
 // invoke calls a method and fails the test if there is an error.
-func invoke[R any](t testing.TB, r *Remote, method string, args ...any) R {
+func invoke[R any](t testing.TB, r *plugin.Remote, method string, args ...any) R {
 	t.Helper()
-	v, err := Invoke[R](boundedContext(t), r, method, args...)
+	v, err := plugin.Invoke[R](boundedContext(t), r, method, args...)
 	if err != nil {
 		t.Errorf("%s: %v", method, err)
 	}
@@ -234,25 +253,9 @@ func invoke[R any](t testing.TB, r *Remote, method string, args ...any) R {
 }
 
 // errorOf calls a method and returns its error.
-func errorOf[R any](t testing.TB, r *Remote, method string, args ...any) error {
-	_, err := Invoke[R](boundedContext(t), r, method, args...)
+func errorOf[R any](t testing.TB, r *plugin.Remote, method string, args ...any) error {
+	_, err := plugin.Invoke[R](boundedContext(t), r, method, args...)
 	return err
-}
-
-// same checks a value.
-func same[T comparable](t testing.TB, what string, got, want T) {
-	t.Helper()
-	if got != want {
-		t.Errorf("%s: %v, and not %v", what, got, want)
-	}
-}
-
-// errorIs checks an error.
-func errorIs(t testing.TB, what string, err, want error) {
-	t.Helper()
-	if !errors.Is(err, want) {
-		t.Errorf("%s: the error is %v, and not %v", what, err, want)
-	}
 }
 
 // ---- What can be called ----
@@ -277,7 +280,7 @@ type (
 // forPanics calls For and returns what it panics with.
 func forPanics[T any]() (text string) {
 	defer func() { text = fmt.Sprint(recover()) }()
-	For[T](*new(T), nil)
+	plugin.For[T](*new(T), nil)
 	return ""
 }
 
@@ -304,7 +307,7 @@ func TestForPanics(t *testing.T) {
 		{forPanics[Takes[halfGob]](), "M", "halfGob"},
 		// These are accepted.
 		{forPanics[Takes[map[Point][]**list]](), "nil"},
-		{forPanics[Second[picky]](), "nil"},
+		{forPanics[Second[Padded]](), "nil"},
 		{forPanics[Gives[fmt.Stringer]](), "nil"},
 		{forPanics[Takes[func(io.Reader, func(io.Writer) error) (io.WriteCloser, error)]](), "nil"},
 	} {
@@ -320,11 +323,11 @@ func TestInvokeChecks(t *testing.T) {
 	host, _, r := localKit(t)
 	check(t, host.Close()) // so what is sent fails with rpc.ErrShutdown
 	var noContext context.Context
-	_, errContext := Invoke[int](noContext, r, "Add", 1, 2)
+	_, errContext := plugin.Invoke[int](noContext, r, "Add", 1, 2)
 	for what, err := range map[string]error{
 		"a nil context":          errContext,
 		"a nil Remote":           errorOf[int](t, nil, "Add", 1, 2),
-		"the zero Remote":        errorOf[int](t, new(Remote), "Add", 1, 2),
+		"the zero Remote":        errorOf[int](t, new(plugin.Remote), "Add", 1, 2),
 		"an unknown method":      errorOf[int](t, r, "Subtract", 1, 2),
 		"a method of impl alone": errorOf[struct{}](t, r, "Secret"),
 		"another result":         errorOf[string](t, r, "Add", 1, 2),
@@ -349,22 +352,22 @@ func TestInvokeChecks(t *testing.T) {
 func TestInterface(t *testing.T) {
 	leavesNothing(t)
 	c, p, r := startKit(t)
-	same(t, "1 + 2", invoke[int](t, r, "Add", 1, 2), 3)
-	same(t, "the greeting", invoke[string](t, r, "Greet", "Gopher"), "Hello, Gopher")
+	checkEqual(t, "1 + 2", invoke[int](t, r, "Add", 1, 2), 3)
+	checkEqual(t, "the greeting", invoke[string](t, r, "Greet", "Gopher"), "Hello, Gopher")
 	invoke[struct{}](t, r, "Close")
 	invoke[struct{}](t, r, "Await", "closed")
-	_, err := Dispense[Kit](p, "none")
+	_, err := plugin.Dispense[Kit](p, "none")
 	errorSays(t, err, "Kit", "implementation")
 	ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
 	defer cancel()
-	_, err = Invoke[struct{}](ctx, r, "Await", "nothing")
+	_, err = plugin.Invoke[struct{}](ctx, r, "Await", "nothing")
 	errorIs(t, "a call that takes too long", err, context.DeadlineExceeded)
 	for how, want := range testErrors {
-		got, err := Invoke[string](boundedContext(t), r, "Fail", how)
+		got, err := plugin.Invoke[string](boundedContext(t), r, "Fail", how)
 		errorIs(t, how, err, want)
-		same(t, "the result with an error", got, "")
+		checkEqual(t, "the result with an error", got, "")
 	}
-	var exit *ExitError
+	var exit *plugin.ExitError
 	if err := errorOf[string](t, r, "Fail", "panic"); !errors.As(err, &exit) || !strings.Contains(exit.Panic, "boom") {
 		t.Errorf("a panic in a method: %v", err)
 	}
@@ -377,13 +380,13 @@ func TestNils(t *testing.T) {
 	t.Parallel()
 	_, _, r := startKit(t)
 	for _, p := range []any{nil, (*Point)(nil), &Point{X: -1}} { // the last has a nil result
-		errorSays(t, errorOf[*Point](t, r, "Point", p), "nil *plugin.Point")
+		errorSays(t, errorOf[*Point](t, r, "Point", p), "nil *plugin_test.Point")
 	}
 	for _, p := range []Point{{}, {1, 2}} {
-		same(t, "a point", *invoke[*Point](t, r, "Point", &p), p)
-		same[any](t, "a point in an any", invoke[any](t, r, "Echo", p), p)
+		checkEqual(t, "a point", *invoke[*Point](t, r, "Point", &p), p)
+		checkEqual[any](t, "a point in an any", invoke[any](t, r, "Echo", p), p)
 	}
-	same(t, "nil in an any", invoke[any](t, r, "Echo", nil), nil)
+	checkEqual(t, "nil in an any", invoke[any](t, r, "Echo", nil), nil)
 	errorSays(t, errorOf[any](t, r, "Echo", (*Point)(nil)), "nil")
 	errorSays(t, errorOf[any](t, r, "Echo", hidden{}), "Register")
 	zero, one := 0, 1
@@ -395,12 +398,12 @@ func TestNils(t *testing.T) {
 		{[]any{(*Point)(nil), &zero, map[string]int{}, []int{}}, "true true 0 0"},
 		{[]any{&Point{}, &one, map[string]int{"": 0}, []int{0}}, "false false 1 1"},
 	} {
-		same(t, "several parameters", invoke[string](t, r, "Several", test.args...), test.want)
+		checkEqual(t, "several parameters", invoke[string](t, r, "Several", test.args...), test.want)
 	}
-	same(t, "nil", invoke[string](t, r, "Which", nil, nil, nil), "true true true")
-	same(t, "typed nil", invoke[string](t, r, "Which", io.Reader(nil), nil, (func() error)(nil)), "true true true")
-	same(t, "not nil", invoke[string](t, r, "Which", strings.NewReader(""), io.Discard, func() error { return nil }), "false false false")
-	same(t, "a nil result", invoke[io.ReadCloser](t, r, "Open", "nil"), nil)
+	checkEqual(t, "nil", invoke[string](t, r, "Which", nil, nil, nil), "true true true")
+	checkEqual(t, "typed nil", invoke[string](t, r, "Which", io.Reader(nil), nil, (func() error)(nil)), "true true true")
+	checkEqual(t, "not nil", invoke[string](t, r, "Which", strings.NewReader(""), io.Discard, func() error { return nil }), "false false false")
+	checkEqual(t, "a nil result", invoke[io.ReadCloser](t, r, "Open", "nil"), nil)
 }
 
 // ---- Readers, writers and callbacks ----
@@ -409,17 +412,17 @@ func TestArguments(t *testing.T) {
 	leavesNothing(t)
 	_, _, r := startKit(t)
 	// Calls, their streams and callbacks are concurrent.
-	callers(t, 20, func(i int) {
+	concurrently(t, 20, func(i int) {
 		data := noise(100_000*i, uint64(i))
 		var back bytes.Buffer
-		same(t, "bytes copied", invoke[int64](t, r, "Copy", bytes.NewReader(data), &back, int64(1<<40)), int64(len(data)))
+		checkEqual(t, "bytes copied", invoke[int64](t, r, "Copy", bytes.NewReader(data), &back, int64(1<<40)), int64(len(data)))
 		if !bytes.Equal(back.Bytes(), data) {
 			t.Errorf("caller %d got other bytes", i)
 		}
 		got := invoke[string](t, r, "Call", func(_ context.Context, n int) (string, error) {
 			return fmt.Sprint(n, invoke[int](t, r, "Add", n, n)), nil // calls the plugin again
 		}, i)
-		same(t, "the callback's result", got, fmt.Sprint(i, 2*i))
+		checkEqual(t, "the callback's result", got, fmt.Sprint(i, 2*i))
 	})
 	failing := func([]byte) (int, error) { return 0, fs.ErrPermission }
 	callback := func(context.Context, int) (string, error) { return "x", fs.ErrPermission }
@@ -441,9 +444,9 @@ func TestNestedFunctions(t *testing.T) {
 		context.AfterFunc(ctx, func() { close(over) })
 		return closing{nil, &written, func() error { return nil }}, errors.Join(err, more.Close())
 	}))
-	same(t, "the result", got, "nested")
-	same(t, "read", read.String(), "from the plugin and back")
-	same(t, "written", written.String(), "the end")
+	checkEqual(t, "the result", got, "nested")
+	checkEqual(t, "read", read.String(), "from the plugin and back")
+	checkEqual(t, "written", written.String(), "the end")
 	receive(t, "the end of the callback's context, with its stream", over)
 }
 
@@ -474,7 +477,7 @@ func TestWriterOfCall(t *testing.T) {
 	var back syncBuffer
 	slow := writerFunc(func(p []byte) (int, error) { time.Sleep(time.Millisecond); return back.Write(p) })
 	invoke[struct{}](t, r, "Ignore", slow, strings.Repeat("x", 1000), 100)
-	same(t, "bytes", len(back.String()), 100_000)
+	checkEqual(t, "bytes", len(back.String()), 100_000)
 	failing := writerFunc(func(p []byte) (int, error) { return 0, fs.ErrNotExist })
 	errorIs(t, "the last Write", errorOf[struct{}](t, r, "Ignore", failing, "x", 1), fs.ErrNotExist)
 	// So much does not fit into the stream, so a Write of the method returns the error.
@@ -487,13 +490,13 @@ func TestReadAhead(t *testing.T) {
 	_, _, r := startKit(t)
 	var read atomic.Int64
 	endless := readerFunc(func(p []byte) (int, error) { read.Add(int64(len(p))); return len(p), nil })
-	same(t, "bytes copied", invoke[int64](t, r, "Copy", endless, io.Discard, int64(10)), 10)
+	checkEqual(t, "bytes copied", invoke[int64](t, r, "Copy", endless, io.Discard, int64(10)), 10)
 	n := read.Load()
 	if n > 1<<20+64<<10 {
 		t.Errorf("%d bytes were read for 10", n)
 	}
 	invoke[int](t, r, "Add", 1, 2) // time for another Read to begin
-	same(t, "bytes read in the end", read.Load(), n)
+	checkEqual(t, "bytes read in the end", read.Load(), n)
 }
 
 // What a method keeps fails when it has returned.
@@ -510,7 +513,7 @@ func TestKeptArguments(t *testing.T) {
 			t.Errorf("argument %d that was kept: %v", i, err)
 		}
 	}
-	same(t, "uses", uses.Load(), before)
+	checkEqual(t, "uses", uses.Load(), before)
 }
 
 // Invoke waits for a Write and a callback, and none begins when it has returned.
@@ -529,11 +532,11 @@ func TestEndOfCall(t *testing.T) {
 		returned := async(func() (err error) {
 			if what == "Write" {
 				w := writerFunc(func(p []byte) (int, error) { use(); return len(p), nil })
-				_, err = Invoke[int64](ctx, r, "Copy", bytes.NewReader(noise(1<<20, 1)), w, int64(1<<20))
+				_, err = plugin.Invoke[int64](ctx, r, "Copy", bytes.NewReader(noise(1<<20, 1)), w, int64(1<<20))
 			} else {
-				_, err = Invoke[string](ctx, r, "Call", func(context.Context, int) (string, error) { use(); return "", nil }, 1)
+				_, err = plugin.Invoke[string](ctx, r, "Call", func(context.Context, int) (string, error) { use(); return "", nil }, 1)
 			}
-			same(t, what+" before Invoke returns", done.Load(), 1)
+			checkEqual(t, what+" before Invoke returns", done.Load(), 1)
 			return err
 		})
 		receive(t, "a "+what, began)
@@ -542,11 +545,11 @@ func TestEndOfCall(t *testing.T) {
 		close(release)
 		errorIs(t, what, receive(t, "the end of Invoke", returned), context.Canceled)
 		invoke[int](t, r, "Add", 1, 2) // time for another one to begin
-		same(t, what+" too many", len(began), 0)
+		checkEqual(t, what+" too many", len(began), 0)
 	}
 	// A callback learns that the call is cancelled.
 	ctx, cancel := context.WithCancel(context.Background())
-	_, err := Invoke[string](ctx, r, "Call", func(ctx context.Context, _ int) (string, error) {
+	_, err := plugin.Invoke[string](ctx, r, "Call", func(ctx context.Context, _ int) (string, error) {
 		cancel()
 		<-ctx.Done()
 		return "", nil
@@ -566,8 +569,8 @@ func TestBlockedRead(t *testing.T) {
 		var reads atomic.Int64
 		blocked := readerFunc(func(p []byte) (int, error) { reads.Add(1); <-release; return 0, nil })
 		within(t, "Invoke with a Read that blocks", readTimeout, func() {
-			_, err := Invoke[int64](ctx, r, "Copy", blocked, io.Discard, limit)
-			same(t, "cancelled", errors.Is(err, context.DeadlineExceeded), limit > 0)
+			_, err := plugin.Invoke[int64](ctx, r, "Copy", blocked, io.Discard, limit)
+			checkEqual(t, "cancelled", errors.Is(err, context.DeadlineExceeded), limit > 0)
 		})
 		close(release)
 		invoke[int](t, r, "Add", 1, 2) // time for another one to begin
@@ -584,21 +587,21 @@ func TestResults(t *testing.T) {
 	_, _, r := startKit(t)
 	for _, how := range []string{"good", "bad"} {
 		ctx, cancel := context.WithCancel(context.Background())
-		in, err := Invoke[io.ReadCloser](ctx, r, "Open", how)
+		in, err := plugin.Invoke[io.ReadCloser](ctx, r, "Open", how)
 		check(t, err)
-		out, err := Invoke[io.WriteCloser](ctx, r, "Create", how)
+		out, err := plugin.Invoke[io.WriteCloser](ctx, r, "Create", how)
 		check(t, err)
 		cancel() // does not touch them
 		data, err := io.ReadAll(in)
-		same(t, "read", string(data), "content")
+		checkEqual(t, "read", string(data), "content")
 		check(t, err)
 		_, err = io.WriteString(out, how)
 		check(t, err)
 		invoke[struct{}](t, r, "Await", "written "+how)
 		for _, s := range []io.Closer{in, out} {
 			err := s.Close()
-			same(t, how+": Close fails", err != nil, how == "bad")
-			same(t, how+": with its error", errors.Is(err, fs.ErrExist), how == "bad")
+			checkEqual(t, how+": Close fails", err != nil, how == "bad")
+			checkEqual(t, how+": with its error", errors.Is(err, fs.ErrExist), how == "bad")
 			invoke[struct{}](t, r, "Await", "closed "+how)
 			invoke[struct{}](t, r, "Await", "context of "+how)
 		}
@@ -612,8 +615,8 @@ func TestResults(t *testing.T) {
 	_, err = s.Read(make([]byte, 1))
 	errorIs(t, "Read after Close", err, io.ErrClosedPipe)
 	// One with an error.
-	s, err = Invoke[io.ReadCloser](boundedContext(t), r, "Open", "failing")
-	same(t, "a stream with an error", s, nil)
+	s, err = plugin.Invoke[io.ReadCloser](boundedContext(t), r, "Open", "failing")
+	checkEqual(t, "a stream with an error", s, nil)
 	errorIs(t, "a stream with an error", err, fs.ErrPermission)
 	invoke[struct{}](t, r, "Await", "closed failing")
 	invoke[struct{}](t, r, "Await", "context of failing")
@@ -623,11 +626,11 @@ func TestResults(t *testing.T) {
 func TestForgottenResults(t *testing.T) {
 	t.Parallel()
 	host, k, r := localKit(t)
-	check(t, Call(boundedContext(t), r.client, "Plugin.Open", "forgotten", new(uint32)))
+	check(t, plugin.Call(boundedContext(t), dispenseKit(t, host).hand.Client, "Plugin.Open", "forgotten", new(uint32)))
 	invoke[io.WriteCloser](t, r, "Create", "cut")
 	check(t, k.Await(boundedContext(t), "closed forgotten"))
 	check(t, k.Await(boundedContext(t), "context of forgotten"))
-	same(t, "streams closed too early", len(k.event("closed cut"))+len(k.event("context of cut")), 0)
+	checkEqual(t, "streams closed too early", len(k.event("closed cut"))+len(k.event("context of cut")), 0)
 	_ = host.Close() // whether or not the plugin answers in time
 	check(t, k.Await(boundedContext(t), "closed cut"))
 	check(t, k.Await(boundedContext(t), "context of cut"))
@@ -646,16 +649,16 @@ func TestCutResults(t *testing.T) {
 			_ = errorOf[string](t, r, "Fail", "panic")
 		}
 		err := receive(t, "the end of a stream", errs)
-		same(t, end+": complete", err == nil, false)
-		same(t, end+": with an ExitError", errors.As(err, new(*ExitError)), end == "crash")
-		same(t, end+": Close fails", s.Close() != nil, true)
+		checkEqual(t, end+": complete", err == nil, false)
+		checkEqual(t, end+": with an ExitError", errors.As(err, new(*plugin.ExitError)), end == "crash")
+		checkEqual(t, end+": Close fails", s.Close() != nil, true)
 	}
 }
 
 // ---- The wire ----
 
 // handKit serves methods of Kit as they would be written by hand.
-type handKit struct{ broker *MuxBroker }
+type handKit struct{ broker *plugin.MuxBroker }
 
 type (
 	addArgs   = struct{ A0, A1 int }
@@ -703,19 +706,20 @@ func TestInterfaceOnWire(t *testing.T) {
 	none, text := any(nil), any("text")
 	for _, test := range []struct {
 		method string
+		invoke invokeFunc
 		args   []any
 		sent   any
 		reply  any
 	}{
-		{"Add", []any{1, 2}, addArgs{1, 2}, 3},
-		{"Add", []any{0, 0}, addArgs{}, 0},
-		{"Greet", []any{"Gopher"}, "Gopher", "Hello, Gopher"},
-		{"Point", []any{&Point{1, 2}}, Point{1, 2}, &Point{1, 2}},
-		{"Point", []any{&Point{}}, &Point{}, &Point{}},
-		{"Echo", []any{"text"}, &text, &text},
-		{"Echo", []any{nil}, &none, &none},
-		{"Close", nil, struct{}{}, struct{}{}},
-		{"Which", []any{nil, nil, nil}, whichArgs{}, "true true true"},
+		{"Add", invokeFor[int], []any{1, 2}, addArgs{1, 2}, 3},
+		{"Add", invokeFor[int], []any{0, 0}, addArgs{}, 0},
+		{"Greet", invokeFor[string], []any{"Gopher"}, "Gopher", "Hello, Gopher"},
+		{"Point", invokeFor[*Point], []any{&Point{1, 2}}, Point{1, 2}, &Point{1, 2}},
+		{"Point", invokeFor[*Point], []any{&Point{}}, &Point{}, &Point{}},
+		{"Echo", invokeFor[any], []any{"text"}, &text, &text},
+		{"Echo", invokeFor[any], []any{nil}, &none, &none},
+		{"Close", invokeFor[struct{}], nil, struct{}{}, struct{}{}},
+		{"Which", invokeFor[string], []any{nil, nil, nil}, whichArgs{}, "true true true"},
 	} {
 		// net/rpc is the plugin.
 		_, c, st := rawPlugin(t)
@@ -723,18 +727,16 @@ func TestInterfaceOnWire(t *testing.T) {
 		server := rpc.NewServer()
 		check(t, server.RegisterName("Plugin", handKit{}))
 		go server.ServeConn(tapped{io.TeeReader(st, &request), st}) // ends with the connection
-		k, err := kitPlugin(nil).Client(c.broker, c.Client)
+		k, err := newKitPlugin(nil).Client(c.broker, c.Client)
 		check(t, err)
-		r := k.(kitClient).remote
-		result := r.shapes[test.method].result.Type
-		got, err := r.invoke(boundedContext(t), result, test.method, test.args)
+		got, result, err := test.invoke(boundedContext(t), k.(kitClient).remote, test.method, test.args...)
 		check(t, err)
-		same(t, test.method, reflect.Indirect(got).Interface(), reflect.Indirect(reflect.ValueOf(test.reply)).Interface())
+		checkEqual(t, test.method, got, reflect.Indirect(reflect.ValueOf(test.reply)).Interface())
 		// net/rpc is the host.
-		svc, err := kitPlugin(new(kit)).Server(nil)
+		svc, err := newKitPlugin(new(kit)).Server(nil)
 		check(t, err)
 		_, _, st = rawHost(t, svc)
-		check(t, rpc.NewClient(tapped{io.TeeReader(st, &response), st}).Call("Plugin."+test.method, test.sent, reflect.New(result).Interface()))
+		check(t, rpc.NewClient(tapped{io.TeeReader(st, &response), st}).Call("Plugin."+test.method, test.sent, result))
 
 		for what, pair := range map[string][2]string{
 			"request": {request.String(), lastMessage(t, test.sent)},
@@ -747,6 +749,16 @@ func TestInterfaceOnWire(t *testing.T) {
 	}
 }
 
+// invokeFunc calls a method, and returns what its result is or points to, and what
+// net/rpc may decode the result into.
+type invokeFunc func(ctx context.Context, r *plugin.Remote, method string, args ...any) (got, into any, err error)
+
+// invokeFor is the invokeFunc of methods that return an R.
+func invokeFor[R any](ctx context.Context, r *plugin.Remote, method string, args ...any) (got, into any, err error) {
+	v, err := plugin.Invoke[R](ctx, r, method, args...)
+	return reflect.Indirect(reflect.ValueOf(&v).Elem()).Interface(), new(R), err
+}
+
 // lastMessage returns v as gob writes it, without definitions of types.
 func lastMessage(t testing.TB, v any) (last string) {
 	t.Helper()
@@ -756,16 +768,16 @@ func lastMessage(t testing.TB, v any) (last string) {
 
 // Invoke calls methods that were written by hand, which have no context.
 func TestInvokeOfHandWritten(t *testing.T) {
-	host, _ := TestPluginRPCConn(t, PluginSet{"kit": handPlugin{kitPlugin(nil)}}, nil)
-	r := dispenseKit(t, host)
+	host, _ := plugin.TestPluginRPCConn(t, plugin.PluginSet{"kit": handPlugin{newKitPlugin(nil)}}, nil)
+	r := dispenseKit(t, host).remote
 	var back bytes.Buffer
 	called := false
 	invoke[string](t, r, "Which", strings.NewReader("content"), &back, func() error { called = true; return nil })
-	same(t, "copied", back.String(), "content")
-	same(t, "called", called, true)
+	checkEqual(t, "copied", back.String(), "content")
+	checkEqual(t, "called", called, true)
 	s := invoke[io.ReadCloser](t, r, "Open", "content")
 	data, err := io.ReadAll(s)
-	same(t, "read", string(data), "content")
+	checkEqual(t, "read", string(data), "content")
 	check(t, err)
 	check(t, s.Close())
 	invoke[struct{}](t, r, "Close")
@@ -773,50 +785,51 @@ func TestInvokeOfHandWritten(t *testing.T) {
 	errorSays(t, errorOf[struct{}](t, r, "Await", "text"), "Await")
 }
 
-type handPlugin struct{ Plugin }
+type handPlugin struct{ plugin.Plugin }
 
-func (handPlugin) Server(b *MuxBroker) (any, error) { return handKit{b}, nil }
+func (handPlugin) Server(b *plugin.MuxBroker) (any, error) { return handKit{b}, nil }
 
 // A client that was written by hand calls methods of an interface.
 func TestHandWrittenCalls(t *testing.T) {
 	t.Parallel()
-	_, _, r := startKit(t)
-	same(t, "without the last parameter", mustCall[int](t, r.client, "Add", struct{ A0 int }{5}), 5)
-	same(t, "with one more", mustCall[int](t, r.client, "Add", struct{ A2, A1, A0 int }{7, 2, 1}), 3)
+	_, p, r := startKit(t)
+	hand := dispenseKit(t, p).hand
+	checkEqual(t, "without the last parameter", mustCall[int](t, hand.Client, "Add", struct{ A0 int }{5}), 5)
+	checkEqual(t, "with one more", mustCall[int](t, hand.Client, "Add", struct{ A2, A1, A0 int }{7, 2, 1}), 3)
 	for _, args := range []any{new(any), struct{}{}, true, "text", []any{nil}, map[string]any{"x": nil}, Point{}} {
-		check(t, r.client.Call("Plugin.Close", args, nil))
+		check(t, hand.Client.Call("Plugin.Close", args, nil))
 	}
 	var back bytes.Buffer
-	in, stopReader := r.broker.ServeReader(strings.NewReader("content"))
+	in, stopReader := hand.broker.ServeReader(strings.NewReader("content"))
 	defer stopReader()
-	out, stopWriter := r.broker.ServeWriter(&back)
+	out, stopWriter := hand.broker.ServeWriter(&back)
 	defer stopWriter()
 	type copyArgs struct {
 		A0, A1 uint32
 		A2     int64
 	}
-	same(t, "bytes copied", mustCall[int64](t, r.client, "Copy", copyArgs{in, out, 5}), 5)
-	same(t, "copied", back.String(), "conte")
-	f, stop := r.broker.ServeRPC(handCallback{})
+	checkEqual(t, "bytes copied", mustCall[int64](t, hand.Client, "Copy", copyArgs{in, out, 5}), 5)
+	checkEqual(t, "copied", back.String(), "conte")
+	f, stop := hand.broker.ServeRPC(handCallback{})
 	defer stop()
 	call := struct {
 		A0 uint32
 		A1 int
 	}{f, 42}
-	same(t, "the callback's result", mustCall[string](t, r.client, "Call", call), "called with 42")
-	s, err := r.broker.DialReader(mustCall[uint32](t, r.client, "Open", "good"))
+	checkEqual(t, "the callback's result", mustCall[string](t, hand.Client, "Call", call), "called with 42")
+	s, err := hand.broker.DialReader(mustCall[uint32](t, hand.Client, "Open", "good"))
 	check(t, err)
 	data, err := io.ReadAll(s)
-	same(t, "read", string(data), "content")
+	checkEqual(t, "read", string(data), "content")
 	check(t, err)
 	check(t, s.Close())
 	invoke[struct{}](t, r, "Await", "closed good")
-	same(t, "the number of nil", mustCall[uint32](t, r.client, "Open", "nil"), 0)
+	checkEqual(t, "the number of nil", mustCall[uint32](t, hand.Client, "Open", "nil"), 0)
 	// Numbers that are not served.
 	for _, args := range []copyArgs{{7, 7, 1}, {out, in, 1}} {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
-		same(t, "a wrong number works", Call(ctx, r.client, "Plugin.Copy", args, new(int64)) == nil, false)
+		checkEqual(t, "a wrong number works", plugin.Call(ctx, hand.Client, "Plugin.Copy", args, new(int64)) == nil, false)
 	}
 	invoke[int](t, r, "Add", 1, 2)
 }

@@ -1,4 +1,4 @@
-package plugin
+package plugin_test
 
 import (
 	"bytes"
@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/muxplug/plugin"
 )
 
 // shakyListener fails to accept a connection before each that it accepts.
@@ -35,7 +36,7 @@ func TestRPCServer(t *testing.T) {
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
 	done := make(chan struct{})
-	server := &RPCServer{Plugins: testPlugins(newTestState()), DoneCh: done}
+	server := &plugin.RPCServer{Plugins: testPlugins(newTestState()), DoneCh: done}
 	if err := server.Init(); err != nil || server.Config() != "" {
 		t.Errorf("Init returned %v, and Config %q", err, server.Config())
 	}
@@ -43,9 +44,9 @@ func TestRPCServer(t *testing.T) {
 	for range 2 {
 		conn, err := net.Dial("tcp", lis.Addr().String())
 		check(t, err)
-		host, err := NewRPCClient(conn, testPlugins(nil))
+		host, err := plugin.NewRPCClient(conn, testPlugins(nil))
 		check(t, err)
-		answers(t, host)
+		dispenseAndEcho(t, host)
 		check(t, host.Close())
 		if err := host.Close(); err != nil {
 			t.Errorf("a second Close returned %v", err)
@@ -66,9 +67,9 @@ func TestWireOfOutput(t *testing.T) {
 	leavesNothing(t)
 	stdout, stderr := noise(200_000, 1), noise(200_000, 2)
 	connect := func() (net.Conn, <-chan struct{}) {
-		a, b := TestConn(t)
+		a, b := plugin.TestConn(t)
 		done := make(chan struct{})
-		server := &RPCServer{Stdout: bytes.NewReader(stdout), Stderr: bytes.NewReader(stderr), DoneCh: done}
+		server := &plugin.RPCServer{Stdout: bytes.NewReader(stdout), Stderr: bytes.NewReader(stderr), DoneCh: done}
 		go server.ServeConn(b) // ends with the connection
 		return a, done
 	}
@@ -84,7 +85,7 @@ func TestWireOfOutput(t *testing.T) {
 	receive(t, "DoneCh", done)
 
 	conn, done = connect()
-	host, err := NewRPCClient(conn, nil)
+	host, err := plugin.NewRPCClient(conn, nil)
 	check(t, err)
 	var out, errs syncBuffer
 	gate := make(chan struct{})
@@ -104,8 +105,8 @@ func TestWireOfOutput(t *testing.T) {
 // A plugin that does not answer makes Ping and Close fail.
 func TestSilentPlugin(t *testing.T) {
 	t.Parallel()
-	a, b := TestConn(t)
-	host, err := NewRPCClient(a, nil)
+	a, b := plugin.TestConn(t)
+	host, err := plugin.NewRPCClient(a, nil)
 	check(t, err)
 	newRawPeer(t, b, false)
 	within(t, "Ping", pingTimeout, func() {
@@ -129,9 +130,9 @@ func TestOutputWithoutReader(t *testing.T) {
 	print := func() <-chan int {
 		return async(func() int { n, _ := w.Write(make([]byte, 2*streamWindow)); return n })
 	}
-	server := &RPCServer{Stdout: r}
+	server := &plugin.RPCServer{Stdout: r}
 	connect := func() net.Conn {
-		a, b := TestConn(t)
+		a, b := plugin.TestConn(t)
 		go server.ServeConn(b) // ends with the connection
 		return a
 	}
@@ -140,7 +141,7 @@ func TestOutputWithoutReader(t *testing.T) {
 	_, err := stopped.stdout.Read(make([]byte, 1))
 	check(t, err)
 
-	host, err := NewRPCClient(connect(), nil)
+	host, err := plugin.NewRPCClient(connect(), nil)
 	check(t, err)
 	var got syncBuffer
 	check(t, host.SyncStreams(&got, io.Discard))
@@ -158,21 +159,21 @@ func TestOutputWithoutReader(t *testing.T) {
 // that stays.
 func TestBadDispense(t *testing.T) {
 	leavesNothing(t)
-	fails := func(err error) func(*MuxBroker) (any, error) {
-		return func(*MuxBroker) (any, error) { return nil, err }
+	fails := func(err error) func(*plugin.MuxBroker) (any, error) {
+		return func(*plugin.MuxBroker) (any, error) { return nil, err }
 	}
-	set := PluginSet{
+	set := plugin.PluginSet{
 		"good":         serves(newTestServer()),
 		"server fails": testPlugin(fails(errors.New("no database"))),
 		"server nil":   testPlugin(fails(nil)),
 		"client fails": badClient{serves(newTestServer()), errors.New("no licence")},
 		"client nil":   badClient{serves(newTestServer()), nil},
 	}
-	a, b := TestConn(t)
-	go (&RPCServer{Plugins: set}).ServeConn(b) // ends with the connection
+	a, b := plugin.TestConn(t)
+	go (&plugin.RPCServer{Plugins: set}).ServeConn(b) // ends with the connection
 	known := maps.Clone(set)
 	known["only here"] = set["good"]
-	host, err := NewRPCClient(a, known)
+	host, err := plugin.NewRPCClient(a, known)
 	check(t, err)
 	defer host.Close()
 	check(t, host.Ping())
@@ -191,7 +192,7 @@ func TestBadDispense(t *testing.T) {
 			if v != nil {
 				t.Errorf("there is the value %v with the error", v)
 			}
-			c, err := Dispense[*testClient](host, "good")
+			c, err := plugin.Dispense[*testClient](host, "good")
 			check(t, err)
 			echo(t, c.Client)
 			check(t, c.Close())
@@ -205,7 +206,7 @@ type badClient struct {
 	err error
 }
 
-func (p badClient) Client(*MuxBroker, *rpc.Client) (any, error) { return nil, p.err }
+func (p badClient) Client(*plugin.MuxBroker, *rpc.Client) (any, error) { return nil, p.err }
 
 // All that a plugin printed has arrived when Kill returns, also what was on its
 // way when Kill began, because the host's writers took nothing.
@@ -220,7 +221,7 @@ func TestOutput(t *testing.T) {
 	cfg.SyncStdout, cfg.SyncStderr = gated(&stdout), gated(&stderr)
 	logger, records := recorder()
 	cfg.Logger = logger
-	c, p := start(t, cfg)
+	c, p := startPlugin(t, cfg)
 	test := dispense(t, p)
 	size := streamWindow + 20<<10 // pipes hold 4 KiB on Windows, and elsewhere 64
 	out, errs := string(noise(size, 1)), string(noise(size, 2))
@@ -257,7 +258,7 @@ func TestOutputToLog(t *testing.T) {
 		if discarded {
 			cfg.SyncStdout, copies = io.Discard, 1
 		}
-		c, p := start(t, cfg)
+		c, p := startPlugin(t, cfg)
 		mustCall[struct{}](t, dispense(t, p).Client, "Print", Output{Stdout: lines.String(), Stderr: lines.String()})
 		c.Kill()
 		got := map[string]int{}

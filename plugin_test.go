@@ -1,9 +1,8 @@
-package plugin
+package plugin_test
 
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"encoding/gob"
 	"errors"
 	"flag"
@@ -11,10 +10,10 @@ import (
 	"io"
 	"io/fs"
 	"log"
-	"math/rand/v2"
 	"net/rpc"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -22,10 +21,12 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/muxplug/plugin"
 )
 
 // ---- The test binary ----
@@ -68,16 +69,6 @@ const (
 	sayEnv   = "TEST_PLUGIN_SAY"   // what the steps "say" and "cry" print
 	notesEnv = "TEST_PLUGIN_NOTES" // the directory of a lab's notes
 	childEnv = "TEST_PLUGIN_CHILD" // the mode of the plugin that the step "host" is to start
-)
-
-const (
-	// hangs bounds everything that takes no time unless it hangs.
-	hangs = 20 * time.Second
-	// slack is added to a documented bound, for a busy machine.
-	slack = 5 * time.Second
-	// forever is longer than any test runs. A process that waits for its host
-	// to kill it exits after that, even if the test was killed.
-	forever = 2 * time.Minute
 )
 
 func TestMain(m *testing.M) {
@@ -135,45 +126,45 @@ func runTests(m *testing.M) int {
 // ---- The test plugin ----
 
 // testHandshake is the handshake of all test plugins.
-var testHandshake = HandshakeConfig{ProtocolVersion: 3, MagicCookieKey: "TEST_PLUGIN_COOKIE", MagicCookieValue: "d5f1"}
+var testHandshake = plugin.HandshakeConfig{ProtocolVersion: 3, MagicCookieKey: "TEST_PLUGIN_COOKIE", MagicCookieValue: "d5f1"}
 
 // testPlugin returns what the plugin serves. In the host it is a *testClient.
-type testPlugin func(*MuxBroker) (any, error)
+type testPlugin func(*plugin.MuxBroker) (any, error)
 
-func (p testPlugin) Server(b *MuxBroker) (any, error) { return p(b) }
-func (testPlugin) Client(b *MuxBroker, c *rpc.Client) (any, error) {
+func (p testPlugin) Server(b *plugin.MuxBroker) (any, error) { return p(b) }
+func (testPlugin) Client(b *plugin.MuxBroker, c *rpc.Client) (any, error) {
 	return &testClient{c, b}, nil
 }
 
 // serves returns a plugin that serves v.
-func serves(v any) testPlugin { return func(*MuxBroker) (any, error) { return v, nil } }
+func serves(v any) testPlugin { return func(*plugin.MuxBroker) (any, error) { return v, nil } }
 
 // testPlugins returns the plugin set of the step "plugin". Its one plugin is
 // "test".
-func testPlugins(s *testState) PluginSet {
-	return PluginSet{"test": testPlugin(func(b *MuxBroker) (any, error) { return &testServer{s, b}, nil })}
+func testPlugins(s *testState) plugin.PluginSet {
+	return plugin.PluginSet{"test": testPlugin(func(b *plugin.MuxBroker) (any, error) { return &testServer{s, b}, nil })}
 }
 
 // servePlugin is the main function of a plugin.
-func servePlugin(edit ...func(*ServeConfig)) {
-	cfg := &ServeConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(newTestState())}
+func servePlugin(edit ...func(*plugin.ServeConfig)) {
+	cfg := &plugin.ServeConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(newTestState())}
 	for _, f := range edit {
 		f(cfg)
 	}
-	Serve(cfg)
+	plugin.Serve(cfg)
 }
 
 // testClient calls a testServer, or any other served value.
 type testClient struct {
 	*rpc.Client
-	broker *MuxBroker
+	broker *plugin.MuxBroker
 }
 
 // testServer is what the plugin "test" serves. Its methods share one testState
 // per process, or per call of newTestServer.
 type testServer struct {
 	*testState
-	broker *MuxBroker
+	broker *plugin.MuxBroker
 }
 
 type testState struct {
@@ -220,7 +211,7 @@ var errRegistered = errors.New("test: registered")
 func init() {
 	gob.Register(Box{})
 	gob.Register([]any{})
-	RegisterError(errRegistered)
+	plugin.RegisterError(errRegistered)
 }
 
 // testErrors are errors that keep their identity across the connection.
@@ -377,7 +368,7 @@ func (s *testServer) CallBack(ctx context.Context, in Callback, out *string) err
 		return err
 	}
 	defer c.Close()
-	return Call(ctx, c, "Plugin."+in.Method, in.Arg, out)
+	return plugin.Call(ctx, c, "Plugin."+in.Method, in.Arg, out)
 }
 
 // Serve serves a "reader" of 1 MiB of noise, a "writer" to stdout, or, as
@@ -396,314 +387,9 @@ func (s *testServer) Serve(kind string, id *uint32) error {
 
 // ---- Starting and calling ----
 
-// config returns a configuration that starts the test binary in a mode.
-func config(mode string, env ...string) *ClientConfig {
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append([]string{modeEnv + "=" + mode}, env...)
-	return &ClientConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(nil), Cmd: cmd, Logger: hclog.NewNullLogger()}
-}
-
-// attachTo returns a configuration that reattaches to a running plugin.
-func attachTo(rc *ReattachConfig) *ClientConfig {
-	cfg := config("")
-	cfg.Cmd, cfg.Reattach = nil, rc
-	return cfg
-}
-
-// start starts a plugin and kills it when the test ends.
-func start(t testing.TB, config *ClientConfig) (*Client, ClientProtocol) {
-	t.Helper()
-	c := NewClient(config)
-	t.Cleanup(c.Kill)
-	p, err := c.Client()
-	check(t, err)
-	return c, p
-}
-
-// startError returns the error of a start that must fail.
-func startError(t testing.TB, c *Client) *StartError {
-	t.Helper()
-	t.Cleanup(c.Kill)
-	_, err := c.Start()
-	var failed *StartError
-	if !errors.As(err, &failed) {
-		t.Fatalf("Start returned %T: %v", err, err)
-	}
-	return failed
-}
-
-// dispense dispenses the plugin "test".
-func dispense(t testing.TB, p ClientProtocol) *testClient {
-	t.Helper()
-	c, err := Dispense[*testClient](p, "test")
-	check(t, err)
-	return c
-}
-
-// local dispenses the plugin "test" without a process.
-func local(t testing.TB) (*RPCClient, *testClient, *testServer) {
-	t.Helper()
-	state, served := newTestState(), make(chan *testServer, 100)
-	host, _ := TestPluginRPCConn(t, PluginSet{"test": testPlugin(func(b *MuxBroker) (any, error) {
-		s := &testServer{state, b}
-		served <- s
-		return s, nil
-	})}, nil)
-	return host, dispense(t, host), <-served
-}
-
-// bothWays runs a test with the brokers of both ends of a connection, and
-// again with the ends swapped.
-func bothWays(t *testing.T, f func(t *testing.T, here, there *MuxBroker)) {
-	t.Run("host to plugin", func(t *testing.T) {
-		_, host, plugin := local(t)
-		f(t, host.broker, plugin.broker)
-	})
-	t.Run("plugin to host", func(t *testing.T) {
-		_, host, plugin := local(t)
-		f(t, plugin.broker, host.broker)
-	})
-}
-
-// mustCall calls a method of the plugin and returns the reply. It fails the test
-// if there is an error.
-func mustCall[R any](t testing.TB, c *rpc.Client, method string, arg any) (reply R) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), hangs)
-	defer cancel()
-	if err := Call(ctx, c, "Plugin."+method, arg, &reply); err != nil {
-		t.Errorf("%s: %v", method, err)
-	}
-	return reply
-}
-
-// echo checks that a client of a testServer works.
-func echo(t testing.TB, c *rpc.Client) {
-	t.Helper()
-	want := fmt.Sprint(rand.Int())
-	if got := mustCall[string](t, c, "Echo", want); got != want {
-		t.Errorf("the echo of %s is %q", want, got)
-	}
-}
-
-// answers checks that the plugin "test" can be dispensed and called.
-func answers(t testing.TB, p ClientProtocol) {
-	t.Helper()
-	c := dispense(t, p)
-	echo(t, c.Client)
-	if err := c.Close(); err != nil {
-		t.Error(err)
-	}
-}
-
-// self describes the plugin's process.
-func (c *testClient) self(t testing.TB) Self { return mustCall[Self](t, c.Client, "Self", struct{}{}) }
-
-// block has n calls of Block in flight, half of them made with the function
-// Call, and returns where their errors arrive.
-func (c *testClient) block(t testing.TB, n int) <-chan error {
-	t.Helper()
-	errs, n := make(chan error, n), n+c.self(t).Waiting
-	for i := range cap(errs) {
-		go func() {
-			if i%2 == 0 {
-				errs <- c.Call("Plugin.Block", "", new(string))
-			} else {
-				errs <- Call(context.Background(), c.Client, "Plugin.Block", "", new(string))
-			}
-		}()
-	}
-	await(t, "calls in flight", func() bool { return t.Failed() || c.self(t).Waiting >= n })
-	return errs
-}
-
 // ---- Waiting ----
 
-// poll calls ok until it returns true, and returns false after a while.
-func poll(within time.Duration, ok func() bool) bool {
-	pause := time.Millisecond
-	for end := time.Now().Add(within); !ok(); time.Sleep(pause) {
-		if time.Now().After(end) {
-			return ok()
-		}
-		pause = min(2*pause, 5*time.Millisecond)
-	}
-	return true
-}
-
-// await waits for ok to return true.
-func await(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	if !poll(hangs, ok) {
-		t.Fatalf("waited in vain for %s\n%s", what, stacks())
-	}
-}
-
-// receive receives from a channel, or learns that it is closed.
-func receive[T any](t testing.TB, what string, ch <-chan T) (v T) {
-	t.Helper()
-	select {
-	case v = <-ch:
-	case <-time.After(hangs):
-		t.Fatalf("waited in vain for %s\n%s", what, stacks())
-	}
-	return v
-}
-
-// send sends to a channel.
-func send[T any](t testing.TB, what string, ch chan<- T, v T) {
-	t.Helper()
-	select {
-	case ch <- v:
-	case <-time.After(hangs):
-		t.Fatalf("nothing received %s\n%s", what, stacks())
-	}
-}
-
-// async runs f in a goroutine and sends its result. The channel is closed
-// without a result if f ends its goroutine.
-func async[T any](f func() T) <-chan T {
-	ch := make(chan T, 1)
-	go func() { defer close(ch); ch <- f() }()
-	return ch
-}
-
-// within fails the test if f takes longer than the bound and some slack.
-func within(t testing.TB, what string, bound time.Duration, f func()) {
-	t.Helper()
-	select {
-	case <-async(func() bool { f(); return true }):
-	case <-time.After(bound + slack):
-		t.Fatalf("%s takes longer than %v\n%s", what, bound, stacks())
-	}
-}
-
-// callers calls f in n goroutines and waits for all.
-func callers(t testing.TB, n int, f func(i int)) {
-	t.Helper()
-	var all sync.WaitGroup
-	for i := range n {
-		all.Go(func() { f(i) })
-	}
-	within(t, fmt.Sprintf("%d callers", n), hangs, all.Wait)
-}
-
-// boundedContext returns a context that ends when everything hangs.
-func boundedContext(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), hangs)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-// stacks returns the stacks of all goroutines.
-func stacks() string {
-	buf := make([]byte, 1<<20)
-	return string(buf[:runtime.Stack(buf, true)])
-}
-
-// ended reports whether a channel is closed.
-func ended[T any](ch <-chan T) bool {
-	select {
-	case _, open := <-ch:
-		return !open
-	default:
-		return false
-	}
-}
-
 // ---- Checks, logs, buffers ----
-
-// check ends the test if there is an error.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// errorSays checks that an error contains these words.
-func errorSays(t testing.TB, err error, words ...string) {
-	t.Helper()
-	if err == nil {
-		t.Fatal("there is no error")
-	}
-	for _, word := range words {
-		if !strings.Contains(err.Error(), word) {
-			t.Errorf("the error does not say %q:\n%v", word, err)
-		}
-	}
-}
-
-// logRecord is one record of a logger.
-type logRecord struct {
-	name  string
-	level hclog.Level
-	msg   string
-	args  []any
-}
-
-// logRecords collects the records of a logger.
-type logRecords struct {
-	mu  sync.Mutex // guards all
-	all []logRecord
-}
-
-// recorder returns a logger and its records.
-func recorder() (hclog.Logger, *logRecords) {
-	r := new(logRecords)
-	l := hclog.NewInterceptLogger(&hclog.LoggerOptions{Output: io.Discard, Level: hclog.Trace})
-	l.RegisterSink(r)
-	return l, r
-}
-
-func (r *logRecords) Accept(name string, level hclog.Level, msg string, args ...any) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.all = append(r.all, logRecord{name, level, msg, slices.Clone(args)})
-}
-
-// find returns the records so far whose message contains text.
-func (r *logRecords) find(text string) []logRecord {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(r.all), func(r logRecord) bool { return !strings.Contains(r.msg, text) })
-}
-
-// syncBuffer is a buffer for concurrent use.
-type syncBuffer struct {
-	mu  sync.Mutex // guards buf
-	buf bytes.Buffer
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
-}
-
-// readerFunc and writerFunc are functions as readers and writers.
-type (
-	readerFunc func([]byte) (int, error)
-	writerFunc func([]byte) (int, error)
-)
-
-func (f readerFunc) Read(p []byte) (int, error)  { return f(p) }
-func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
-
-// noise returns n bytes that do not repeat. Another seed gives others.
-func noise(n int, seed uint64) []byte {
-	data := make([]byte, n)
-	var key [32]byte
-	binary.LittleEndian.PutUint64(key[:], seed)
-	_, _ = rand.NewChaCha8(key).Read(data)
-	return data
-}
 
 // ---- Whole lives ----
 
@@ -711,12 +397,12 @@ func noise(n int, seed uint64) []byte {
 // nothing above Debug.
 func TestLife(t *testing.T) {
 	leavesNothing(t)
-	cfg := config("plugin")
+	cfg := testConfig("plugin")
 	var stdout, stderr syncBuffer
 	cfg.SyncStdout, cfg.SyncStderr = &stdout, &stderr
 	logger, records := recorder()
 	cfg.Logger = logger
-	c, p := start(t, cfg)
+	c, p := startPlugin(t, cfg)
 	test := dispense(t, p)
 	echo(t, test.Client)
 	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: "to stdout", Stderr: "to stderr"})
@@ -735,11 +421,11 @@ func TestLife(t *testing.T) {
 	if got := mustCall[string](t, test.Client, "CallBack", Callback{id, "Echo", "called back"}); got != "called back" {
 		t.Errorf("the callback returned %q", got)
 	}
-	if err := c.Err(); err != nil || c.Exited() || ended(c.Done()) {
+	if err := c.Err(); err != nil || c.Exited() || isClosed(c.Done()) {
 		t.Errorf("it runs, and Err is %v, Exited %v", err, c.Exited())
 	}
 	c.Kill()
-	if err := c.Err(); err != nil || !c.Exited() || !ended(c.Done()) {
+	if err := c.Err(); err != nil || !c.Exited() || !isClosed(c.Done()) {
 		t.Errorf("after Kill, Err is %v, Exited %v", err, c.Exited())
 	}
 	if stdout.String() != "to stdout" || stderr.String() != "to stderr" {
@@ -766,14 +452,14 @@ func TestCrash(t *testing.T) {
 		t.Run(how, func(t *testing.T) {
 			t.Parallel()
 			cfg := newLab(t).config("plugin")
-			first, p := start(t, cfg)
-			second, other := start(t, attachTo(first.ReattachConfig()))
+			first, p := startPlugin(t, cfg)
+			second, other := startPlugin(t, attachTo(first.ReattachConfig()))
 			test, idle := dispense(t, p), dispense(t, p)
 			mustCall[struct{}](t, test.Client, "Print", Output{Raw: strings.Repeat(strings.Repeat("x", 99)+"\n", 100) + "last words\n"})
 			inFirst, inSecond := test.block(t, 4), dispense(t, other).block(t, 2)
 			explains := func(err error, child bool) {
 				t.Helper()
-				var exit *ExitError
+				var exit *plugin.ExitError
 				if !errors.As(err, &exit) || (exit.State != nil) != child {
 					t.Fatalf("the error is %T: %v", err, err)
 				}
@@ -802,16 +488,16 @@ func TestCrash(t *testing.T) {
 			for range cap(inSecond) {
 				inFlight(receive(t, "a call", inSecond), false)
 			}
-			for c, child := range map[*Client]bool{first: true, second: false} {
+			for c, child := range map[*plugin.Client]bool{first: true, second: false} {
 				receive(t, "Done", c.Done())
 				c.Kill()
 				explains(c.Err(), child)
 			}
 			for _, c := range []*testClient{test, idle} {
-				if err := c.Call("Plugin.Echo", "", new(string)); err != rpc.ErrShutdown && !errors.As(err, new(*ExitError)) {
+				if err := c.Call("Plugin.Echo", "", new(string)); err != rpc.ErrShutdown && !errors.As(err, new(*plugin.ExitError)) {
 					t.Errorf("a later call returned %v", err)
 				}
-				if err := Call(context.Background(), c.Client, "Plugin.Echo", "", new(string)); !errors.Is(err, rpc.ErrShutdown) && !errors.As(err, new(*ExitError)) {
+				if err := plugin.Call(context.Background(), c.Client, "Plugin.Echo", "", new(string)); !errors.Is(err, rpc.ErrShutdown) && !errors.As(err, new(*plugin.ExitError)) {
 					t.Errorf("a later Call returned %v", err)
 				}
 			}
@@ -826,16 +512,16 @@ func TestCrash(t *testing.T) {
 
 // Dispense returns a value of the type that is asked for, or says what it is.
 func TestDispenseType(t *testing.T) {
-	host, _, _ := local(t)
-	if c, err := Dispense[io.Closer](host, "test"); err != nil || c.Close() != nil {
+	host, _, _ := joinInProcess(t)
+	if c, err := plugin.Dispense[io.Closer](host, "test"); err != nil || c.Close() != nil {
 		t.Error(c, err)
 	}
-	n, err := Dispense[int](host, "test")
-	errorSays(t, err, `"test"`, "*plugin.testClient", "int")
+	n, err := plugin.Dispense[int](host, "test")
+	errorSays(t, err, `"test"`, "*plugin_test.testClient", "int")
 	if n != 0 {
 		t.Errorf("there is the value %d with the error", n)
 	}
-	_, err = Dispense[io.Closer](host, "missing")
+	_, err = plugin.Dispense[io.Closer](host, "missing")
 	errorSays(t, err, `"missing"`)
 }
 
@@ -851,28 +537,28 @@ func TestDiscover(t *testing.T) {
 	want := []string{filepath.Join(dir, "plugin-a"+exe), filepath.Join(dir, "plugin-b"+exe)}
 	t.Chdir(parent)
 	for _, from := range []string{dir, "[a]"} {
-		if got, err := Discover("plugin-*", from); err != nil || !slices.Equal(got, want) {
+		if got, err := plugin.Discover("plugin-*", from); err != nil || !slices.Equal(got, want) {
 			t.Errorf("found in %s: %v, %v; want %v", from, got, err, want)
 		}
 	}
-	if got, err := Discover("*", filepath.Join(dir, "missing")); err != nil || len(got) != 0 {
+	if got, err := plugin.Discover("*", filepath.Join(dir, "missing")); err != nil || len(got) != 0 {
 		t.Errorf("found in a missing directory: %v, %v", got, err)
 	}
-	if _, err := Discover("[", dir); err == nil {
+	if _, err := plugin.Discover("[", dir); err == nil {
 		t.Error("a malformed pattern is no error")
 	}
 }
 
 // BasicReply is a reply with an error in it.
-type BasicReply struct{ Err *BasicError }
+type BasicReply struct{ Err *plugin.BasicError }
 
 type basicServer struct{}
 
 func (basicServer) Check(fail bool, reply *BasicReply) error {
 	if fail {
-		reply.Err = NewBasicError(fs.ErrNotExist)
+		reply.Err = plugin.NewBasicError(fs.ErrNotExist)
 	} else {
-		reply.Err = NewBasicError(nil)
+		reply.Err = plugin.NewBasicError(nil)
 	}
 	return nil
 }
@@ -888,4 +574,69 @@ func TestBasicError(t *testing.T) {
 			t.Errorf("%s: got %v for no error", wire.name, err)
 		}
 	}
+}
+
+// hosted is the plugin of a host in its own process. The step "host" makes the
+// configuration. The next may change it, and then one starts the client and
+// brings the plugin to a moment of its life. The steps "ready wait" leave it
+// there.
+var hosted struct {
+	cfg    *plugin.ClientConfig
+	client *plugin.Client
+}
+
+func init() {
+	modes["host"] = func() {
+		// The parent of the tests may have made them ignore these signals.
+		interrupted := make(chan os.Signal, 1)
+		signal.Notify(interrupted, os.Interrupt, syscall.SIGHUP)
+		go func() { <-interrupted; os.Exit(130) }() // ends with the process
+		hosted.cfg = testConfig(os.Getenv(childEnv))
+	}
+	modes["attaching"] = func() {
+		address, pid, _ := strings.Cut(os.Getenv(childEnv), " ")
+		hosted.cfg = attachTo(&plugin.ReattachConfig{ProtocolVersion: 3, Addr: parseAddr(address), Pid: must(strconv.Atoi(pid))})
+	}
+	modes["detaching"] = func() { hosted.cfg.Detach = true }
+	modes["quiet"] = func() {
+		hosted.cfg.Logger = hclog.New(&hclog.LoggerOptions{Output: os.Stdout, Level: hclog.Info})
+		hosted.cfg.AutoMTLS = true
+	}
+	modes["shell"] = func() {
+		cmd := exec.Command("sh", "-c", `"$0"; exit $?`, os.Args[0])
+		cmd.Env = hosted.cfg.Cmd.Env
+		hosted.cfg.Cmd = cmd
+	}
+	modes["starting"] = func() {
+		hosted.client = plugin.NewClient(hosted.cfg)
+		go hosted.client.Start() // ends with the process
+		awaitNote("plugin")
+	}
+	modes["started"] = func() {
+		hosted.client = plugin.NewClient(hosted.cfg)
+		note("address", must(hosted.client.Start()).String())
+	}
+	modes["idle"] = func() { hostedTest() }
+	modes["calling"] = func() {
+		go hostedTest().Call("Plugin.Block", "", new(string)) // ends with the process
+		awaitNote("in a call")
+	}
+	// Ends when the plugin is gone.
+	modes["busy"] = func() {
+		test := hostedTest()
+		note(fmt.Sprintf("busy-%d", os.Getpid()), hosted.client.ID())
+		if test.traffic(context.Background(), func() {}) == errWrong {
+			note("a wrong reply", "")
+		}
+		hosted.client.Kill()
+	}
+	modes["kill"] = func() { hosted.client.Kill() }
+	modes["reattachable"] = func() { note("reattach", strconv.Itoa(hosted.client.ReattachConfig().Pid)) }
+	modes["ready"] = func() { note("host is ready", "") }
+}
+
+// hostedTest starts the host's plugin and dispenses "test".
+func hostedTest() *testClient {
+	modes["started"]()
+	return must(plugin.Dispense[*testClient](must(hosted.client.Client()), "test"))
 }

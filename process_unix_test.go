@@ -1,6 +1,6 @@
 //go:build unix
 
-package plugin
+package plugin_test
 
 import (
 	"context"
@@ -20,6 +20,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/muxplug/plugin"
 )
 
 func init() {
@@ -40,7 +42,7 @@ func init() {
 	// toBoth kills the host, and sends its plugin a signal while main finishes.
 	toBoth := func(s syscall.Signal) func(testing.TB, *testProcess) {
 		return func(t testing.TB, host *testProcess) {
-			l := &lab{t: t, notes: values(host.Env, notesEnv)[0]}
+			l := &lab{t: t, notes: envValues(host.Env, notesEnv)[0]}
 			host.kill(t)
 			l.read("finishing")
 			signalTo(t, l.readPid("plugin"), s)
@@ -59,7 +61,7 @@ func init() {
 	// Starts and kills a plugin, and prints what failed and what is left.
 	modes["frugal"] = func() {
 		left := takeStock(os.TempDir())
-		c := NewClient(hosted.cfg)
+		c := plugin.NewClient(hosted.cfg)
 		err := connect(c)
 		c.Kill()
 		fmt.Println(err, left())
@@ -77,23 +79,23 @@ func signalTo(t testing.TB, pid int, s syscall.Signal) {
 // named, with a hint.
 func TestStartErrorFiles(t *testing.T) {
 	t.Parallel()
-	runs := func(text string, mode fs.FileMode) func(testing.TB, *ClientConfig) {
-		return func(t testing.TB, c *ClientConfig) {
+	runs := func(text string, mode fs.FileMode) func(testing.TB, *plugin.ClientConfig) {
+		return func(t testing.TB, c *plugin.ClientConfig) {
 			c.Cmd.Path = filepath.Join(t.TempDir(), "greeter")
 			writeProgram(t, c.Cmd.Path, []byte(text), mode)
 		}
 	}
-	sockets := func(to UnixSocketConfig) func(testing.TB, *ClientConfig) {
-		return func(_ testing.TB, c *ClientConfig) { c.UnixSocketConfig = &to }
+	sockets := func(to plugin.UnixSocketConfig) func(testing.TB, *plugin.ClientConfig) {
+		return func(_ testing.TB, c *plugin.ClientConfig) { c.UnixSocketConfig = &to }
 	}
 	for name, test := range map[string]startFailure{
 		"not executable":    {edit: runs("#!/bin/sh\n", 0o600), word: "executable", is: fs.ErrPermission},
 		"no interpreter":    {edit: runs("#!/no/such/shell\n", 0o700), word: "interpreter", is: fs.ErrNotExist},
 		"another processor": {edit: runs("\x7fELF\x02\x01\x01"+strings.Repeat("\x00", 999), 0o700), word: runtime.GOARCH, is: syscall.ENOEXEC},
-		"no directory":      {edit: sockets(UnixSocketConfig{TempDir: "/no/such/dir"}), word: "TempDir", is: fs.ErrNotExist},
-		"a file":            {edit: sockets(UnixSocketConfig{TempDir: "/dev/null"}), word: "TempDir", is: syscall.ENOTDIR},
-		"too long a path":   {edit: sockets(UnixSocketConfig{TempDir: longDir(t)}), word: "TempDir"},
-		"no group":          {edit: sockets(UnixSocketConfig{Group: "no-such-group"}), word: "Group"},
+		"no directory":      {edit: sockets(plugin.UnixSocketConfig{TempDir: "/no/such/dir"}), word: "TempDir", is: fs.ErrNotExist},
+		"a file":            {edit: sockets(plugin.UnixSocketConfig{TempDir: "/dev/null"}), word: "TempDir", is: syscall.ENOTDIR},
+		"too long a path":   {edit: sockets(plugin.UnixSocketConfig{TempDir: longDir(t)}), word: "TempDir"},
+		"no group":          {edit: sockets(plugin.UnixSocketConfig{Group: "no-such-group"}), word: "Group"},
 	} {
 		t.Run(name, test.run)
 	}
@@ -111,7 +113,7 @@ func longDir(t *testing.T) string {
 // goes on, and with it all that was under way or has begun meanwhile.
 func TestPause(t *testing.T) {
 	l := newLab(t)
-	c, p := start(t, l.config("plugin"))
+	c, p := startPlugin(t, l.config("plugin"))
 	test := dispense(t, p)
 	data := string(noise(8<<20, 1))
 	r, w := io.Pipe()
@@ -158,9 +160,9 @@ func TestZombie(t *testing.T) {
 	host := l.start("host idle ready wait", childEnv+"=plugin")
 	l.read("host is ready")
 	stop(t, host.Process.Pid)
-	c, p := start(t, attachTo(&ReattachConfig{Addr: toAddr(l.read("address")), Pid: l.readPid("plugin")}))
+	c, p := startPlugin(t, attachTo(&plugin.ReattachConfig{Addr: parseAddr(l.read("address")), Pid: l.readPid("plugin")}))
 	err := dispense(t, p).Call("Plugin.Do", "exit3", new(string))
-	if !errors.As(err, new(*ExitError)) || !c.Exited() {
+	if !errors.As(err, new(*plugin.ExitError)) || !c.Exited() {
 		t.Errorf("after the end of the plugin, Exited is %v and a call returned %v", c.Exited(), err)
 	}
 	host.kill(t)
@@ -170,13 +172,13 @@ func TestZombie(t *testing.T) {
 // a crash.
 func TestGrandchild(t *testing.T) {
 	t.Parallel()
-	for name, end := range map[string]func(*Client, *testClient){
-		"Kill":  func(c *Client, _ *testClient) { c.Kill() },
-		"crash": func(_ *Client, test *testClient) { _ = test.Call("Plugin.Do", "panic", new(string)) },
+	for name, end := range map[string]func(*plugin.Client, *testClient){
+		"Kill":  func(c *plugin.Client, _ *testClient) { c.Kill() },
+		"crash": func(_ *plugin.Client, test *testClient) { _ = test.Call("Plugin.Do", "panic", new(string)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			c, p := start(t, newLab(t).config("plugin"))
+			c, p := startPlugin(t, newLab(t).config("plugin"))
 			test := dispense(t, p)
 			grandchild := mustCall[int](t, test.Client, "Fork", []string{"sleep", "1000"})
 			defer signalTo(t, grandchild, syscall.SIGKILL)
@@ -201,12 +203,12 @@ func owner(t *testing.T, path string) (mode fs.FileMode, uid, gid int) {
 // plugin is.
 func TestSocketDir(t *testing.T) {
 	t.Parallel()
-	for name, end := range map[string]func(*Client, *os.Process){
-		"Kill":    func(c *Client, _ *os.Process) { c.Kill() },
-		"SIGKILL": func(_ *Client, p *os.Process) { _ = p.Kill() },
+	for name, end := range map[string]func(*plugin.Client, *os.Process){
+		"Kill":    func(c *plugin.Client, _ *os.Process) { c.Kill() },
+		"SIGKILL": func(_ *plugin.Client, p *os.Process) { _ = p.Kill() },
 	} {
 		cfg := newLab(t).config("plugin")
-		c := NewClient(cfg)
+		c := plugin.NewClient(cfg)
 		addr, err := c.Start()
 		check(t, err)
 		dir := filepath.Dir(addr.String())
@@ -229,11 +231,11 @@ func TestSocketGroup(t *testing.T) {
 	if uid == 0 { // who may give files to any group
 		uid, gid = 54321, 54321
 	}
-	cfg := config("plugin")
-	cfg.UnixSocketConfig = &UnixSocketConfig{Group: strconv.Itoa(gid), TempDir: "/tmp"}
+	cfg := testConfig("plugin")
+	cfg.UnixSocketConfig = &plugin.UnixSocketConfig{Group: strconv.Itoa(gid), TempDir: "/tmp"}
 	cfg.Cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid), NoSetGroups: true}}
-	cfg.SecureConfig = &SecureConfig{sumOf(t, cfg.Cmd.Path), sha256.New()} // so that this user can execute it
-	c, p := start(t, cfg)
+	cfg.SecureConfig = &plugin.SecureConfig{sumOf(t, cfg.Cmd.Path), sha256.New()} // so that this user can execute it
+	c, p := startPlugin(t, cfg)
 	addr, err := c.Start()
 	check(t, err)
 	dir := filepath.Dir(addr.String())
@@ -243,7 +245,7 @@ func TestSocketGroup(t *testing.T) {
 	if mode, user, group := owner(t, addr.String()); mode != 0o660 || user != uid || group != gid {
 		t.Errorf("the socket belongs to %d:%d and has mode %v", user, group, mode)
 	}
-	answers(t, p)
+	dispenseAndEcho(t, p)
 	c.Kill()
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) || !cfg.Cmd.ProcessState.Success() {
 		t.Errorf("the directory is left, %v, and the plugin has ended with %v", err, cfg.Cmd.ProcessState)
@@ -254,8 +256,8 @@ func TestSocketGroup(t *testing.T) {
 func TestLongTMPDIR(t *testing.T) {
 	long := longDir(t)
 	t.Setenv("TMPDIR", long)
-	_, p := start(t, config("plugin"))
-	answers(t, p)
+	_, p := startPlugin(t, testConfig("plugin"))
+	dispenseAndEcho(t, p)
 	if left, err := os.ReadDir(long); err != nil || len(left) > 0 {
 		t.Errorf("in TMPDIR there is %v, %v", left, err)
 	}
@@ -280,22 +282,22 @@ func TestSummedIsRun(t *testing.T) {
 		return // it is not promised there
 	}
 	path := copyBinary(t, "greeter")
-	self := func(secure *SecureConfig) Self {
+	self := func(secure *plugin.SecureConfig) Self {
 		cfg := newLab(t).config("plugin")
 		cfg.Cmd.Path, cfg.Cmd.Args = path, []string{"zero", "one"}
 		cfg.SecureConfig = secure
-		_, p := start(t, cfg)
+		_, p := startPlugin(t, cfg)
 		return mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{})
 	}
 	plain := self(nil)
 	sum := sumOf(t, path)
 	bad := filepath.Join(t.TempDir(), "bad")
 	writeProgram(t, bad, []byte("#!/bin/sh\n"), 0o700)
-	summed := self(&SecureConfig{sum, sha256.New()})
+	summed := self(&plugin.SecureConfig{sum, sha256.New()})
 	if summed.Executable != plain.Executable || !slices.Equal(summed.Args, plain.Args) {
 		t.Errorf("it is %q %q, and was %q %q", summed.Executable, summed.Args, plain.Executable, plain.Args)
 	}
-	self(&SecureConfig{sum, swapHash{sha256.New(), func() { check(t, os.Rename(bad, path)) }}})
+	self(&plugin.SecureConfig{sum, swapHash{sha256.New(), func() { check(t, os.Rename(bad, path)) }}})
 	if slices.Equal(sumOf(t, path), sum) {
 		t.Error("the file was not swapped")
 	}

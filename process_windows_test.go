@@ -1,10 +1,12 @@
-package plugin
+package plugin_test
 
 import (
 	"os"
 	"path/filepath"
 	"slices"
 	"testing"
+
+	"github.com/muxplug/plugin"
 )
 
 func init() {
@@ -20,7 +22,7 @@ func TestWindowsDiscover(t *testing.T) {
 	for _, name := range append(slices.Clone(want), "f", "g.txt", "h.ps1", "i.exe.txt") {
 		check(t, os.WriteFile(filepath.Join(dir, name), nil, 0o600))
 	}
-	found, err := Discover("*", dir)
+	found, err := plugin.Discover("*", dir)
 	for i := range found {
 		found[i] = filepath.Base(found[i])
 	}
@@ -31,7 +33,7 @@ func TestWindowsDiscover(t *testing.T) {
 
 // A file that is no program for this system is told, with a hint.
 func TestWindowsBadFile(t *testing.T) {
-	startFailure{word: "windows/", edit: func(t testing.TB, c *ClientConfig) {
+	startFailure{word: "windows/", edit: func(t testing.TB, c *plugin.ClientConfig) {
 		c.Cmd.Path = filepath.Join(t.TempDir(), "greeter.exe")
 		writeProgram(t, c.Cmd.Path, []byte("hello"), 0o700)
 	}}.run(t)

@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -203,9 +202,6 @@ func documentation(t *testing.T) (*token.FileSet, *doc.Package) {
 	}
 	return fset, pkg
 }
-
-// exe ends the name of a program.
-var exe = map[bool]string{true: ".exe"}[runtime.GOOS == "windows"]
 
 // newModule makes a module that requires this one, as it is here, and returns
 // its directory. It needs no network.

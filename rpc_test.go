@@ -1,4 +1,4 @@
-package plugin
+package plugin_test
 
 import (
 	"context"
@@ -10,11 +10,12 @@ import (
 	"net/rpc"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
+	"weak"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/muxplug/plugin"
 )
 
 // ---- Contexts of callers ----
@@ -32,7 +33,7 @@ func TestCallEndsWithContext(t *testing.T) {
 			defer stop()
 		}
 		reply := "before"
-		done := async(func() error { return Call(ctx, c, "Plugin.Block", "late", &reply) })
+		done := async(func() error { return plugin.Call(ctx, c, "Plugin.Block", "late", &reply) })
 		if !deadline {
 			receive(t, "the call", s.started)
 			cancel(cause)
@@ -50,7 +51,7 @@ func TestCallEndsWithContext(t *testing.T) {
 			t.Errorf("a late reply was written: %q", reply)
 		}
 		calls := len(s.started)
-		if again := Call(ctx, c, "Plugin.Block", "", &reply); again == nil || again.Error() != err.Error() {
+		if again := plugin.Call(ctx, c, "Plugin.Block", "", &reply); again == nil || again.Error() != err.Error() {
 			t.Errorf("a call with an ended context returned %v", again)
 		}
 		if echo(t, c); len(s.started) > calls {
@@ -76,10 +77,10 @@ func TestCallReply(t *testing.T) {
 		s := newTestServer()
 		c := wire.connect(t, s)
 		for _, reply := range []any{"", Box{}, (*string)(nil)} {
-			err := Call(boundedContext(t), c, "Plugin.Block", "", reply)
+			err := plugin.Call(boundedContext(t), c, "Plugin.Block", "", reply)
 			errorSays(t, err, "Plugin.Block", fmt.Sprintf("%T", reply))
 		}
-		check(t, Call(boundedContext(t), c, "Plugin.Echo", "text", nil))
+		check(t, plugin.Call(boundedContext(t), c, "Plugin.Echo", "text", nil))
 		if echo(t, c); len(s.started) > 0 {
 			t.Errorf("%s: a call was sent", wire.name)
 		}
@@ -98,37 +99,27 @@ func TestCallToStuckPeer(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
 	before := padding.Load()
-	callers(t, 10, func(int) {
-		if err := Call(ctx, test.Client, "Plugin.Box", Padded{}, new(Box)); !errors.Is(err, context.DeadlineExceeded) {
+	concurrently(t, 10, func(int) {
+		if err := plugin.Call(ctx, test.Client, "Plugin.Box", Padded{}, new(Box)); !errors.Is(err, context.DeadlineExceeded) {
 			t.Error(err)
 		}
 	})
 	if padding.Load() != before {
 		t.Error("an argument was encoded")
 	}
-	here, _ := TestConn(t)
+	here, _ := plugin.TestConn(t)
 	stock := rpc.NewClient(here) // its Go waits for the peer
 	defer stock.Close()
 	ctx, cancel = context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
 	within(t, "Call", hangs, func() {
-		if err := Call(ctx, stock, "Plugin.Echo", strings.Repeat(large, 20), new(string)); !errors.Is(err, context.DeadlineExceeded) {
+		if err := plugin.Call(ctx, stock, "Plugin.Echo", strings.Repeat(large, 20), new(string)); !errors.Is(err, context.DeadlineExceeded) {
 			t.Error(err)
 		}
 	})
 }
 
 // ---- Contexts of methods ----
-
-// dialled returns a client here for v, which is served there.
-func dialled(t testing.TB, here, there *MuxBroker, v any) *rpc.Client {
-	t.Helper()
-	id, _ := there.ServeRPC(v)
-	c, err := here.DialRPC(id)
-	check(t, err)
-	t.Cleanup(func() { c.Close() })
-	return c
-}
 
 // The context of a method ends with that of its call and with the caller.
 func TestServedContext(t *testing.T) {
@@ -137,7 +128,7 @@ func TestServedContext(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+			bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 				s := newTestServer()
 				c := dialled(t, here, there, s)
 				ctx, cancel := context.WithCancel(context.Background())
@@ -145,7 +136,7 @@ func TestServedContext(t *testing.T) {
 					ctx, cancel = context.WithTimeout(ctx, 300*time.Millisecond)
 				}
 				defer cancel()
-				done := async(func() error { return Call(ctx, c, "Plugin.Wait", "", new(string)) })
+				done := async(func() error { return plugin.Call(ctx, c, "Plugin.Wait", "", new(string)) })
 				receive(t, "the call", s.started)
 				switch name {
 				case "cancel":
@@ -168,15 +159,15 @@ func TestServedContext(t *testing.T) {
 
 // When the plugin is asked to quit, the contexts of methods end on both sides.
 func TestServedContextEndsWithQuit(t *testing.T) {
-	host, test, plugin := local(t)
+	host, test, guest := joinInProcess(t)
 	callback := newTestServer()
 	id, _ := test.broker.ServeRPC(callback)
 	waiting := async(func() error { return test.Call("Plugin.Wait", "", new(string)) })
 	calling := async(func() error { return test.Call("Plugin.CallBack", Callback{id, "Wait", ""}, new(string)) })
-	receive(t, "the call", plugin.started)
+	receive(t, "the call", guest.started)
 	receive(t, "the callback", callback.started)
 	closed := async(host.Close)
-	receive(t, "the end of the method's context", plugin.ended)
+	receive(t, "the end of the method's context", guest.ended)
 	receive(t, "the end of the callback's context", callback.ended)
 	check(t, receive(t, "Close", closed))
 	for _, done := range []<-chan error{waiting, calling} {
@@ -188,14 +179,14 @@ func TestServedContextEndsWithQuit(t *testing.T) {
 
 // A call that is cancelled leaves the others of its stream alone.
 func TestCancelOneOfMany(t *testing.T) {
-	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 		s := newTestServer()
 		c := dialled(t, here, there, s)
 		ctx, cancel := context.WithCancel(context.Background())
 		const pairs = 50
 		canceled, released := make(chan error, pairs), make(chan string, pairs)
 		for i := range pairs {
-			go func() { canceled <- Call(ctx, c, "Plugin.Wait", "", new(string)) }()
+			go func() { canceled <- plugin.Call(ctx, c, "Plugin.Wait", "", new(string)) }()
 			go func() { released <- mustCall[string](t, c, "Wait", fmt.Sprint(i)) }()
 			receive(t, "a call", s.started)
 			receive(t, "a call", s.started)
@@ -220,71 +211,16 @@ func TestCancelOneOfMany(t *testing.T) {
 
 // ---- Lost connections ----
 
-// brokenConn is a connection whose loss is found by writing first. Reading
-// learns the reason when known is closed.
-type brokenConn struct {
-	writes atomic.Int32
-	known  chan struct{}
-}
-
-func (c *brokenConn) Write([]byte) (int, error) {
-	c.writes.Add(1)
-	return 0, io.ErrClosedPipe
-}
-
-func (c *brokenConn) Read([]byte) (int, error) {
-	<-c.known
-	return 0, errCause
-}
-
-func (c *brokenConn) Close() error { return nil }
-
-// spawn is for clients without a session.
-func spawn(f func()) bool {
-	go f()
-	return true
-}
-
-// Until the reason for the loss of a connection is known, calls wait for it,
-// including those that begin after the loss.
-func TestCallsWaitForReason(t *testing.T) {
-	conn := &brokenConn{known: make(chan struct{})}
-	c := newRPCClient(conn, spawn)
-	defer c.Close()
-	calls := []*rpc.Call{c.Go("Plugin.Echo", "", new(string), nil)}
-	await(t, "a write", func() bool { return conn.writes.Load() > 0 })
-	for range 20 {
-		calls = append(calls, c.Go("Plugin.Echo", "", new(string), nil))
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
-	defer cancel()
-	if err := Call(ctx, c, "Plugin.Echo", "", new(string)); !errors.Is(err, context.DeadlineExceeded) {
-		t.Error(err)
-	}
-	for i, call := range calls {
-		if len(call.Done) > 0 {
-			t.Errorf("call %d does not wait: %v", i, call.Error)
-		}
-	}
-	close(conn.known)
-	for i, call := range calls {
-		if receive(t, "a call", call.Done); !errors.Is(call.Error, errCause) {
-			t.Errorf("call %d returned %v", i, call.Error)
-		}
-	}
-	await(t, "the end of the client", func() bool { return errors.Is(c.Call("Plugin.Echo", "", new(string)), rpc.ErrShutdown) })
-}
-
 // A panic in a plugin ends it, and each call in flight tells of it.
 func TestPluginPanics(t *testing.T) {
 	t.Parallel()
-	_, p := start(t, config("plugin"))
+	_, p := startPlugin(t, testConfig("plugin"))
 	test := dispense(t, p)
 	const calls = 20
 	errs := test.block(t, calls)
 	err := dispense(t, p).Call("Plugin.Panic", "the end", new(string))
 	for i := 0; ; i++ {
-		var exit *ExitError
+		var exit *plugin.ExitError
 		if !errors.As(err, &exit) || !strings.Contains(exit.Panic, "the end") || !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("a call returned %T: %v", err, err)
 		}
@@ -299,14 +235,14 @@ func TestPluginPanics(t *testing.T) {
 // the calls beside it go on.
 func TestCallbackPanics(t *testing.T) {
 	t.Parallel()
-	cfg := config("plugin")
+	cfg := testConfig("plugin")
 	logger, records := recorder()
 	cfg.Logger = logger
-	_, p := start(t, cfg)
+	_, p := startPlugin(t, cfg)
 	test := dispense(t, p)
 	id, stop := test.broker.ServeRPC(newTestServer())
 	defer stop()
-	err := Call(boundedContext(t), test.Client, "Plugin.CallBack", Callback{id, "Panic", "a broken callback"}, new(string))
+	err := plugin.Call(boundedContext(t), test.Client, "Plugin.CallBack", Callback{id, "Panic", "a broken callback"}, new(string))
 	errorSays(t, err, "a broken callback")
 	logged := records.find("panicked")
 	if len(logged) != 1 || logged[0].level != hclog.Error || !strings.Contains(fmt.Sprint(logged[0].args...), "plugin_test.go") {
@@ -314,18 +250,18 @@ func TestCallbackPanics(t *testing.T) {
 	}
 	echo(t, test.Client)
 
-	_, host, plugin := local(t)
+	_, host, guest := joinInProcess(t)
 	callback := newTestServer()
-	c := dialled(t, plugin.broker, host.broker, callback)
+	c := dialled(t, guest.broker, host.broker, callback)
 	beside := async(func() error { return c.Call("Plugin.Block", "", new(string)) })
 	receive(t, "the call beside", callback.started)
 	for range 3 {
-		errorSays(t, Call(boundedContext(t), c, "Plugin.Panic", "boom", new(string)), "boom")
+		errorSays(t, plugin.Call(boundedContext(t), c, "Plugin.Panic", "boom", new(string)), "boom")
 	}
 	close(callback.release)
 	check(t, receive(t, "the call beside", beside))
-	c = dialled(t, plugin.broker, host.broker, leaving{})
-	errorSays(t, Call(boundedContext(t), c, "Plugin.Leave", "", new(string)), "Goexit")
+	c = dialled(t, guest.broker, host.broker, leaving{})
+	errorSays(t, plugin.Call(boundedContext(t), c, "Plugin.Leave", "", new(string)), "Goexit")
 }
 
 // leaving ends the goroutine of its method, as t.Fatal does.
@@ -339,16 +275,19 @@ func (leaving) Leave(string, *string) error {
 // A plain call whose reply does not fit ends its client, as in net/rpc, and
 // nothing else.
 func TestMisfitReply(t *testing.T) {
-	_, p := start(t, config("plugin"))
+	_, p := startPlugin(t, testConfig("plugin"))
 	test := dispense(t, p)
 	errorSays(t, test.Call("Plugin.Echo", "text", new(int)), "int")
 	if test.Call("Plugin.Echo", "", new(string)) == nil {
 		t.Error("a later call returned no error")
 	}
-	if _, known := codecs.Load(test.Client); known {
-		t.Error("the client is still known")
-	}
-	answers(t, p)
+	dispenseAndEcho(t, p)
+	client := weak.Make(test.Client)
+	test = nil
+	await(t, "the client to be collected", func() bool {
+		runtime.GC()
+		return client.Value() == nil
+	})
 }
 
 // ---- Methods ----
@@ -393,12 +332,12 @@ func TestMethods(t *testing.T) {
 		{onPointer{}, []string{"onPointer", "pointer"}},
 		{unfit{}, []string{"unfit", "Many", "Value", "NoError", "Other", "Variadic", "Last", "Context"}},
 	} {
-		host, _ := TestPluginRPCConn(t, PluginSet{"test": serves(test.v)}, nil)
+		host, _ := plugin.TestPluginRPCConn(t, plugin.PluginSet{"test": serves(test.v)}, nil)
 		_, err := host.Dispense("test")
 		errorSays(t, err, test.words...)
 		check(t, host.Ping())
-		bothWays(t, func(t *testing.T, here, there *MuxBroker) {
-			err := Call(boundedContext(t), dialled(t, here, there, test.v), "Plugin.Echo", "", new(string))
+		bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
+			err := plugin.Call(boundedContext(t), dialled(t, here, there, test.v), "Plugin.Echo", "", new(string))
 			errorSays(t, err, test.words...)
 		})
 	}
@@ -413,7 +352,7 @@ func TestMethods(t *testing.T) {
 			"Other.Echo":     {"Other.Echo", "Plugin"},
 			"Echo":           {"Plugin.Echo"},
 		} {
-			err := Call(boundedContext(t), c, method, new(any), new(string))
+			err := plugin.Call(boundedContext(t), c, method, new(any), new(string))
 			if !errors.As(err, new(rpc.ServerError)) {
 				t.Errorf("%s returned %T: %v", method, err, err)
 			}
@@ -444,7 +383,7 @@ func TestErrorIdentity(t *testing.T) {
 	compare := func(t *testing.T, c *rpc.Client, identity bool) {
 		t.Helper()
 		for name, sent := range all {
-			err := Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
+			err := plugin.Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
 			var remote rpc.ServerError
 			if !errors.As(err, &remote) || string(remote) != sent.Error() || err.Error() != sent.Error() {
 				t.Errorf("%v arrived as %T: %v", sent, err, err)
@@ -462,7 +401,7 @@ func TestErrorIdentity(t *testing.T) {
 	for _, wire := range wires {
 		compare(t, wire.connect(t, all), wire.host && wire.plugin)
 	}
-	bothWays(t, func(t *testing.T, here, there *MuxBroker) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 		compare(t, dialled(t, here, there, all), true)
 	})
 }
@@ -470,8 +409,8 @@ func TestErrorIdentity(t *testing.T) {
 // An error that both sides have registered is the same in another process.
 func TestRegisteredInBothProcesses(t *testing.T) {
 	t.Parallel()
-	_, p := start(t, config("plugin"))
-	err := Call(boundedContext(t), dispense(t, p).Client, "Plugin.Fail", "registered", new(string))
+	_, p := startPlugin(t, testConfig("plugin"))
+	err := plugin.Call(boundedContext(t), dispense(t, p).Client, "Plugin.Fail", "registered", new(string))
 	if !errors.Is(err, errRegistered) {
 		t.Error(err)
 	}
@@ -481,11 +420,11 @@ func TestRegisteredInBothProcesses(t *testing.T) {
 func TestRegisterError(t *testing.T) {
 	text := fmt.Sprint("test: ", rand.Int())
 	first, second := errors.New(text), errors.New(text)
-	RegisterError(first, second)
-	RegisterError(second)
+	plugin.RegisterError(first, second)
+	plugin.RegisterError(second)
 	c := wires[0].connect(t, failing{"first": fmt.Errorf("failing: %w", first), "second": second})
 	for name, want := range map[string]bool{"first": true, "second": false} {
-		err := Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
+		err := plugin.Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
 		if errors.Is(err, first) != want || errors.Is(err, second) {
 			t.Errorf("the %s error is the first: %v, and the second: %v", name, errors.Is(err, first), errors.Is(err, second))
 		}
@@ -495,7 +434,7 @@ func TestRegisterError(t *testing.T) {
 			t.Error("a nil error does not panic")
 		}
 	}()
-	RegisterError(nil)
+	plugin.RegisterError(nil)
 }
 
 // nilError panics when it is asked for its text.
@@ -514,7 +453,7 @@ func TestOddErrors(t *testing.T) {
 	odd := failing{"nil": (*nilError)(nil), "empty": errors.New(""), "panics": oddIs{}}
 	c := wires[0].connect(t, odd)
 	for name := range odd {
-		err := Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
+		err := plugin.Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
 		var remote rpc.ServerError
 		if !errors.As(err, &remote) || remote == "" {
 			t.Errorf("%s: %T: %v", name, err, err)

@@ -1,4 +1,4 @@
-package plugin
+package plugin_test
 
 import (
 	"bytes"
@@ -17,6 +17,7 @@ import (
 	"testing"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/muxplug/plugin"
 )
 
 const testCookie = "TEST_PLUGIN_COOKIE=d5f1"
@@ -26,22 +27,22 @@ type refusal struct {
 	name string
 	args []string
 	env  []string
-	edit func(*ServeConfig)
+	edit func(*plugin.ServeConfig)
 	says string // on stderr
 }
 
 var refusals = []refusal{
 	{name: "by-hand", says: "host"},
 	{name: "wrong-cookie", env: []string{testHandshake.MagicCookieKey + "=wrong"}, says: "host"},
-	{name: "no-cookie", edit: func(c *ServeConfig) { c.MagicCookieKey = "" }, says: "MagicCookieKey"},
-	{name: "no-plugins", env: []string{testCookie}, edit: func(c *ServeConfig) { c.Plugins = nil }, says: "Plugins"},
-	{name: "empty-sets", env: []string{testCookie}, edit: func(c *ServeConfig) {
-		c.Plugins, c.VersionedPlugins = PluginSet{}, map[int]PluginSet{1: nil, 2: {}}
+	{name: "no-cookie", edit: func(c *plugin.ServeConfig) { c.MagicCookieKey = "" }, says: "MagicCookieKey"},
+	{name: "no-plugins", env: []string{testCookie}, edit: func(c *plugin.ServeConfig) { c.Plugins = nil }, says: "Plugins"},
+	{name: "empty-sets", env: []string{testCookie}, edit: func(c *plugin.ServeConfig) {
+		c.Plugins, c.VersionedPlugins = plugin.PluginSet{}, map[int]plugin.PluginSet{1: nil, 2: {}}
 	}, says: "Plugins"},
-	{name: "no-certificate", env: []string{testCookie}, edit: func(c *ServeConfig) {
+	{name: "no-certificate", env: []string{testCookie}, edit: func(c *plugin.ServeConfig) {
 		c.TLSProvider = func() (*tls.Config, error) { return nil, errors.New("out of paper") }
 	}, says: "paper"},
-	{name: "bad-certificate", env: []string{testCookie, envClientCert + "=junk"}, says: "certificate"},
+	{name: "bad-certificate", env: []string{testCookie, certVariable + "=junk"}, says: "certificate"},
 	{name: "no-stdout", env: []string{testCookie}, says: "handshake"},
 	{name: "mux", env: []string{testCookie}, says: "first, second"},
 	{name: "mux", env: []string{testCookie}, args: []string{"third"}, says: "first, second"},
@@ -51,23 +52,23 @@ var refusals = []refusal{
 func init() {
 	if runtime.GOOS != "windows" {
 		refusals = append(refusals,
-			refusal{name: "no-directory", env: []string{testCookie, EnvUnixSocketDir + "=/no/directory"}, says: "/no/directory"},
-			refusal{name: "no-group", env: []string{testCookie, EnvUnixSocketGroup + "=no-group"}, says: "no-group"})
+			refusal{name: "no-directory", env: []string{testCookie, plugin.EnvUnixSocketDir + "=/no/directory"}, says: "/no/directory"},
+			refusal{name: "no-group", env: []string{testCookie, plugin.EnvUnixSocketGroup + "=no-group"}, says: "no-group"})
 	}
 	for _, r := range refusals {
 		modes[r.name] = func() {
 			if r.edit == nil {
-				r.edit = func(*ServeConfig) {}
+				r.edit = func(*plugin.ServeConfig) {}
 			}
 			servePlugin(r.edit)
 		}
 	}
 	modes["mux"] = func() {
-		set := make(ServeMuxMap)
+		set := make(plugin.ServeMuxMap)
 		for _, name := range []string{"first", "second"} {
-			set[name] = &ServeConfig{HandshakeConfig: testHandshake, Plugins: PluginSet{name: serves(newTestServer())}}
+			set[name] = &plugin.ServeConfig{HandshakeConfig: testHandshake, Plugins: plugin.PluginSet{name: serves(newTestServer())}}
 		}
-		ServeMux(set)
+		plugin.ServeMux(set)
 	}
 }
 
@@ -98,7 +99,7 @@ func TestRefusals(t *testing.T) {
 	}
 	cfg := newLab(t).config("plugin")
 	cfg.MagicCookieValue = "wrong"
-	errorSays(t, startError(t, NewClient(cfg)), "cookie", testHandshake.MagicCookieKey, "exit status 1")
+	errorSays(t, startError(t, plugin.NewClient(cfg)), "cookie", testHandshake.MagicCookieKey, "exit status 1")
 }
 
 // The argument selects the plugin that ServeMux serves.
@@ -106,9 +107,9 @@ func TestServeMux(t *testing.T) {
 	for _, name := range []string{"first", "second"} {
 		cfg := newLab(t).config("mux")
 		cfg.Cmd.Args = append(cfg.Cmd.Args, name)
-		cfg.Plugins = PluginSet{name: serves(nil)}
-		_, p := start(t, cfg)
-		test, err := Dispense[*testClient](p, name)
+		cfg.Plugins = plugin.PluginSet{name: serves(nil)}
+		_, p := startPlugin(t, cfg)
+		test, err := plugin.Dispense[*testClient](p, name)
 		check(t, err)
 		echo(t, test.Client)
 	}
@@ -121,7 +122,7 @@ var foreignFile *os.File
 func init() {
 	modes["foreign-lifeline"] = func() {
 		foreignFile = must(os.Open(os.DevNull))
-		os.Setenv(envHost, hostInfo{os.Getppid(), int(foreignFile.Fd()), watchPipe}.String())
+		os.Setenv(lifelineVariable, fmt.Sprintf("%d %d pipe", os.Getppid(), foreignFile.Fd()))
 	}
 	modes["use-foreign"] = func() {
 		runtime.GC()
@@ -134,7 +135,7 @@ func init() {
 // A descriptor that is no pipe is not the host's: it is neither closed nor taken
 // for the end of the host.
 func TestForeignLifeline(t *testing.T) {
-	c, p := start(t, newLab(t).config("foreign-lifeline plugin"))
+	c, p := startPlugin(t, newLab(t).config("foreign-lifeline plugin"))
 	for range 5 {
 		mustCall[string](t, dispense(t, p).Client, "Do", "use-foreign")
 	}
@@ -145,13 +146,13 @@ func TestForeignLifeline(t *testing.T) {
 
 // serveTestMode runs Serve in test mode. The function ends it. closed is
 // CloseCh.
-func serveTestMode(t *testing.T, test ServeTestConfig) (rc *ReattachConfig, stop func(), closed <-chan struct{}) {
+func serveTestMode(t *testing.T, test plugin.ServeTestConfig) (rc *plugin.ReattachConfig, stop func(), closed <-chan struct{}) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	ready, closing := make(chan *ReattachConfig), make(chan struct{})
+	ready, closing := make(chan *plugin.ReattachConfig), make(chan struct{})
 	test.Context, test.ReattachConfigCh, test.CloseCh = ctx, ready, closing
 	returned := async(func() bool {
-		Serve(&ServeConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(newTestState()), Logger: hclog.NewNullLogger(), Test: &test})
+		plugin.Serve(&plugin.ServeConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(newTestState()), Logger: hclog.NewNullLogger(), Test: &test})
 		return true
 	})
 	stop = func() {
@@ -170,28 +171,28 @@ func TestTestMode(t *testing.T) {
 	dir, err := os.MkdirTemp("", "t*")
 	check(t, err)
 	t.Cleanup(func() { check(t, os.Remove(dir)) })
-	for _, name := range append(slices.Clone(protocolEnv), testHandshake.MagicCookieKey) {
+	for _, name := range append(slices.Clone(protocolVariables), testHandshake.MagicCookieKey) {
 		t.Setenv(name, "x")
 	}
-	t.Setenv(EnvUnixSocketDir, dir)
+	t.Setenv(plugin.EnvUnixSocketDir, dir)
 	environ, stdout, stderr := os.Environ(), os.Stdout, os.Stderr
-	rc, stop, closed := serveTestMode(t, ServeTestConfig{})
-	if !rc.Test || rc.Pid != os.Getpid() || rc.ProtocolVersion != 3 || rc.Protocol != ProtocolNetRPC {
+	rc, stop, closed := serveTestMode(t, plugin.ServeTestConfig{})
+	if !rc.Test || rc.Pid != os.Getpid() || rc.ProtocolVersion != 3 || rc.Protocol != plugin.ProtocolNetRPC {
 		t.Errorf("the ReattachConfig is %+v", rc)
 	}
 	if runtime.GOOS != "windows" && filepath.Dir(rc.Addr.String()) != dir {
 		t.Errorf("the socket is %v", rc.Addr)
 	}
 	cfg := attachTo(rc)
-	_, p := start(t, cfg)
-	answers(t, p)
+	_, p := startPlugin(t, cfg)
+	dispenseAndEcho(t, p)
 	check(t, p.Close())
 	receive(t, "CloseCh", closed)
 	stop()
 	if !slices.Equal(os.Environ(), environ) || os.Stdout != stdout || os.Stderr != stderr {
 		t.Error("the environment, stdout or stderr has changed")
 	}
-	if _, err := NewClient(cfg).Start(); err != ErrProcessNotFound {
+	if _, err := plugin.NewClient(cfg).Start(); err != plugin.ErrProcessNotFound {
 		t.Errorf("a client of what was served returned %v", err)
 	}
 }
@@ -203,20 +204,20 @@ func TestTestModeEnds(t *testing.T) {
 	cancel()
 	for _, test := range []struct {
 		name   string
-		config ServeConfig
+		config plugin.ServeConfig
 		says   string
 	}{
-		{"nobody receives", ServeConfig{Plugins: testPlugins(nil), Test: &ServeTestConfig{Context: ctx, ReattachConfigCh: make(chan *ReattachConfig)}}, ""},
-		{"no plugins", ServeConfig{Test: new(ServeTestConfig)}, "Plugins"},
-		{"no certificate", ServeConfig{Plugins: testPlugins(nil), Test: new(ServeTestConfig), TLSProvider: func() (*tls.Config, error) {
+		{"nobody receives", plugin.ServeConfig{Plugins: testPlugins(nil), Test: &plugin.ServeTestConfig{Context: ctx, ReattachConfigCh: make(chan *plugin.ReattachConfig)}}, ""},
+		{"no plugins", plugin.ServeConfig{Test: new(plugin.ServeTestConfig)}, "Plugins"},
+		{"no certificate", plugin.ServeConfig{Plugins: testPlugins(nil), Test: new(plugin.ServeTestConfig), TLSProvider: func() (*tls.Config, error) {
 			return nil, errors.New("out of paper")
 		}}, "paper"},
 	} {
 		closed := make(chan struct{})
 		logger, records := recorder()
 		test.config.Test.CloseCh, test.config.Logger = closed, logger
-		within(t, "Serve", 0, func() { Serve(&test.config) })
-		if !ended(closed) {
+		within(t, "Serve", 0, func() { plugin.Serve(&test.config) })
+		if !isClosed(closed) {
 			t.Errorf("%s: CloseCh is not closed", test.name)
 		}
 		logged := slices.DeleteFunc(records.find(""), func(r logRecord) bool { return r.level <= hclog.Debug })
@@ -236,11 +237,11 @@ func TestTestModeOutput(t *testing.T) {
 	check(t, err)
 	defer file.Close()
 	os.Stdout, os.Stderr = file, file
-	rc, stop, _ := serveTestMode(t, ServeTestConfig{SyncStdio: true})
+	rc, stop, _ := serveTestMode(t, plugin.ServeTestConfig{SyncStdio: true})
 	var out, errs syncBuffer
 	cfg := attachTo(rc)
 	cfg.SyncStdout, cfg.SyncStderr = &out, &errs
-	_, p := start(t, cfg)
+	_, p := startPlugin(t, cfg)
 	fmt.Fprint(os.Stdout, "to stdout,")
 	await(t, "stdout", func() bool { return out.String() == "to stdout," })
 	fmt.Fprint(os.Stderr, "to stderr,")
@@ -257,9 +258,9 @@ func TestTestModeOutput(t *testing.T) {
 
 // The helpers take what tests have.
 var (
-	_ TestingT = (*testing.T)(nil)
-	_ TestingT = (*testing.B)(nil)
-	_ TestingT = testing.TB(nil)
+	_ plugin.TestingT = (*testing.T)(nil)
+	_ plugin.TestingT = (*testing.B)(nil)
+	_ plugin.TestingT = testing.TB(nil)
 )
 
 // What the helpers have made ends with the test.
@@ -267,16 +268,16 @@ func TestHelpers(t *testing.T) {
 	leavesNothing(t)
 	var conns [2]net.Conn
 	t.Run("helped", func(t *testing.T) {
-		conns[0], conns[1] = TestConn(t)
-		c, s := TestRPCConn(t)
+		conns[0], conns[1] = plugin.TestConn(t)
+		c, s := plugin.TestRPCConn(t)
 		check(t, s.RegisterName("Plugin", newTestServer()))
 		echo(t, c)
 		r, w := io.Pipe()
 		defer w.Close()
-		host, _ := TestPluginRPCConn(t, testPlugins(newTestState()), &TestOptions{io.NopCloser(strings.NewReader("to stdout")), r})
+		host, _ := plugin.TestPluginRPCConn(t, testPlugins(newTestState()), &plugin.TestOptions{io.NopCloser(strings.NewReader("to stdout")), r})
 		var stdout, stderr syncBuffer
 		check(t, host.SyncStreams(&stdout, &stderr))
-		answers(t, host)
+		dispenseAndEcho(t, host)
 		fmt.Fprint(w, "to stderr")
 		await(t, "output", func() bool { return stdout.String() == "to stdout" && stderr.String() == "to stderr" })
 	})

@@ -1,6 +1,6 @@
 //go:build unix
 
-package plugin
+package plugin_test
 
 import (
 	"errors"
@@ -8,6 +8,8 @@ import (
 	"os/signal"
 	"syscall"
 	"testing"
+
+	"github.com/muxplug/plugin"
 )
 
 func init() {
@@ -24,7 +26,7 @@ func TestServeSignals(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
 			cfg := l.config("plugin finishing")
-			c, p := start(t, cfg)
+			c, p := startPlugin(t, cfg)
 			test := dispense(t, p)
 			for range 3 {
 				check(t, cfg.Cmd.Process.Signal(syscall.SIGINT))
@@ -37,7 +39,7 @@ func TestServeSignals(t *testing.T) {
 			l.read("finishing")
 			l.write("finish", "")
 			receive(t, "Done", c.Done())
-			var exit *ExitError
+			var exit *plugin.ExitError
 			if !errors.As(c.Err(), &exit) || exit.State == nil || !exit.State.Success() {
 				t.Errorf("the plugin ended with %v", c.Err())
 			}
@@ -48,7 +50,7 @@ func TestServeSignals(t *testing.T) {
 		t.Parallel()
 		cfg := newLab(t).config("plugin")
 		cfg.Cmd.Path, cfg.Cmd.Args = "/bin/sh", []string{"sh", "-c", `trap "" HUP; exec "$0"`, os.Args[0]}
-		c, p := start(t, cfg)
+		c, p := startPlugin(t, cfg)
 		test := dispense(t, p)
 		check(t, cfg.Cmd.Process.Signal(syscall.SIGHUP))
 		for range 200 {
@@ -65,16 +67,16 @@ func TestTestModeSignals(t *testing.T) {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGHUP, os.Interrupt)
 	defer signal.Stop(signals)
-	rc, _, closed := serveTestMode(t, ServeTestConfig{})
-	_, p := start(t, attachTo(rc))
+	rc, _, closed := serveTestMode(t, plugin.ServeTestConfig{})
+	_, p := startPlugin(t, attachTo(rc))
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT} {
 		check(t, syscall.Kill(os.Getpid(), sig))
 		if got := receive(t, sig.String(), signals); got != sig {
 			t.Errorf("%v arrived as %v", sig, got)
 		}
-		answers(t, p)
+		dispenseAndEcho(t, p)
 	}
-	if ended(closed) {
+	if isClosed(closed) {
 		t.Error("the serving has ended")
 	}
 }

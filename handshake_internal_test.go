@@ -1,0 +1,106 @@
+package plugin
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// describe returns what a handshake says.
+func describe(h handshake) string {
+	text := fmt.Sprintf("%d %v:%v %s", h.version, h.addr.Network(), h.addr, h.protocol)
+	if len(h.cert) > 0 {
+		text += fmt.Sprintf(" %x", h.cert)
+	}
+	if h.flushes {
+		text += " flushes"
+	}
+	return text
+}
+
+var handshakeLines = []struct{ line, says string }{
+	// What plugins of this library and of go-plugin send.
+	{"1|3|unix|/tmp/plugin123|netrpc|", "3 unix:/tmp/plugin123 netrpc"},
+	{"1|3|unix|/tmp/plugin123|netrpc||flushes", "3 unix:/tmp/plugin123 netrpc flushes"},
+	{"1|0|tcp|127.0.0.1:10000|netrpc|+/8BAg", "0 tcp:127.0.0.1:10000 netrpc fbff0102"},
+	{"1|3|unix|/s|netrpc|+/8BAg|flushes", "3 unix:/s netrpc fbff0102 flushes"},
+	{"1|3|unix|/tmp/with a space|grpc|", "3 unix:/tmp/with a space grpc"},
+
+	// Fields may be missing, and further ones are ignored.
+	{"1|3|unix|/s|netrpc", "3 unix:/s netrpc"},
+	{"1|3|unix|/s|", "3 unix:/s netrpc"},
+	{"1|3|unix|/s", "3 unix:/s netrpc"},
+	{"1|3|unix|/s|netrpc||true", "3 unix:/s netrpc"},
+	{"1|3|unix|/s|netrpc|+/8BAg|false|more", "3 unix:/s netrpc fbff0102"},
+	{"1|1|tcp|[::1]:80|netrpc|\r\n", "1 tcp:[::1]:80 netrpc"},
+}
+
+// badHandshakes are lines by a word of their errors.
+var badHandshakes = map[string][]string{
+	"core":        {"2|3|unix|/s|netrpc|", "01|3|unix|/s|netrpc|", "99999999999999999999|3|unix|/s", ""},
+	"fields":      {"1", "1|3|unix"},
+	"version":     {"1||unix|/s", "1|x|unix|/s", "1|99999999999999999999|unix|/s"},
+	"network":     {"1|3|udp|127.0.0.1:1", "1|3||/s"},
+	"address":     {"1|3|tcp|", "1|3|tcp|127.0.0.1", "1|3|tcp|127.0.0.1:http", "1|3|tcp|127.0.0.1:65536", "1|3|tcp|localhost:80"},
+	"certificate": {"1|3|unix|/s|netrpc|false", "1|3|unix|/s|netrpc|" + strings.Repeat("*", 80)},
+}
+
+// A handshake line is read as it is meant, or the error says what is wrong.
+func TestHandshakeLine(t *testing.T) {
+	for i, test := range handshakeLines {
+		h, err := parseHandshake(test.line)
+		if check(t, err); describe(h) != test.says {
+			t.Errorf("%q is read as %q, and should be as %q", test.line, describe(h), test.says)
+		}
+		if i < 5 && h.String() != test.line {
+			t.Errorf("%q is written as %q", test.line, h)
+		}
+	}
+	for word, lines := range badHandshakes {
+		for _, line := range lines {
+			_, err := parseHandshake(line)
+			errorSays(t, err, word)
+		}
+	}
+}
+
+// What a plugin is told about its host is read as it was written, and anything
+// else is nothing.
+func TestHostInfo(t *testing.T) {
+	for _, h := range []hostInfo{{1, 3, watchPipe}, {4194304, 0, watchPid}, {7, 0, watchNothing}} {
+		if got := parseHostInfo(h.String()); got != h {
+			t.Errorf("%v is read as %v", h, got)
+		}
+	}
+	for _, text := range []string{"", "1", "1 2", "x 2 pipe", "1 x pipe", "pipe 1 2", "99999999999999999999 1 pipe"} {
+		if got := parseHostInfo(text); got != (hostInfo{}) {
+			t.Errorf("%q is read as %v", text, got)
+		}
+	}
+}
+
+// A plugin serves the highest version that the host lists, or its own lowest.
+func TestNegotiate(t *testing.T) {
+	for _, test := range []struct {
+		own  []int
+		host string
+		want int
+	}{
+		{[]int{1, 2, 3}, "3,2,1", 3},
+		{[]int{1, 2, 3}, "2,4", 2},
+		{[]int{1, 2, 10}, "10,9,2", 10},
+		{[]int{1, 2, 3}, "4", 1},
+		{[]int{2, 3}, "", 2},
+		{[]int{0}, "0", 0},
+		{[]int{1, 12}, "1,2", 1},
+		{[]int{2, 3}, "x,,3y,2", 2},
+	} {
+		sets := make(map[int]PluginSet)
+		for _, version := range test.own {
+			sets[version] = PluginSet{}
+		}
+		if got := negotiate(sets, test.host); got != test.want {
+			t.Errorf("of %d, %d is served to a host with %q", test.own, got, test.host)
+		}
+	}
+}

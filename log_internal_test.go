@@ -1,0 +1,242 @@
+package plugin
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// logged returns what is logged of a plugin's stderr: the records as text, and
+// the log. The output comes in pieces.
+func logged(t testing.TB, limit int, stderr ...string) (records []string, text string) {
+	t.Helper()
+	var out bytes.Buffer
+	logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{Output: &out, Level: hclog.Trace})
+	recorded := new(recordTexts)
+	logger.RegisterSink(recorded)
+	l := &stderrLog{logger: logger}
+	w := &lineWriter{max: limit, emit: l.line}
+	for _, s := range stderr {
+		_, err := io.WriteString(w, s)
+		check(t, err)
+	}
+	check(t, w.Close())
+	return *recorded, out.String()
+}
+
+// recordTexts collects the records of a logger as "level: message | key=value
+// key=value". Strings have quotes.
+type recordTexts []string
+
+func (r *recordTexts) Accept(_ string, level hclog.Level, msg string, args ...any) {
+	text := level.String() + ": " + msg
+	separator := " | "
+	for i := 0; i+1 < len(args); i += 2 {
+		value := fmt.Sprint(args[i+1])
+		if s, ok := args[i+1].(string); ok {
+			value = strconv.Quote(s)
+		}
+		text += separator + fmt.Sprint(args[i]) + "=" + value
+		separator = " "
+	}
+	*r = append(*r, text)
+}
+
+// stderrLines are lines that a plugin may write to its stderr, and their
+// records.
+var stderrLines = []struct{ line, record string }{
+	// hclog
+	{`{"@level":"info","@message":"hello","@module":"m","@timestamp":"2024-05-06T07:08:09.123456Z","zebra":1,"apple":"two","mango":true}`,
+		`info: hello | @module="m" apple="two" mango=true zebra=1 timestamp="2024-05-06T07:08:09.123Z"`},
+	{`{"@level":"trace","@message":"x"}`, `trace: x`}, {`{"@level":"debug","@message":"x"}`, `debug: x`}, {`{"@message":"x","@level":"warn"}`, `warn: x`},
+	{`{"@level":"error","@message":"x","id":12345678901234567890}`, `error: x | id=12345678901234567890`},
+	{`{"@level":"info","@message":"x","list":["a", 1],"o":{"p":{}},"null":null}`, `info: x | list=["a", 1] null=null o={"p":{}}`},
+	{`{"@level":"info","@message":"x","@timestamp":"noon"}`, `info: x | timestamp="noon"`},
+	{`{"1st":1,"@level":"info","@message":"x","level":"error","msg":"y","time":"noon"}`, `info: x | 1st=1 level="error" msg="y" time="noon"`},
+
+	// slog's JSON and its levels
+	{`{"time":"2024-05-06T07:08:09.123456789+02:00","level":"WARN","msg":"careful","z":"1","a":"2"}`,
+		`warn: careful | a="2" z="1" timestamp="2024-05-06T07:08:09.123+0200"`},
+	{`{"level":"DEBUG-4","msg":"x"}`, `trace: x`}, {`{"level":"DEBUG","msg":"x"}`, `debug: x`}, {`{"level":"INFO-1","msg":"x"}`, `debug: x`},
+	{`{"level":"INFO","msg":"x"}`, `info: x`}, {`{"level":"INFO+2","msg":"x"}`, `info: x`}, {`{"level":"ERROR","msg":"x"}`, `error: x`},
+	{`{"level":"ERROR+8","msg":"x"}`, `error: x`},
+
+	// package log, and slog's default handler
+	{`[TRACE] x`, `trace: x`}, {`[DEBUG] x`, `debug: x`}, {`[INFO] x`, `info: x`}, {`[WARN]x`, `warn: x`}, {`[ERROR] [x]`, `error: [x]`},
+	{`2024/05/06 07:08:09 [WARN] x`, `warn: x`}, {`2024/05/06 07:08:09.123456 [ERROR] x`, `error: x`},
+	{`07:08:09 [INFO] x`, `info: x`}, {`2024/05/06 [INFO] x`, `info: x`},
+	{`2026/11/25 00:05:20 INFO counting who=count`, `info: counting who=count`}, {`2026/11/25 00:05:20.123 WARN+1 x`, `warn: x`},
+	{`2026/11/25 00:05:20 DEBUG-4 x`, `trace: x`}, {`2026/11/25 00:05:20 ERROR x`, `error: x`},
+
+	// slog's TextHandler
+	{`time=2026-11-25T00:05:20.123Z level=INFO msg=counting who=count`, `info: time=2026-11-25T00:05:20.123Z level=INFO msg=counting who=count`},
+	{`level=ERROR+1 msg="x y"`, `error: level=ERROR+1 msg="x y"`}, {`level=WARN source=/a/b.go:1 msg=x`, `warn: level=WARN source=/a/b.go:1 msg=x`},
+
+	// what a terminal would obey, or a reader of the log would take for a record
+	{"hello\r", `debug: hello`}, {"hidden\rshown", `debug: hidden\rshown`}, {"a\x00b\xff\xfe", `debug: a\x00b\xff\xfe`}, {"\x1b[31mred", `debug: \x1b[31mred`},
+	{`{"@level":"info","@message":"\u001b[2J","a\u0007":"b"}`, `info: \x1b[2J | a\a="b"`},
+	{`{"@level":"info","@message":"x","a":[["\u001b"]]}`, `info: x | a=[["\u001b"]]`},
+	{`{"@level":"info","@message":"x\n2026-01-01T00:00:00.000Z [ERROR] y"}`, `info: x\n2026-01-01T00:00:00.000Z [ERROR] y`},
+	{`{"@level":"info","@message":"x","k\n2026-01-01T00:00:00.000Z [ERROR] y":1}`, `info: x | k\n2026-01-01T00:00:00.000Z [ERROR] y=1`},
+	{`{"@level":"info","@message":"x","k":"v\n2026-01-01T00:00:00.000Z [ERROR] y"}`, `info: x | k="v\n2026-01-01T00:00:00.000Z [ERROR] y"`},
+}
+
+func init() {
+	// These are logged at Debug as they are.
+	for _, line := range []string{
+		`hello`, ``, "a\tb", `größer 日本`, `a line with [ERROR] in it`, `[error] x`, `[FATAL] x`, `recovered panic: boom`,
+		`INFO x`, `2026/11/25 00:05:20 INFORMED x`, `2026/11/25 00:05:20 x`, `level=LOUD msg=x`, `the level=ERROR msg=x`,
+		`{"@message":1}`, `{"@level":3,"@message":"x"}`, `{"@message":"x"}`, `{"@level":"info"}`, `{"@level":"off","@message":"x"}`,
+		`{"@level":"error","@message":"half a record"`, `{"@level":"error","@message":"x"} and more`, `{"@level":"error","@message":"x"}{}`,
+		`{"a":1,"b":[2]}`, `null`, `{}`, `{`, `{"a":` + strings.Repeat(`[`, 20000),
+	} {
+		stderrLines = append(stderrLines, struct{ line, record string }{line, "debug: " + line})
+	}
+}
+
+// Each line is one record, with the level that it has.
+func TestLogLine(t *testing.T) {
+	for _, test := range stderrLines {
+		got, text := logged(t, defaultLogBufferSize, test.line+"\n")
+		if !slices.Equal(got, []string{test.record}) {
+			t.Errorf("%.100q is logged as\n%.200q, and should be\n%.200q", test.line, got, test.record)
+		}
+		checkLogIsSafe(t, text, 1)
+	}
+}
+
+// checkLogIsSafe checks that a log has n records, and nothing that a terminal obeys.
+func checkLogIsSafe(t testing.TB, text string, n int) {
+	t.Helper()
+	if got := len(regexp.MustCompile(`(?m)^\d{4}-\d\d-\d\dT`).FindAllString(text, -1)); got != n {
+		t.Errorf("%d records look like %d:\n%q", n, got, text)
+	}
+	if i := strings.IndexFunc(text, func(r rune) bool { return r < ' ' && r != '\n' && r != '\t' || r == 0x7f }); i >= 0 {
+		t.Errorf("the log has %q in it:\n%q", text[i], text)
+	}
+}
+
+// A line that is too long is cut. A record that is cut is not one, and what is
+// behind the cut is no line.
+func TestLongLogLine(t *testing.T) {
+	const limit = 40
+	long := strings.Repeat("x", limit)
+	record := func(message string) string { return `{"@level":"error","@message":"` + message + `"}` }
+	for _, test := range []struct {
+		output string
+		want   []string
+	}{
+		{long + "\n", []string{"debug: " + long}},
+		{long + "y\nz\n", []string{"debug: " + long + " [1 more bytes]", "debug: z"}},
+		{long + "[ERROR] e" + long, []string{"debug: " + long + " [49 more bytes]"}},
+		{"[WARN] " + long, []string{"warn: " + long[7:] + " [7 more bytes]"}},
+		{record("12345678"), []string{"error: 12345678"}},
+		{record("12345678") + "junk", []string{"debug: " + record("12345678") + " [4 more bytes]"}},
+		{record("123456789"), []string{"debug: " + record("123456789")[:limit] + " [1 more bytes]"}},
+		{"a\n\nb\r\n", []string{"debug: a", "debug: ", "debug: b"}},
+		{"no end", []string{"debug: no end"}},
+		{"", nil},
+	} {
+		if got, _ := logged(t, limit, test.output); !slices.Equal(got, test.want) {
+			t.Errorf("%q is logged as\n%q, and should be\n%q", test.output, got, test.want)
+		}
+		if got, _ := logged(t, limit, strings.SplitAfter(test.output, "")...); !slices.Equal(got, test.want) {
+			t.Errorf("byte by byte, %q is logged as\n%q", test.output, got)
+		}
+	}
+}
+
+// The lines of a panic or fatal error are errors, and those around it are not.
+func TestLogOfPanics(t *testing.T) {
+	const trace = `goroutine 1 [running]:
+main.run(0x1, {0xc000012345, 0x2})
+	/src/main.go:12 +0x1d
+created by main.start in goroutine 7
+	/src/main.go:20 +0x4c
+
+goroutine 18 [chan receive, 2 minutes]:
+main.wait(...)
+	/src/main.go:30
+`
+	for _, crash := range []string{
+		"panic: boom\n\n" + trace,
+		"panic: boom\n\n" + strings.Repeat(trace, 20),
+		"panic: boom [recovered]\n\tpanic: boom again\n\n" + trace,
+		"panic: two\nlines\n\n" + trace,
+		"fatal error: all goroutines are asleep - deadlock!\n\n" + trace,
+		"panic: runtime error: nil pointer dereference\n[signal SIGSEGV: segmentation violation code=0x1 addr=0x0 pc=0x1]\n\n" + trace,
+		"fatal error: unexpected signal\n\nruntime.throw({0x1?, 0x2?})\n\t/go/panic.go:1 +0x1\n\n" + trace + "\nrax    0x0\nrip    0x4b2d21\n",
+	} {
+		records, _ := logged(t, defaultLogBufferSize, "before\n", crash, "[INFO] after\n", "and after\n")
+		lines := strings.Split("before\n"+crash+"after\nand after", "\n")
+		if len(records) != len(lines) {
+			t.Fatalf("%d lines make %d records", len(lines), len(records))
+		}
+		for i, line := range lines {
+			level := map[int]string{0: "debug", len(lines) - 2: "info", len(lines) - 1: "debug"}[i]
+			if level == "" {
+				level = "error"
+			}
+			if records[i] != level+": "+line {
+				t.Errorf("%q is logged as %q", line, records[i])
+			}
+		}
+		l := &stderrLog{logger: hclog.NewNullLogger()}
+		w := &lineWriter{max: defaultLogBufferSize, emit: l.line}
+		fmt.Fprint(w, "panic: the one before\n", crash)
+		if got := string(l.crash); got != crash {
+			t.Errorf("of a crash there is kept %q", got)
+		}
+		fmt.Fprint(w, strings.Repeat("more of it\n", crashSize))
+		if len(l.crash) > crashSize || !strings.HasPrefix(string(l.crash), crash) {
+			t.Errorf("of a long crash there are kept %d bytes", len(l.crash))
+		}
+	}
+	// Without a trace it is no panic.
+	records, _ := logged(t, defaultLogBufferSize, "panic: it was only a drill\n", strings.Repeat("as ever\n", 100))
+	if records[0] != "error: panic: it was only a drill" || records[100] != "debug: as ever" {
+		t.Errorf("a line with the word panic is logged as %q, and the last behind it as %q", records[0], records[100])
+	}
+}
+
+// The end of stderr is kept, in whole lines.
+func TestLogTail(t *testing.T) {
+	var kept tail
+	for i := range 10000 {
+		fmt.Fprintln(&kept, "line", i)
+	}
+	got := kept.String()
+	if !strings.HasPrefix(got, "line ") || !strings.HasSuffix(got, "line 9998\nline 9999\n") || len(got) > tailSize || len(got) < tailSize-20 {
+		t.Errorf("there are kept %d bytes, from %.20q", len(got), got)
+	}
+	fmt.Fprint(&kept, strings.Repeat("x", 10*tailSize))
+	if got := kept.String(); got != strings.Repeat("x", tailSize) {
+		t.Errorf("of a long line there are kept %d bytes, from %.20q", len(got), got)
+	}
+}
+
+// shortWriter counts its calls, and fails.
+type shortWriter struct{ calls *int }
+
+func (w shortWriter) Write([]byte) (int, error) {
+	*w.calls++
+	return 2, io.ErrShortWrite
+}
+
+// A writer that fails is not used again, and the output goes on.
+func TestForgivingWriter(t *testing.T) {
+	calls := 0
+	w := &forgiving{shortWriter{&calls}}
+	for range 3 {
+		if n, err := w.Write([]byte("output")); n != 6 || err != nil || calls != 1 {
+			t.Errorf("Write returned %d, %v, after %d calls", n, err, calls)
+		}
+	}
+}

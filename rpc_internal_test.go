@@ -1,0 +1,72 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/rpc"
+	"testing"
+	"time"
+)
+
+// errLoss is why the connection of a brokenConn was lost.
+var errLoss = errors.New("test: the reason for the loss")
+
+// brokenConn is a connection whose loss is found by writing first. Reading
+// learns the reason when known is closed.
+type brokenConn struct {
+	written chan struct{} // gets something when a Write has failed
+	known   chan struct{}
+}
+
+func (c *brokenConn) Write([]byte) (int, error) {
+	c.written <- struct{}{}
+	return 0, io.ErrClosedPipe
+}
+
+func (c *brokenConn) Read([]byte) (int, error) {
+	<-c.known
+	return 0, errLoss
+}
+
+func (c *brokenConn) Close() error { return nil }
+
+// spawn is for clients without a session.
+func spawn(f func()) bool {
+	go f()
+	return true
+}
+
+// Until the reason for the loss of a connection is known, calls wait for it,
+// including those that begin after the loss.
+func TestCallsWaitForReason(t *testing.T) {
+	conn := &brokenConn{written: make(chan struct{}, 100), known: make(chan struct{})}
+	c := newRPCClient(conn, spawn)
+	defer c.Close()
+	calls := []*rpc.Call{c.Go("Plugin.Echo", "", new(string), nil)}
+	receive(t, "a Write", conn.written)
+	for range 20 {
+		calls = append(calls, c.Go("Plugin.Echo", "", new(string), nil))
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	if err := Call(ctx, c, "Plugin.Echo", "", new(string)); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	for i, call := range calls {
+		if len(call.Done) > 0 {
+			t.Errorf("call %d does not wait: %v", i, call.Error)
+		}
+	}
+	close(conn.known)
+	for i, call := range calls {
+		if receive(t, "a call", call.Done); !errors.Is(call.Error, errLoss) {
+			t.Errorf("call %d returned %v", i, call.Error)
+		}
+	}
+	for err := error(nil); err != rpc.ErrShutdown; {
+		if err = c.Call("Plugin.Echo", "", new(string)); err != rpc.ErrShutdown && !errors.Is(err, errLoss) {
+			t.Fatalf("a later call returned %v", err)
+		}
+	}
+}
