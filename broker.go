@@ -39,52 +39,26 @@ type MuxBroker struct {
 	session *session
 	ids     atomic.Uint32
 
-	mu      sync.Mutex // guards meeting
-	meeting map[uint32]*meetingPoint
-}
-
-// meetingPoint hands the streams that are dialled as one id to those that accept it. It
-// exists while there are any of them.
-type meetingPoint struct {
-	streams chan *stream
-	users   int
+	mu         sync.Mutex // guards rendezvous, and the users of each
+	rendezvous map[uint32]*rendezvous
 }
 
 func newMuxBroker(s *session) *MuxBroker {
-	return &MuxBroker{session: s, meeting: make(map[uint32]*meetingPoint)}
-}
-
-// meet returns the streams of a meetingPoint. leave must be called.
-func (b *MuxBroker) meet(id uint32) (streams chan *stream, leave func()) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	m := b.meeting[id]
-	if m == nil {
-		m = &meetingPoint{streams: make(chan *stream)}
-		b.meeting[id] = m
-	}
-	m.users++
-	return m.streams, func() {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		if m.users--; m.users == 0 {
-			delete(b.meeting, id)
-		}
-	}
+	return &MuxBroker{session: s, rendezvous: make(map[uint32]*rendezvous)}
 }
 
 // NextId returns a number for a stream. Host and plugin return different numbers, also if
 // one of them uses go-plugin. Numbers repeat after 1,073,741,823.
 func (b *MuxBroker) NextId() uint32 {
 	const bits = 1<<30 - 1
-	for {
-		if n := b.ids.Add(1) & bits; n != 0 {
-			if b.session.host {
-				return n | 1<<31
-			}
-			return n | 1<<30
-		}
+	n := b.ids.Add(1) & bits
+	for n == 0 {
+		n = b.ids.Add(1) & bits
 	}
+	if b.session.host {
+		return n | 1<<31
+	}
+	return n | 1<<30
 }
 
 // Accept is [MuxBroker.AcceptContext] with a limit of five seconds.
@@ -106,22 +80,30 @@ func (b *MuxBroker) AcceptContext(ctx context.Context, id uint32) (net.Conn, err
 }
 
 func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
-	streams, leave := b.meet(id)
-	defer leave()
+	meeting := b.join(id)
+	defer b.leave(id, meeting)
 	select {
-	case st := <-streams:
-		// The peer waits for these bytes, but may have no room for them.
-		_ = st.SetWriteDeadline(time.Now().Add(brokerTimeout))
-		if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
+	case st := <-meeting.streams:
+		if err := acknowledge(st, id); err != nil {
 			abort(st)
 			return nil, err
 		}
-		return st, st.SetWriteDeadline(time.Time{})
+		return st, nil
 	case <-ctx.Done():
 		return nil, fmt.Errorf("the peer has not dialled it: %w", contextError(ctx))
 	case <-b.session.ended():
 		return nil, b.session.explain(net.ErrClosed)
 	}
+}
+
+// acknowledge tells the peer that a stream has been accepted. The peer waits for this,
+// but may have no room for it.
+func acknowledge(st *stream, id uint32) error {
+	_ = st.SetWriteDeadline(time.Now().Add(brokerTimeout))
+	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
+		return err
+	}
+	return st.SetWriteDeadline(time.Time{})
 }
 
 // Dial is [MuxBroker.DialContext] with a limit of five seconds.
@@ -135,62 +117,89 @@ func (b *MuxBroker) Dial(id uint32) (net.Conn, error) {
 // ends, with an error that wraps ctx.Err(), when the connection ends, and when the peer
 // has not accepted the stream within five seconds.
 func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error) {
-	type result struct {
-		st  *stream
-		err error
+	st, err := b.dial(ctx, id)
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("the peer has not accepted it: %w", contextError(ctx))
 	}
-	dialled := make(chan result)
-	// While the process of the peer is stopped, writing may block, and ctx does
-	// not end that. This goroutine ends with the answer, ctx or the session.
-	running := b.session.spawn(func() {
-		st, err := b.dial(ctx, id)
-		select {
-		case dialled <- result{st, err}:
-		case <-ctx.Done():
-			if err == nil {
-				abort(st)
-			}
-		}
-	})
-	r := result{err: net.ErrClosed}
-	if running {
-		select {
-		case r = <-dialled:
-		case <-ctx.Done():
-			r.err = ctx.Err()
-		}
+	if err != nil {
+		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
 	}
-	if r.err != nil && ctx.Err() != nil {
-		r.err = fmt.Errorf("the peer has not accepted it: %w", contextError(ctx))
-	}
-	if r.err != nil {
-		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, r.err)
-	}
-	return r.st, nil
+	return st, nil
 }
 
+// dialResult is what openAs returns.
+type dialResult struct {
+	stream *stream
+	err    error
+}
+
+// dial returns when ctx ends. openAs may not: while the process of the peer is stopped,
+// it may wait to write.
 func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
+	dialled := make(chan dialResult)
+	// Ends with the answer of the peer, ctx or the session.
+	running := b.session.spawn(func() {
+		b.sendDialled(ctx, id, dialled)
+	})
+	if !running {
+		return nil, net.ErrClosed
+	}
+	select {
+	case result := <-dialled:
+		return result.stream, result.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// sendDialled sends the result of openAs to dial, if dial still waits for it.
+func (b *MuxBroker) sendDialled(ctx context.Context, id uint32, dialled chan<- dialResult) {
+	st, err := b.openAs(ctx, id)
+	select {
+	case dialled <- dialResult{stream: st, err: err}:
+	case <-ctx.Done():
+		if err == nil {
+			abort(st)
+		}
+	}
+}
+
+// openAs opens a stream, sends its id and waits for the acknowledgement.
+func (b *MuxBroker) openAs(ctx context.Context, id uint32) (*stream, error) {
 	st, err := b.session.open()
 	if err != nil {
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, func() { abort(st) })
-	var ack [4]byte
-	if _, err = st.Write(binary.LittleEndian.AppendUint32(nil, id)); err == nil {
-		_, err = io.ReadFull(st, ack[:])
-	}
-	switch {
-	case !stop():
+	err = introduce(st, id)
+	inTime := stop()
+	if !inTime {
 		err = ctx.Err()
-	case err == io.EOF:
-		err = errors.New("the peer closed it and did not accept it")
-	case err == nil && binary.LittleEndian.Uint32(ack[:]) != id:
-		err = errors.New("the peer accepted another")
 	}
 	if err != nil {
 		abort(st)
+		return nil, err
 	}
-	return st, err
+	return st, nil
+}
+
+// introduce sends the id of a stream and waits for the acknowledgement.
+func introduce(st *stream, id uint32) error {
+	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
+		return err
+	}
+	var ack [4]byte
+	_, err := io.ReadFull(st, ack[:])
+	if err == io.EOF {
+		return errors.New("the peer closed it and did not accept it")
+	}
+	if err != nil {
+		return err
+	}
+	if binary.LittleEndian.Uint32(ack[:]) != id {
+		return errors.New("the peer accepted another")
+	}
+	return nil
 }
 
 // Run receives the streams that the peer dials, until the connection ends. The package
@@ -211,19 +220,49 @@ func (b *MuxBroker) receive(st *stream) {
 	timeout := time.NewTimer(brokerTimeout)
 	defer timeout.Stop()
 	_ = st.SetReadDeadline(time.Now().Add(brokerTimeout))
-	var id [4]byte
-	if _, err := io.ReadFull(st, id[:]); err != nil {
+	var sent [4]byte
+	if _, err := io.ReadFull(st, sent[:]); err != nil {
 		abort(st)
 		return
 	}
 	_ = st.SetReadDeadline(time.Time{})
-	streams, leave := b.meet(binary.LittleEndian.Uint32(id[:]))
-	defer leave()
+	id := binary.LittleEndian.Uint32(sent[:])
+	meeting := b.join(id)
+	defer b.leave(id, meeting)
 	select {
-	case streams <- st:
+	case meeting.streams <- st:
 	case <-timeout.C:
 		abort(st)
 	case <-b.session.ended():
+	}
+}
+
+// rendezvous hands the streams that the peer dials as one id to those that accept it. It
+// exists while it has users, which are either.
+type rendezvous struct {
+	streams chan *stream
+	users   int
+}
+
+// join returns the rendezvous of an id. leave must be called.
+func (b *MuxBroker) join(id uint32) *rendezvous {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	meeting := b.rendezvous[id]
+	if meeting == nil {
+		meeting = &rendezvous{streams: make(chan *stream)}
+		b.rendezvous[id] = meeting
+	}
+	meeting.users++
+	return meeting
+}
+
+func (b *MuxBroker) leave(id uint32, meeting *rendezvous) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	meeting.users--
+	if meeting.users == 0 {
+		delete(b.rendezvous, id)
 	}
 }
 
@@ -237,12 +276,14 @@ func (b *MuxBroker) Close() error {
 // closes its client. [Plugin] describes the methods. An error of Accept is logged.
 func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
 	svc := b.service(v)
-	st, err := b.Accept(id)
+	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
+	defer cancel()
+	st, err := b.accept(ctx, id)
 	if err != nil {
-		b.session.logger.Error("a service was not dialled", "error", err)
+		b.session.logger.Error("a service was not dialled", "stream", id, "error", err)
 		return
 	}
-	b.session.serve(b.session.calls, st.(*stream), svc)
+	b.session.serve(b.session.calls, st, svc)
 }
 
 // service returns a service for v. If none of its methods can be called, calls return an
@@ -266,44 +307,53 @@ func (b *MuxBroker) service(v any) *service {
 // the service ends when the peer closes its client, or with the connection.
 func (b *MuxBroker) ServeRPC(v any) (id uint32, stop func()) {
 	svc := b.service(v)
-	l := b.serve(svc, &svc.calls, brokerTimeout)
-	return l.id, l.stop
+	offer := b.offer(svc, &svc.calls, brokerTimeout)
+	return offer.id, offer.stop
 }
 
-// loan is a service, reader or writer that is served to the peer.
-type loan struct {
-	id    uint32
-	ctx   context.Context // ends with the loan
-	uses  *group          // calls, or Reads or Writes, that are running
-	end   func()          // ends the loan without waiting for uses
-	reads bool            // it is a reader
+// offer is a service, reader or writer that the peer may dial and use.
+type offer struct {
+	id      uint32
+	ctx     context.Context // ends with the offer
+	cancel  context.CancelCauseFunc
+	service *service
+	uses    *group // the calls of a service, or the Reads or Writes of a stream, that are running
+	reads   bool   // it is a reader
 }
 
-func (l *loan) stop() {
-	l.end()
-	l.uses.Wait()
-}
-
-// serve serves svc to the peer, which must dial it in time.
-func (b *MuxBroker) serve(svc *service, uses *group, timeout time.Duration) *loan {
-	id := b.NextId()
-	ctx, cancel := context.WithCancelCause(b.session.calls)
+// offer offers svc to the peer, which must dial it in time.
+func (b *MuxBroker) offer(svc *service, uses *group, timeout time.Duration) *offer {
+	o := &offer{id: b.NextId(), service: svc, uses: uses}
+	o.ctx, o.cancel = context.WithCancelCause(b.session.calls)
 	// Ends with the stream or the session, or if the peer does not dial in time.
-	b.session.spawn(func() {
-		defer cancel(nil)
-		dialling, expire := context.WithTimeout(ctx, timeout)
-		defer expire()
-		if st, err := b.accept(dialling, id); err == nil {
-			b.session.serve(ctx, st, svc)
-		} else {
-			b.session.debug("what is served was not dialled", "stream", id, "error", err)
-		}
-	})
-	return &loan{id: id, ctx: ctx, uses: uses, end: func() {
-		svc.calls.close()
-		uses.close()
-		cancel(errStopped)
-	}}
+	b.session.spawn(func() { b.fulfil(o, timeout) })
+	return o
+}
+
+// fulfil accepts the stream of an offer and answers the calls on it.
+func (b *MuxBroker) fulfil(o *offer, timeout time.Duration) {
+	defer o.cancel(nil)
+	dialling, expire := context.WithTimeout(o.ctx, timeout)
+	defer expire()
+	st, err := b.accept(dialling, o.id)
+	if err != nil {
+		b.session.debug("what is served was not dialled", "stream", o.id, "error", err)
+		return
+	}
+	b.session.serve(o.ctx, st, o.service)
+}
+
+// end ends the offer without waiting for uses. None begins any more.
+func (o *offer) end() {
+	o.service.calls.close()
+	o.uses.close()
+	o.cancel(errStopped)
+}
+
+// stop ends the offer and waits for its uses.
+func (o *offer) stop() {
+	o.end()
+	o.uses.Wait()
 }
 
 // DialRPC returns a client for the service that the peer serves as id with ServeRPC or

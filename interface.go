@@ -198,8 +198,8 @@ func (r *Remote) invoke(ctx context.Context, result reflect.Type, method string,
 	case len(s.params) != len(args):
 		return v, fmt.Errorf("plugin: Invoke: %s takes %d arguments behind the context and not %d", method, len(s.params), len(args))
 	}
-	var loans []*loan
-	defer func() { endLoans(loans) }()
+	var offers []*offer
+	defer func() { stopOffers(offers) }()
 	sent, reply := reflect.New(s.sent), reflect.New(s.result.sent)
 	for i, arg := range args {
 		p, to, x := s.params[i], s.field(sent.Elem(), i), reflect.ValueOf(arg)
@@ -210,8 +210,8 @@ func (r *Remote) invoke(ctx context.Context, result reflect.Type, method string,
 		case p.sent == p.Type:
 			to.Set(x)
 		case p.function == nil || !x.IsNil():
-			l := p.lend(r.broker, x, untilStopped, nil)
-			loans = append(loans, l)
+			l := p.serveValue(r.broker, x, untilStopped, nil)
+			offers = append(offers, l)
 			to.SetUint(uint64(l.id))
 		}
 	}
@@ -225,17 +225,17 @@ func (r *Remote) invoke(ctx context.Context, result reflect.Type, method string,
 	if err = Call(ctx, r.client, "Plugin."+method, sent.Interface(), into); err != nil {
 		return v, err
 	}
-	v, _, err = s.result.take(ctx, r.broker, reply.Elem())
+	v, _, err = s.result.dialValue(ctx, r.broker, reply.Elem())
 	return v, err
 }
 
-// endLoans ends the serving of arguments. It waits for a Write or callback that is
+// stopOffers ends the serving of arguments. It waits for a Write or callback that is
 // running, and until readTimeout for a Read.
-func endLoans(loans []*loan) {
-	for _, l := range loans {
+func stopOffers(offers []*offer) {
+	for _, l := range offers {
 		l.end()
 	}
-	for _, l := range loans {
+	for _, l := range offers {
 		if l.reads {
 			waitFor(readTimeout, l.uses.allDone())
 		} else {
@@ -249,7 +249,7 @@ func endLoans(loans []*loan) {
 // has not seen.
 func giveBack(taken []io.Closer, returned bool) (err error) {
 	for _, c := range taken {
-		w, ok := c.(pipeWriter)
+		w, ok := c.(*dialledWriter)
 		switch {
 		case !ok:
 			_ = c.Close()
@@ -260,7 +260,7 @@ func giveBack(taken []io.Closer, returned bool) (err error) {
 		}
 	}
 	for _, c := range taken {
-		if w, ok := c.(pipeWriter); ok {
+		if w, ok := c.(*dialledWriter); ok {
 			seen := w.failed.Load()
 			if failed := w.Close(); !seen {
 				err = cmp.Or(err, failed)

@@ -117,32 +117,45 @@ func (s *shape) field(sent reflect.Value, i int) reflect.Value {
 	return sent.Field(i)
 }
 
-// lend serves x, which is a stream or function, to the peer. closer is called when a
-// stream is closed or its serving ends.
-func (v *value) lend(b *MuxBroker, x reflect.Value, timeout time.Duration, closer func() error) *loan {
+// serveValue serves x, which is a stream or function, to the peer. closer is called when
+// a stream is closed or its serving ends.
+func (v *value) serveValue(b *MuxBroker, x reflect.Value, timeout time.Duration, closer func() error) *offer {
 	if v.function != nil {
 		svc := &service{methods: map[string]*method{"Call": v.function.serve(b, x)}}
-		return b.serve(svc, &svc.calls, timeout)
+		return b.offer(svc, &svc.calls, timeout)
 	}
 	if v.stream == "Write" {
-		return b.serveStream("Write", x.Interface().(io.Writer).Write, timeout, closer)
+		return b.offerWriter(x.Interface().(io.Writer), timeout, closer)
 	}
-	return b.serveStream("Read", x.Interface().(io.Reader).Read, timeout, closer)
+	return b.offerReader(x.Interface().(io.Reader), timeout, closer)
 }
 
-// take returns the value for which x was sent. closer, if not nil, ends its use.
-func (v *value) take(ctx context.Context, b *MuxBroker, x reflect.Value) (_ reflect.Value, closer io.Closer, err error) {
-	switch {
-	case v.sent == v.Type:
+// dialValue returns the value for which x was sent. closer, if not nil, ends its use.
+func (v *value) dialValue(ctx context.Context, b *MuxBroker, x reflect.Value) (_ reflect.Value, closer io.Closer, err error) {
+	if v.sent == v.Type {
 		return x, nil, nil
-	case x.IsZero():
-		return reflect.Zero(v.Type), nil, nil
-	case v.function != nil:
-		c, err := b.dialRPC(ctx, uint32(x.Uint()))
-		return v.function.proxy(ctx, b, c, v.Type), c, err
 	}
-	closer, err = b.dialStream(ctx, uint32(x.Uint()), v.stream, slices.Contains(resultStreams, v.Type))
-	return reflect.ValueOf(closer), closer, err
+	if x.IsZero() {
+		return reflect.Zero(v.Type), nil, nil
+	}
+	id := uint32(x.Uint())
+	owned := slices.Contains(resultStreams, v.Type)
+	switch {
+	case v.function != nil:
+		client, err := b.dialRPC(ctx, id)
+		if err != nil {
+			return reflect.Value{}, nil, err
+		}
+		return v.function.proxy(ctx, b, client, v.Type), client, nil
+	case v.stream == "Write":
+		closer, err = b.dialWriter(ctx, id, owned)
+	default:
+		closer, err = b.dialReader(ctx, id, owned)
+	}
+	if err != nil {
+		return reflect.Value{}, nil, err
+	}
+	return reflect.ValueOf(closer), closer, nil
 }
 
 // serve returns a method that calls f, which has this shape.
@@ -171,7 +184,7 @@ func (s *shape) run(ctx context.Context, b *MuxBroker, f, sent reflect.Value) (o
 		args = append(args, reflect.ValueOf(ctx))
 	}
 	for i, p := range s.params {
-		arg, closer, err := p.take(ctx, b, s.field(sent, i))
+		arg, closer, err := p.dialValue(ctx, b, s.field(sent, i))
 		if err != nil {
 			return nil, err
 		}
@@ -187,7 +200,7 @@ func (s *shape) run(ctx context.Context, b *MuxBroker, f, sent reflect.Value) (o
 	return out, err
 }
 
-// runStream is run for a function that returns a stream, which it lends. The context
+// runStream is run for a function that returns a stream, which it serves. The context
 // of f ends with the call's, or else with the stream.
 func (s *shape) runStream(call context.Context, b *MuxBroker, f, sent, id reflect.Value) error {
 	ctx, cancel := context.WithCancelCause(b.session.calls)
@@ -201,7 +214,7 @@ func (s *shape) runStream(call context.Context, b *MuxBroker, f, sent, id reflec
 		_ = closer.Close()
 		return cmp.Or(err, context.Cause(call))
 	}
-	l := s.result.lend(b, out[0], brokerTimeout, func() error {
+	l := s.result.serveValue(b, out[0], brokerTimeout, func() error {
 		defer cancel(nil)
 		return closer.Close()
 	})

@@ -1,26 +1,38 @@
 package plugin
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"io"
 	"net"
 	"net/rpc"
-	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-const (
-	// readTimeout is how long a Read or Write that is running delays the Close of
-	// its reader or writer.
-	readTimeout = 100 * time.Millisecond
-)
+// A reader or writer is served as a service, which the peer dials. Its method Read or Write
+// takes the number of a second stream, which the peer accepts: the bytes go there. The
+// method returns when they have been copied, and its error is that of the reader or writer,
+// which so keeps its identity. Its method Close closes a reader or writer that was handed
+// over with a function to close it, as the results of Invoke are.
+//
+// A copy from a reader ends when the reader fails or ends. Then the side that serves it
+// closes the stream of the bytes and answers. The peer reads up to the end of the stream,
+// and then has the error of the answer. If the peer does not want more, it aborts the
+// stream of the bytes, and the copy ends with its next Write.
+//
+// A copy to a writer ends when the peer has closed the stream of the bytes, or the writer
+// fails. The peer waits for the answer, so everything has been written when its Close
+// returns.
+//
+// In both cases, the peer then calls Close, if it owns the reader or writer, and at last
+// closes its client. That ends the service, and what was handed over is closed if it has
+// not been.
 
-// Readers and writers are services with one method, which copies the bytes from or to
-// another stream. Its error is the error of the reader or writer.
+// readTimeout is how long a Read or Write that is running delays the Close of its reader
+// or writer.
+const readTimeout = 100 * time.Millisecond
 
 // ServeReader lets the peer read from r. The peer passes id to [MuxBroker.DialReader]
 // within five seconds. r is read until it fails, or the peer closes its end. r is read
@@ -30,8 +42,8 @@ const (
 // so first end one that may block for long. After stop has returned, r is not read, and
 // Read fails in the peer. It does not return io.EOF unless r did.
 func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
-	l := b.serveStream("Read", r.Read, brokerTimeout, nil)
-	return l.id, l.stop
+	offer := b.offerReader(r, brokerTimeout, nil)
+	return offer.id, offer.stop
 }
 
 // DialReader returns a reader for the one that the peer serves as id with ServeReader.
@@ -41,17 +53,19 @@ func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
 func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
 	defer cancel()
-	p, err := b.dialStream(ctx, id, "Read", false)
-	r, _ := p.(io.ReadCloser)
-	return r, err
+	r, err := b.dialReader(ctx, id, false)
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
 }
 
 // ServeWriter lets the peer write to w. The peer passes id to [MuxBroker.DialWriter]
 // within five seconds. w is not closed. stop ends this like that of
 // [MuxBroker.ServeReader]. After stop has returned, w is not written to.
 func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
-	l := b.serveStream("Write", w.Write, brokerTimeout, nil)
-	return l.id, l.stop
+	offer := b.offerWriter(w, brokerTimeout, nil)
+	return offer.id, offer.stop
 }
 
 // DialWriter returns a writer for the one that the peer serves as id with ServeWriter.
@@ -62,165 +76,264 @@ func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
 func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
 	defer cancel()
-	p, err := b.dialStream(ctx, id, "Write", false)
-	w, _ := p.(io.WriteCloser)
-	return w, err
+	w, err := b.dialWriter(ctx, id, false)
+	if err != nil {
+		return nil, err
+	}
+	return w, nil
 }
 
-// lent is a reader or writer of the caller. Waiting for its uses does not wait for the
-// stream, because the peer may not read.
-type lent struct {
-	use  func([]byte) (int, error) // Read or Write
-	uses group                     // closed when the loan ends
-	used atomic.Bool               // the peer has begun to read or write it
+// offerReader offers r to the peer. If closer is not nil, it is called once, when the
+// peer closes its end or the offer ends.
+func (b *MuxBroker) offerReader(r io.Reader, timeout time.Duration, closer func() error) *offer {
+	s := &servedStream{broker: b, reader: r}
+	offer := s.offer(&readerService{stream: s}, timeout, closer)
+	offer.reads = true
+	return offer
 }
 
-func (l *lent) Read(p []byte) (int, error) {
-	if !l.uses.enter() {
+// offerWriter offers w to the peer, like offerReader.
+func (b *MuxBroker) offerWriter(w io.Writer, timeout time.Duration, closer func() error) *offer {
+	s := &servedStream{broker: b, writer: w}
+	return s.offer(&writerService{stream: s}, timeout, closer)
+}
+
+// servedStream is a reader or writer of this side that the peer uses. Its uses are the
+// Reads or Writes that are running, and not the copying, because that may wait for the
+// peer. Its Read and Write fail when the offer has ended.
+type servedStream struct {
+	broker *MuxBroker
+	reader io.Reader    // or nil
+	writer io.Writer    // or nil
+	close  func() error // calls closer once
+	uses   group        // closed when the offer ends
+	copied atomic.Bool  // copying has begun
+}
+
+func (s *servedStream) Read(p []byte) (int, error) {
+	if !s.uses.enter() {
 		return 0, errStopped
 	}
-	defer l.uses.Done()
-	return l.use(p)
+	defer s.uses.Done()
+	return s.reader.Read(p)
 }
 
-func (l *lent) Write(p []byte) (int, error) { return l.Read(p) }
+func (s *servedStream) Write(p []byte) (int, error) {
+	if !s.uses.enter() {
+		return 0, errStopped
+	}
+	defer s.uses.Done()
+	return s.writer.Write(p)
+}
 
-// serveStream serves a reader or writer by the name of its method, "Read" or "Write". If
-// closer is not nil, it is called when the peer closes its end or the loan ends.
-func (b *MuxBroker) serveStream(name string, use func([]byte) (int, error), timeout time.Duration, closer func() error) *loan {
-	lent := &lent{use: use}
-	flow := func(ctx context.Context, arg, _ reflect.Value) (err error) {
-		if lent.used.Swap(true) {
-			return errors.New("plugin: the peer uses the stream twice")
-		}
-		conn, err := b.DialContext(ctx, uint32(arg.Uint()))
-		if err != nil {
-			return err
-		}
-		defer recoverTo(&err)
-		defer conn.Close()
-		defer context.AfterFunc(ctx, func() { abort(conn) })()
-		var w io.Writer = conn
-		var r io.Reader = lent
-		if name == "Write" {
-			w, r = lent, conn
-		}
-		_, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, 64<<10))
+// offer offers s, with the methods of rcvr.
+func (s *servedStream) offer(rcvr any, timeout time.Duration, closer func() error) *offer {
+	s.close = sync.OnceValue(func() error { return s.closeWith(closer) })
+	svc := s.broker.service(rcvr)
+	offer := s.broker.offer(svc, &s.uses, timeout)
+	if closer != nil {
+		context.AfterFunc(offer.ctx, func() { _ = s.close() }) // nobody is left to be told
+	}
+	return offer
+}
+
+// closeWith calls closer, if it is not nil, when no use is running or a running one has
+// had its time.
+func (s *servedStream) closeWith(closer func() error) (err error) {
+	if closer == nil {
+		return nil
+	}
+	defer recoverTo(&err)
+	s.uses.close()
+	waitFor(readTimeout, s.uses.allDone())
+	return closer()
+}
+
+// copy copies to or from the stream that the peer accepts as id. A copy ends early when
+// ctx, the context of the call, ends.
+func (s *servedStream) copy(ctx context.Context, id uint32) (err error) {
+	if s.copied.Swap(true) {
+		return errors.New("plugin: the peer uses the stream twice")
+	}
+	conn, err := s.broker.DialContext(ctx, id)
+	if err != nil {
 		return err
 	}
-	end := sync.OnceValue(func() (err error) {
-		if closer == nil {
-			return nil
-		}
-		defer recoverTo(&err)
-		lent.uses.close()
-		waitFor(readTimeout, lent.uses.allDone())
-		return closer()
-	})
-	l := b.serve(&service{methods: map[string]*method{
-		name:    {call: flow, context: true, arg: reflect.TypeFor[uint32](), into: typeOfNothing},
-		"Close": {call: func(context.Context, reflect.Value, reflect.Value) error { return end() }, arg: typeOfNothing, into: typeOfNothing},
-	}}, &lent.uses, timeout)
-	l.reads = name == "Read"
-	if closer != nil {
-		context.AfterFunc(l.ctx, func() { _ = end() })
+	defer recoverTo(&err) // a Read or Write of the caller's may panic
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { abort(conn) })
+	defer stop()
+	// Neither conn nor s has a ReadFrom or WriteTo, so all bytes go through Read and Write.
+	buf := make([]byte, 64<<10)
+	if s.reader != nil {
+		_, err = io.CopyBuffer(conn, s, buf)
+	} else {
+		_, err = io.CopyBuffer(s, conn, buf)
 	}
-	return l
+	return err
 }
 
-// pipe is a reader or writer of the peer that was dialled.
-type pipe struct {
-	conn   net.Conn
+// readerService has the methods by which the peer uses a reader.
+type readerService struct{ stream *servedStream }
+
+// Read sends what is read to the stream that the peer accepts as id.
+func (s *readerService) Read(ctx context.Context, id uint32, _ *struct{}) error {
+	return s.stream.copy(ctx, id)
+}
+
+// Close closes the reader.
+func (s *readerService) Close(struct{}, *struct{}) error { return s.stream.close() }
+
+// writerService has the methods by which the peer uses a writer.
+type writerService struct{ stream *servedStream }
+
+// Write writes what arrives on the stream that the peer accepts as id.
+func (s *writerService) Write(ctx context.Context, id uint32, _ *struct{}) error {
+	return s.stream.copy(ctx, id)
+}
+
+// Close closes the writer.
+func (s *writerService) Close(struct{}, *struct{}) error { return s.stream.close() }
+
+// dialledStream is a reader or writer of the peer.
+type dialledStream struct {
 	client *rpc.Client
-	done   chan struct{} // closed when the call has returned
-	err    error         // its error
-	closed atomic.Bool
-	failed atomic.Bool // a Write has returned an error
-	owned  bool        // Close closes the reader or writer of the peer
+	conn   net.Conn      // the bytes
+	owned  bool          // Close closes the reader or writer of the peer
+	copied chan struct{} // closed when the peer has copied, or cannot any more
+	err    error         // the error of that; may be read when copied is closed
+	closed atomic.Bool   // Close has been called, or is about to return
 }
 
-// dialStream returns a pipeReader or pipeWriter.
-func (b *MuxBroker) dialStream(ctx context.Context, id uint32, method string, owned bool) (io.Closer, error) {
+// dialReader dials the reader that the peer serves as id. If owned, its Close closes that
+// reader.
+func (b *MuxBroker) dialReader(ctx context.Context, id uint32, owned bool) (*dialledReader, error) {
+	s, err := b.dialStream(ctx, id, "Plugin.Read")
+	if err != nil {
+		return nil, err
+	}
+	s.owned = owned
+	return &dialledReader{dialledStream: s}, nil
+}
+
+// dialWriter dials the writer that the peer serves as id, like dialReader.
+func (b *MuxBroker) dialWriter(ctx context.Context, id uint32, owned bool) (*dialledWriter, error) {
+	s, err := b.dialStream(ctx, id, "Plugin.Write")
+	if err != nil {
+		return nil, err
+	}
+	s.owned = owned
+	// Ends when the peer has copied, or with the session.
+	b.session.spawn(s.abortWhenCopied)
+	return &dialledWriter{dialledStream: s}, nil
+}
+
+// dialStream dials what the peer serves as id, and lets the peer copy by calling method.
+func (b *MuxBroker) dialStream(ctx context.Context, id uint32, method string) (*dialledStream, error) {
 	client, err := b.dialRPC(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	p := &pipe{client: client, done: make(chan struct{}), owned: owned}
+	s := &dialledStream{client: client, copied: make(chan struct{})}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	data := b.NextId()
 	// Ends with the copying, or when the client or the connection is closed.
 	go func() {
-		p.err = Call(context.Background(), client, "Plugin."+method, data, nil)
-		close(p.done)
+		s.copy(method, data)
 		cancel()
 	}()
-	if p.conn, err = b.AcceptContext(ctx, data); err != nil {
-		if isClosed(p.done) {
-			err = cmp.Or(p.err, errors.New("plugin: the peer does not serve a reader or writer"))
+	s.conn, err = b.AcceptContext(ctx, data)
+	if err == nil {
+		return s, nil
+	}
+	if isClosed(s.copied) {
+		err = s.err
+		if err == nil {
+			err = errors.New("plugin: the peer does not serve a reader or writer")
 		}
-		_ = client.Close()
-		return nil, err
 	}
-	if method == "Read" {
-		return pipeReader{p}, nil
-	}
-	// Ends a Write that waits for the peer to read.
-	b.session.spawn(func() { <-p.done; abort(p.conn) })
-	return pipeWriter{p}, nil
+	_ = client.Close() // err says why
+	return nil, err
 }
 
-// close closes the client and, if owned, the reader or writer of the peer.
-func (p *pipe) close(err error) error {
-	if p.owned {
-		err = cmp.Or(err, Call(context.Background(), p.client, "Plugin.Close", struct{}{}, nil))
+// copy lets the peer copy to or from the stream that this side accepts as id.
+func (s *dialledStream) copy(method string, id uint32) {
+	s.err = Call(context.Background(), s.client, method, id, nil)
+	close(s.copied)
+}
+
+// abortWhenCopied ends a Write that waits for a peer that copies no more.
+func (s *dialledStream) abortWhenCopied() {
+	<-s.copied
+	abort(s.conn)
+}
+
+// release closes the reader or writer of the peer, if owned, and the client.
+func (s *dialledStream) release() error {
+	var err error
+	if s.owned {
+		err = Call(context.Background(), s.client, "Plugin.Close", struct{}{}, nil)
 	}
-	_ = p.client.Close()
+	_ = s.client.Close() // fails only if it is closed already
 	return err
 }
 
-// ended waits until the call has returned, and returns its error or, if nil, err.
-func (p *pipe) ended(err error) error {
-	if p.closed.Load() {
+// explain returns the error for a Read or Write that failed with err: that of the copying
+// at the peer, if there is one.
+func (s *dialledStream) explain(err error) error {
+	if s.closed.Load() {
 		return io.ErrClosedPipe
 	}
-	<-p.done
-	return cmp.Or(p.err, err)
+	<-s.copied
+	if s.err != nil {
+		return s.err
+	}
+	return err
 }
 
-type pipeReader struct{ *pipe }
+// dialledReader reads from a reader of the peer.
+type dialledReader struct{ *dialledStream }
 
-func (p pipeReader) Read(b []byte) (int, error) {
-	if p.closed.Load() {
+func (r *dialledReader) Read(p []byte) (int, error) {
+	if r.closed.Load() {
 		return 0, io.ErrClosedPipe
 	}
-	n, err := p.conn.Read(b)
+	n, err := r.conn.Read(p)
 	if err != nil {
-		err = p.ended(err)
+		err = r.explain(err)
 	}
 	return n, err
 }
 
-func (p pipeReader) Close() error {
-	p.closed.Store(true)
-	abort(p.conn)
-	return p.close(nil)
+func (r *dialledReader) Close() error {
+	r.closed.Store(true)
+	abort(r.conn)
+	return r.release()
 }
 
-type pipeWriter struct{ *pipe }
+// dialledWriter writes to a writer of the peer.
+type dialledWriter struct {
+	*dialledStream
+	failed atomic.Bool // a Write has returned an error
+}
 
-func (p pipeWriter) Write(b []byte) (int, error) {
-	n, err := p.conn.Write(b)
+func (w *dialledWriter) Write(p []byte) (int, error) {
+	n, err := w.conn.Write(p)
 	if err != nil {
-		p.failed.Store(true)
-		err = p.ended(err)
+		w.failed.Store(true)
+		err = w.explain(err)
 	}
 	return n, err
 }
 
-func (p pipeWriter) Close() error {
-	_ = p.conn.Close()
-	<-p.done
-	p.closed.Store(true)
-	return p.close(p.err)
+func (w *dialledWriter) Close() error {
+	_ = w.conn.Close() // tells the peer that this is all
+	<-w.copied
+	w.closed.Store(true)
+	err := w.release()
+	if w.err != nil {
+		return w.err
+	}
+	return err
 }
