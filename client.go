@@ -173,7 +173,7 @@ func (c *Client) watch(p AttachedRunner) {
 	<-c.starting.done
 	if rc := c.connecting.result(); rc != nil {
 		waitFor(drainTimeout/2, rc.copied[0], rc.copied[1])
-		_ = rc.session.frames.Close() // another process may hold the connection
+		rc.session.disconnect() // another process may hold the connection
 	}
 	var exit *ExitError
 	if !errors.As(err, &exit) {
@@ -353,7 +353,7 @@ func (c *Client) wasAsked() bool {
 	rc := c.connecting.result()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.asked || rc != nil && rc.session.ending.Load()
+	return c.asked || rc != nil && rc.session.isEnding()
 }
 
 // finish closes done; err is how the plugin ended.

@@ -150,7 +150,7 @@ func (c *RPCClient) Close() error {
 // quit asks the plugin to quit, once, and waits for the end of its output.
 func (c *RPCClient) quit(ctx context.Context) error {
 	_, err := c.quitting.do(ctx, func() (struct{}, error) {
-		c.session.ending.Store(true)
+		c.session.expectEnd()
 		for i := 0; i < 3 && !c.flushes; i++ {
 			// A go-plugin plugin exits when it has answered Quit. A few round
 			// trips give it time to send its output before.

@@ -44,7 +44,7 @@ func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger 
 		switch {
 		case why != nil:
 			return &lostError{why(s.frames.heard.Load())}
-		case s.ending.Load():
+		case s.isEnding():
 			return fmt.Errorf("plugin: the connection was closed: %w", rpc.ErrShutdown)
 		}
 		return &lostError{errors.New("plugin: the connection was lost")}
@@ -89,7 +89,7 @@ func (s *session) spawn(f func()) bool {
 // close closes the session and waits for its goroutines, but not for one that runs the
 // caller's code, such as a GobEncode.
 func (s *session) close() {
-	s.ending.Store(true)
+	s.expectEnd()
 	s.running.close()
 	s.ends.close()
 	s.cancel()
@@ -102,6 +102,15 @@ func (s *session) close() {
 	_ = s.mux.Close()
 	waitFor(reapTimeout, ends, s.running.allDone())
 }
+
+// expectEnd says that this side is about to end the session. Its loss is no failure then.
+func (s *session) expectEnd() { s.ending.Store(true) }
+
+// isEnding reports whether this side has called expectEnd or close.
+func (s *session) isEnding() bool { return s.ending.Load() }
+
+// disconnect closes the connection, which ends the session. It waits for nothing.
+func (s *session) disconnect() { _ = s.frames.Close() }
 
 // ended returns a channel that is closed when the session has ended.
 func (s *session) ended() <-chan struct{} { return s.mux.CloseChan() }
@@ -116,7 +125,7 @@ func (s *session) explain(err error) error {
 
 // debug logs, unless the session is about to end.
 func (s *session) debug(msg string, args ...any) {
-	if !s.ending.Load() {
+	if !s.isEnding() {
 		s.logger.Debug(msg, args...)
 	}
 }
@@ -224,7 +233,7 @@ func (s *session) accept() (*stream, error) {
 	}
 	if odd := st.StreamID()%2 == 1; odd == s.host || s.mux.NumStreams() > maxStreams {
 		s.debug("the peer opened a stream that is not allowed", "stream", st.StreamID())
-		_ = s.frames.Close()
+		s.disconnect()
 		return nil, yamux.ErrInvalidMsgType
 	}
 	return s.stream(st), nil

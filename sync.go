@@ -106,6 +106,44 @@ func (g *group) allDone() <-chan struct{} {
 	return done
 }
 
+// result is the result of work that is done once. The caller for which begin returns
+// true does the work and calls set, whatever happens. All others wait.
+type result[T any] struct {
+	begun atomic.Bool
+	ready chan struct{} // closed when value and err are set
+	value T
+	err   error
+}
+
+func newResult[T any]() *result[T] { return &result[T]{ready: make(chan struct{})} }
+
+// begin returns true for its first caller.
+func (r *result[T]) begin() bool { return r.begun.CompareAndSwap(false, true) }
+
+// set sets the result.
+func (r *result[T]) set(value T, err error) {
+	r.value, r.err = value, err
+	close(r.ready)
+}
+
+// wait waits for the result, or for the end of ctx.
+func (r *result[T]) wait(ctx context.Context) (value T, err error) {
+	select {
+	case <-r.ready:
+		return r.value, r.err
+	case <-ctx.Done():
+		return value, fmt.Errorf("plugin: waiting for another call: %w", contextError(ctx))
+	}
+}
+
+// get returns the result if it is there.
+func (r *result[T]) get() (value T, err error, ok bool) {
+	if !isClosed(r.ready) {
+		return value, nil, false
+	}
+	return r.value, r.err, true
+}
+
 // once calls a function once and keeps its result.
 type once[T any] struct {
 	begun atomic.Bool
