@@ -30,7 +30,10 @@ func newCertificate() (tls.Certificate, error) {
 		IsCA:                  true,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, nil
 }
 
 // mutualTLS returns the configuration of one side. It trusts only the certificate of
@@ -46,10 +49,11 @@ func mutualTLS(own tls.Certificate, peer *x509.CertPool) *tls.Config {
 	}
 }
 
-// answerMutualTLS makes the certificate of the plugin. That of the host is PEM.
-func answerMutualTLS(host string) (*tls.Config, []byte, error) {
+// answerMutualTLS makes the certificate of the plugin and returns it, as DER, with the
+// configuration of the plugin's side.
+func answerMutualTLS(hostPEM string) (config *tls.Config, der []byte, err error) {
 	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM([]byte(host)) {
+	if !pool.AppendCertsFromPEM([]byte(hostPEM)) {
 		return nil, nil, errors.New("the host has sent no certificate that can be read")
 	}
 	own, err := newCertificate()

@@ -2,7 +2,6 @@ package plugin
 
 import (
 	"bytes"
-	"cmp"
 	"crypto/tls"
 	"encoding/base64"
 	"fmt"
@@ -77,8 +76,9 @@ type handshake struct {
 const flushesField = "flushes"
 
 func (h handshake) String() string {
-	line := fmt.Sprintf("%d|%d|%s|%s|%s|%s", CoreProtocolVersion, h.version,
-		h.addr.Network(), h.addr.String(), h.protocol, base64.RawStdEncoding.EncodeToString(h.cert))
+	cert := base64.RawStdEncoding.EncodeToString(h.cert)
+	line := fmt.Sprintf("%d|%d|%s|%s|%s|%s",
+		CoreProtocolVersion, h.version, h.addr.Network(), h.addr.String(), h.protocol, cert)
 	if h.flushes {
 		line += "|" + flushesField
 	}
@@ -95,24 +95,34 @@ func isHandshake(line []byte) bool {
 // end.
 func parseHandshake(line string) (h handshake, err error) {
 	fields := strings.Split(strings.TrimSpace(line), "|")
-	if core := fields[0]; core != strconv.Itoa(CoreProtocolVersion) {
-		return h, fmt.Errorf("it speaks version %q of the core protocol, and this host version %d: rebuild it with a current version of the library", core, CoreProtocolVersion)
+	if fields[0] != strconv.Itoa(CoreProtocolVersion) {
+		return h, fmt.Errorf("it speaks version %q of the core protocol, and this host version %d: "+
+			"rebuild it with a current version of the library", fields[0], CoreProtocolVersion)
 	}
 	if len(fields) < 4 {
-		return h, fmt.Errorf("its handshake has %d fields, and at least 4 are needed (core version|app version|network|address)", len(fields))
+		return h, fmt.Errorf("its handshake has %d fields, and at least 4 are needed "+
+			"(core version|app version|network|address)", len(fields))
 	}
-	if h.version, err = strconv.Atoi(fields[1]); err != nil {
+	h.version, err = strconv.Atoi(fields[1])
+	if err != nil {
 		return h, fmt.Errorf("its handshake has a version that is no number: %q", fields[1])
 	}
-	if h.addr, err = parseAddr(fields[2], fields[3]); err != nil {
+	h.addr, err = parseAddr(fields[2], fields[3])
+	if err != nil {
 		return h, fmt.Errorf("its handshake has no usable address: %w", err)
 	}
-	fields = append(fields, "", "", "") // older plugins send fewer
-	h.protocol = cmp.Or(Protocol(fields[4]), ProtocolNetRPC)
-	if h.cert, err = base64.RawStdEncoding.DecodeString(fields[5]); err != nil {
-		return h, fmt.Errorf("its handshake has a certificate that cannot be read: %w", err)
+	// Older plugins do not send the other fields.
+	h.protocol = ProtocolNetRPC
+	if len(fields) > 4 && fields[4] != "" {
+		h.protocol = Protocol(fields[4])
 	}
-	h.flushes = fields[6] == flushesField
+	if len(fields) > 5 {
+		h.cert, err = base64.RawStdEncoding.DecodeString(fields[5])
+		if err != nil {
+			return h, fmt.Errorf("its handshake has a certificate that cannot be read: %w", err)
+		}
+	}
+	h.flushes = len(fields) > 6 && fields[6] == flushesField
 	return h, nil
 }
 
@@ -121,7 +131,10 @@ func parseHandshake(line string) (h handshake, err error) {
 func allVersions(version uint, plugins PluginSet, versioned map[int]PluginSet) map[int]PluginSet {
 	all := make(map[int]PluginSet, len(versioned)+1)
 	maps.Copy(all, versioned)
-	if _, known := all[int(version)]; !known && (plugins != nil || len(versioned) == 0) {
+	if plugins == nil && len(versioned) > 0 {
+		return all // ProtocolVersion is not used
+	}
+	if _, known := all[int(version)]; !known {
 		all[int(version)] = plugins
 	}
 	return all
@@ -130,11 +143,12 @@ func allVersions(version uint, plugins PluginSet, versioned map[int]PluginSet) m
 // negotiate returns the version that a plugin serves: its highest that is in the list
 // of the host. If there is none, it is the plugin's lowest, which an old host without a
 // list may have, and which other hosts can name in their error.
-func negotiate(own map[int]PluginSet, hostList string) int {
-	versions := sortedKeys(own)
-	for _, v := range slices.Backward(versions) {
-		if slices.Contains(strings.Split(hostList, ","), strconv.Itoa(v)) {
-			return v
+func negotiate(sets map[int]PluginSet, hostList string) int {
+	accepted := strings.Split(hostList, ",")
+	versions := sortedKeys(sets)
+	for _, version := range slices.Backward(versions) {
+		if slices.Contains(accepted, strconv.Itoa(version)) {
+			return version
 		}
 	}
 	return versions[0]
@@ -142,7 +156,11 @@ func negotiate(own map[int]PluginSet, hostList string) int {
 
 // versionList is the host's list of versions, as 1,2,3.
 func versionList(sets map[int]PluginSet) string {
-	return strings.Trim(strings.ReplaceAll(fmt.Sprint(sortedKeys(sets)), " ", ","), "[]")
+	var texts []string
+	for _, version := range sortedKeys(sets) {
+		texts = append(texts, strconv.Itoa(version))
+	}
+	return strings.Join(texts, ",")
 }
 
 // takeEnvironment returns the variables of the handshake and removes them.

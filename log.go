@@ -21,27 +21,26 @@ const (
 
 // lineWriter splits what is written to it into lines.
 type lineWriter struct {
-	max  int                         // the length at which lines are cut
-	emit func(line []byte, left int) // gets a line, and how many bytes were cut off
+	max  int                        // the length at which lines are cut
+	emit func(line []byte, cut int) // gets a line, and how many bytes were cut off
 
 	mu   sync.Mutex // serialises writing; guards the fields below
 	line []byte
-	left int
+	cut  int
 }
 
 // Write never fails.
 func (w *lineWriter) Write(p []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for rest := p; len(rest) > 0; {
-		part, after, ended := bytes.Cut(rest, []byte{'\n'})
-		room := min(len(part), w.max-len(w.line))
-		w.line = append(w.line, part[:room]...)
-		w.left += len(part) - room
+	for part := range bytes.Lines(p) {
+		text, ended := bytes.CutSuffix(part, []byte{'\n'})
+		kept := min(len(text), w.max-len(w.line))
+		w.line = append(w.line, text[:kept]...)
+		w.cut += len(text) - kept
 		if ended {
-			w.end()
+			w.endLineLocked()
 		}
-		rest = after
 	}
 	return len(p), nil
 }
@@ -51,15 +50,15 @@ func (w *lineWriter) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if len(w.line) > 0 {
-		w.end()
+		w.endLineLocked()
 	}
 	return nil
 }
 
-func (w *lineWriter) end() {
-	line, left := bytes.TrimSuffix(w.line, []byte{'\r'}), w.left
-	w.line, w.left = w.line[:0], 0
-	w.emit(line, left)
+func (w *lineWriter) endLineLocked() {
+	w.emit(bytes.TrimSuffix(w.line, []byte{'\r'}), w.cut)
+	w.line = w.line[:0]
+	w.cut = 0
 }
 
 // stderrLog logs the lines of a plugin's stderr, and keeps those that may explain its
@@ -71,8 +70,8 @@ type stderrLog struct {
 	more   int    // how many more lines may be part of it
 }
 
-func (l *stderrLog) line(line []byte, left int) {
-	if level, message, args, ok := parseRecord(line); ok && left == 0 {
+func (l *stderrLog) line(line []byte, cut int) {
+	if level, message, args, ok := parseRecord(line); ok && cut == 0 {
 		l.logger.Log(level, message, args...)
 		return
 	}
@@ -80,7 +79,7 @@ func (l *stderrLog) line(line []byte, left int) {
 	if l.crashing(line, level) {
 		level = hclog.Error
 	}
-	l.logger.Log(cmp.Or(level, hclog.Debug), printable(string(line))+cutMark(left))
+	l.logger.Log(cmp.Or(level, hclog.Debug), printable(string(line))+cutMark(cut))
 }
 
 // crashing reports whether a line is part of a panic or fatal error, and keeps the line

@@ -11,13 +11,23 @@ import (
 	"strings"
 )
 
+const (
+	maxSocketPath = 103       // the shortest limit of any system
+	socketPrefix  = "plugin-" // of sockets and their directories
+	socketNameLen = len("/plugin-4194304-ffffffff")
+)
+
+// parseAddr parses the address in a handshake. It asks no name server.
 func parseAddr(network, address string) (net.Addr, error) {
 	switch network {
 	case "unix":
 		return net.ResolveUnixAddr(network, address)
 	case "tcp":
-		addr, err := netip.ParseAddrPort(address) // asks no name server
-		return net.TCPAddrFromAddrPort(addr), err
+		addr, err := netip.ParseAddrPort(address)
+		if err != nil {
+			return nil, err
+		}
+		return net.TCPAddrFromAddrPort(addr), nil
 	}
 	return nil, fmt.Errorf("the network is %q, and must be unix or tcp", network)
 }
@@ -35,42 +45,48 @@ type UnixSocketConfig struct {
 }
 
 // makeDir makes a private directory for a plugin's socket.
-func (u *UnixSocketConfig) makeDir() (dir string, err error) {
-	base := u.TempDir
-	if base == "" {
-		base = os.TempDir()
-		if len(base) > maxSocketPath-len("/plugin-4294967295")-socketName {
-			base = "/tmp"
-		}
-	}
-	if base, err = filepath.Abs(base); err != nil {
+func (u *UnixSocketConfig) makeDir() (string, error) {
+	base, err := filepath.Abs(u.tempDir())
+	if err != nil {
 		return "", err
 	}
-	if dir, err = os.MkdirTemp(base, socketPrefix+"*"); err != nil {
-		return "", fmt.Errorf("no directory for its socket can be made in %s: %w: set UnixSocketConfig.TempDir or TMPDIR to another one", base, err)
-	}
-	if len(dir)+socketName > maxSocketPath {
-		err = fmt.Errorf("the path of its socket would be too long, in %s: set UnixSocketConfig.TempDir to a shorter one", base)
-	} else if u.Group != "" {
-		// Members may connect, but not replace the socket.
-		err = giveToGroup(dir, u.Group, 0o770|os.ModeSticky)
-	}
+	dir, err := os.MkdirTemp(base, socketPrefix+"*")
 	if err != nil {
-		_ = os.Remove(dir)
+		return "", fmt.Errorf("no directory for its socket can be made in %s: %w: "+
+			"set UnixSocketConfig.TempDir or TMPDIR to another one", base, err)
+	}
+	if len(dir)+socketNameLen > maxSocketPath {
+		_ = os.Remove(dir) // it is empty
+		return "", fmt.Errorf("the path of its socket would be too long, in %s: "+
+			"set UnixSocketConfig.TempDir to a shorter one", base)
+	}
+	if u.Group == "" {
+		return dir, nil
+	}
+	// Members may connect, but not replace the socket.
+	err = giveToGroup(dir, u.Group, 0o770|os.ModeSticky)
+	if err != nil {
+		_ = os.Remove(dir) // it is empty
 		return "", err
 	}
 	return dir, nil
 }
 
+// tempDir returns TempDir or its default.
+func (u *UnixSocketConfig) tempDir() string {
+	if u.TempDir != "" {
+		return u.TempDir
+	}
+	dir := os.TempDir()
+	if len(dir)+len("/plugin-4294967295")+socketNameLen > maxSocketPath {
+		return "/tmp"
+	}
+	return dir
+}
+
 // giveToGroup gives a file to the group with that name or number.
 func giveToGroup(path, group string, mode os.FileMode) error {
-	gid, err := strconv.Atoi(group)
-	if err != nil {
-		var g *user.Group
-		if g, err = user.LookupGroup(group); err == nil {
-			gid, err = strconv.Atoi(g.Gid)
-		}
-	}
+	gid, err := groupID(group)
 	if err == nil {
 		err = os.Chown(path, -1, gid)
 	}
@@ -83,8 +99,22 @@ func giveToGroup(path, group string, mode os.FileMode) error {
 	return nil
 }
 
+// groupID returns the number of a group that is given by name or number.
+func groupID(group string) (int, error) {
+	gid, err := strconv.Atoi(group)
+	if err == nil {
+		return gid, nil
+	}
+	found, err := user.LookupGroup(group)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(found.Gid)
+}
+
 // listenTCP listens on the first free port of the loopback interface.
 func listenTCP(minPort, maxPort string) (net.Listener, error) {
+	// A variable that is missing or no number is zero, and the maximum if it is too large.
 	low, _ := strconv.ParseUint(minPort, 10, 16)
 	high, _ := strconv.ParseUint(maxPort, 10, 16)
 	if high > 0 {
@@ -110,9 +140,3 @@ func removePrivate(dir string) {
 
 // isPrivate reports whether a directory has a name that makeDir makes.
 func isPrivate(dir string) bool { return strings.HasPrefix(filepath.Base(dir), socketPrefix) }
-
-const (
-	maxSocketPath = 103 // the shortest limit of any system
-	socketName    = len("/plugin-4194304-ffffffff")
-	socketPrefix  = "plugin-" // of sockets and their directories
-)

@@ -13,11 +13,11 @@ import (
 )
 
 // cutMark returns a mark for the end of a line that was cut, or "".
-func cutMark(left int) string {
-	if left == 0 {
+func cutMark(cut int) string {
+	if cut == 0 {
 		return ""
 	}
-	return fmt.Sprintf(" [%d more bytes]", left)
+	return fmt.Sprintf(" [%d more bytes]", cut)
 }
 
 // oneLine is printable for text that must stay in one record.
