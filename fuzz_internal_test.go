@@ -10,7 +10,6 @@ import (
 	"math/rand"
 	"net/rpc"
 	"reflect"
-	"slices"
 	"strings"
 	"testing"
 	"testing/quick"
@@ -308,7 +307,7 @@ func fuzzInvoke(t *testing.T, here, there *MuxBroker, r *rand.Rand) {
 		in = append(in, typeOfContext)
 	}
 	callback := func(n int) (int, error) { return n + 1, nil }
-	passed := append(slices.Clone(paramStreams), reflect.TypeOf(callback))
+	passed := []reflect.Type{typeOfReader, typeOfWriter, reflect.TypeOf(callback)}
 	returned := -1
 	for i := range r.Intn(5) {
 		if n := r.Intn(9); n < len(passed) {
@@ -322,7 +321,7 @@ func fuzzInvoke(t *testing.T, here, there *MuxBroker, r *rand.Rand) {
 		}
 	}
 	typ := reflect.FuncOf(in, out, false)
-	s, err := newShape(typ, nil)
+	s, err := newSignature(typ)
 	if err != nil {
 		t.Fatalf("%v: %v", typ, err)
 	}
@@ -353,7 +352,7 @@ func fuzzInvoke(t *testing.T, here, there *MuxBroker, r *rand.Rand) {
 		}
 		return result
 	})
-	id, stop := there.ServeRPC(&service{methods: map[string]*method{"Call": s.serve(there, f)}})
+	id, stop := there.ServeRPC(&service{methods: map[string]*method{"Call": s.method(there, f)}})
 	defer stop()
 	c, err := here.DialRPC(id)
 	check(t, err)
@@ -364,10 +363,10 @@ func fuzzInvoke(t *testing.T, here, there *MuxBroker, r *rand.Rand) {
 	for i, p := range s.params {
 		if p.sent == p.Type {
 			v := fuzzValue(p.Type, r)
-			s.field(sent, i).Set(v)
+			s.param(sent, i).Set(v)
 			args = append(args, v.Interface())
 		} else if r.Intn(2) == 1 {
-			s.field(sent, i).SetUint(1)
+			s.param(sent, i).SetUint(1)
 			args = append(args, map[reflect.Type]any{passed[0]: strings.NewReader("x"), passed[1]: io.Discard, passed[2]: callback}[p.Type])
 		} else {
 			args = append(args, reflect.Zero(p.Type).Interface())
@@ -375,14 +374,14 @@ func fuzzInvoke(t *testing.T, here, there *MuxBroker, r *rand.Rand) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), hangs)
 	defer cancel()
-	got, err := (&Remote{here, c, map[string]*shape{"Call": s}}).invoke(ctx, s.result.Type, "Call", args)
+	got, err := s.invoke(ctx, here, c, "Call", args)
 
 	arrives, lost := throughGob(sent)
 	for i, p := range s.params {
 		if lost != nil || len(seen) == 0 {
 			break
 		}
-		want := s.field(arrives, i)
+		want := s.param(arrives, i)
 		if p.sent != p.Type {
 			if seen[i].IsNil() != want.IsZero() {
 				t.Errorf("%v: argument %d is nil: %v", typ, i, seen[i].IsNil())

@@ -1,14 +1,11 @@
 package plugin
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/rpc"
 	"reflect"
-	"slices"
 )
 
 // For returns a [Plugin] for the interface T. The plugin passes its
@@ -116,29 +113,33 @@ import (
 func For[T any](impl T, client func(*Remote) T) Plugin {
 	t := reflect.TypeFor[T]()
 	if t.Kind() != reflect.Interface || t.NumMethod() == 0 {
-		panic(fmt.Sprintf("plugin: %v is not an interface with methods: write For[Interface](impl, client)", t))
+		panic(fmt.Sprintf(
+			"plugin: %v is not an interface with methods: write For[Interface](impl, client)", t))
 	}
-	p := &interfacePlugin[T]{impl, client, make(map[string]*shape)}
+	p := &interfacePlugin[T]{impl: impl, client: client, methods: make(map[string]*signature)}
 	for i := range t.NumMethod() {
 		m := t.Method(i)
-		s, err := newShape(m.Type, nil)
-		if err != nil || !m.IsExported() {
-			panic(fmt.Sprintf("plugin: For[%v]: method %s: %v", t, m.Name, cmp.Or(err, errors.New("it is not exported"))))
+		s, err := newSignature(m.Type)
+		if !m.IsExported() {
+			err = errors.New("it is not exported")
 		}
-		p.shapes[m.Name] = s
+		if err != nil {
+			panic(fmt.Sprintf("plugin: For[%v]: method %s: %v", t, m.Name, err))
+		}
+		p.methods[m.Name] = s
 	}
 	return p
 }
 
 // interfacePlugin is the Plugin that For returns.
 type interfacePlugin[T any] struct {
-	impl   T
-	client func(*Remote) T
-	shapes map[string]*shape // by the names of the methods
+	impl    T
+	client  func(*Remote) T
+	methods map[string]*signature
 }
 
 func (p *interfacePlugin[T]) Client(b *MuxBroker, c *rpc.Client) (any, error) {
-	return p.client(&Remote{b, c, p.shapes}), nil
+	return p.client(&Remote{broker: b, client: c, methods: p.methods}), nil
 }
 
 func (p *interfacePlugin[T]) Server(b *MuxBroker) (any, error) {
@@ -147,8 +148,8 @@ func (p *interfacePlugin[T]) Server(b *MuxBroker) (any, error) {
 		return nil, fmt.Errorf("the plugin has no implementation: it calls For[%v] with nil", impl.Type())
 	}
 	svc := &service{methods: make(map[string]*method)}
-	for name, s := range p.shapes {
-		svc.methods[name] = s.serve(b, impl.MethodByName(name))
+	for name, s := range p.methods {
+		svc.methods[name] = s.method(b, impl.MethodByName(name))
 	}
 	return svc, nil
 }
@@ -157,9 +158,9 @@ func (p *interfacePlugin[T]) Server(b *MuxBroker) (any, error) {
 // returns makes it. The zero Remote has no methods. A Remote may be used
 // concurrently.
 type Remote struct {
-	broker *MuxBroker
-	client *rpc.Client
-	shapes map[string]*shape
+	broker  *MuxBroker
+	client  *rpc.Client
+	methods map[string]*signature
 }
 
 // Invoke calls a method of the remote implementation and returns its result. R is
@@ -178,94 +179,42 @@ type Remote struct {
 // Invoke may be called concurrently, also from a callback.
 func Invoke[R any](ctx context.Context, r *Remote, method string, args ...any) (result R, err error) {
 	v, err := r.invoke(ctx, reflect.TypeFor[R](), method, args)
-	if err == nil {
-		result, _ = reflect.TypeAssert[R](v)
+	if err != nil {
+		return result, err
 	}
-	return result, err
+	result, _ = reflect.TypeAssert[R](v) // a nil interface is no R, and the zero one
+	return result, nil
 }
 
-// invoke checks the arguments, sends them and returns the result.
-func (r *Remote) invoke(ctx context.Context, result reflect.Type, method string, args []any) (v reflect.Value, err error) {
+// invoke calls a method whose result is of this type.
+func (r *Remote) invoke(
+	ctx context.Context, result reflect.Type, method string, args []any,
+) (none reflect.Value, err error) {
+	s, err := r.find(ctx, "Invoke", method, len(args))
+	if err != nil {
+		return none, err
+	}
+	if s.result.Type != result {
+		return none, fmt.Errorf("plugin: Invoke: the result of %s is a %v and not a %v",
+			method, s.result, result)
+	}
+	return s.invoke(ctx, r.broker, r.client, method, args)
+}
+
+// find returns the signature of a method that takes so many arguments. An error names
+// the caller, which is Invoke.
+func (r *Remote) find(ctx context.Context, caller, method string, args int) (*signature, error) {
 	if ctx == nil || r == nil {
-		return v, errors.New("plugin: Invoke was called with a nil context or Remote")
+		return nil, fmt.Errorf("plugin: %s was called with a nil context or Remote", caller)
 	}
-	s := r.shapes[method]
-	switch {
-	case s == nil:
-		return v, fmt.Errorf("plugin: Invoke: there is no method %q; there are %s", method, nameList(r.shapes))
-	case s.result.Type != result:
-		return v, fmt.Errorf("plugin: Invoke: the result of %s is a %v and not a %v", method, s.result, result)
-	case len(s.params) != len(args):
-		return v, fmt.Errorf("plugin: Invoke: %s takes %d arguments behind the context and not %d", method, len(s.params), len(args))
+	s := r.methods[method]
+	if s == nil {
+		return nil, fmt.Errorf("plugin: %s: there is no method %q; there are %s",
+			caller, method, nameList(r.methods))
 	}
-	var offers []*offer
-	defer func() { stopOffers(offers) }()
-	sent, reply := reflect.New(s.sent), reflect.New(s.result.sent)
-	for i, arg := range args {
-		p, to, x := s.params[i], s.field(sent.Elem(), i), reflect.ValueOf(arg)
-		switch {
-		case arg == nil && slices.Contains(nillable, p.Kind()):
-		case arg == nil || !x.Type().AssignableTo(p.Type):
-			return v, fmt.Errorf("plugin: Invoke: argument %d of %s is a %T and not a %v", i+1, method, arg, p)
-		case p.sent == p.Type:
-			to.Set(x)
-		case p.function == nil || !x.IsNil():
-			l := p.serveValue(r.broker, x, untilStopped, nil)
-			offers = append(offers, l)
-			to.SetUint(uint64(l.id))
-		}
+	if len(s.params) != args {
+		return nil, fmt.Errorf("plugin: %s: %s takes %d arguments behind the context and not %d",
+			caller, method, len(s.params), args)
 	}
-	if err = checkNil(sent.Elem()); err != nil {
-		return v, err
-	}
-	into := reply.Interface()
-	if s.result.Type == typeOfNothing {
-		into = nil // accepts any reply
-	}
-	if err = Call(ctx, r.client, "Plugin."+method, sent.Interface(), into); err != nil {
-		return v, err
-	}
-	v, _, err = s.result.dialValue(ctx, r.broker, reply.Elem())
-	return v, err
-}
-
-// stopOffers ends the serving of arguments. It waits for a Write or callback that is
-// running, and until readTimeout for a Read.
-func stopOffers(offers []*offer) {
-	for _, l := range offers {
-		l.end()
-	}
-	for _, l := range offers {
-		if l.reads {
-			waitFor(readTimeout, l.uses.allDone())
-		} else {
-			l.uses.Wait()
-		}
-	}
-}
-
-// giveBack ends the use of arguments. If the method has returned, it waits until the
-// peer has all that was written, and returns the error of a writer that the method
-// has not seen.
-func giveBack(taken []io.Closer, returned bool) (err error) {
-	for _, c := range taken {
-		w, ok := c.(*dialledWriter)
-		switch {
-		case !ok:
-			_ = c.Close()
-		case returned:
-			_ = w.conn.Close()
-		default:
-			_ = w.client.Close() // so Close does not wait
-		}
-	}
-	for _, c := range taken {
-		if w, ok := c.(*dialledWriter); ok {
-			seen := w.failed.Load()
-			if failed := w.Close(); !seen {
-				err = cmp.Or(err, failed)
-			}
-		}
-	}
-	return err
+	return s, nil
 }

@@ -327,8 +327,14 @@ func (w *dialledWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
+// finish tells the peer that all has been written. It does not wait.
+func (w *dialledWriter) finish() { _ = w.conn.Close() }
+
+// abort ends the use of the writer. Afterwards, neither Write nor Close waits for the peer.
+func (w *dialledWriter) abort() { _ = w.client.Close() }
+
 func (w *dialledWriter) Close() error {
-	_ = w.conn.Close() // tells the peer that this is all
+	w.finish()
 	<-w.copied
 	w.closed.Store(true)
 	err := w.release()

@@ -1,0 +1,327 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/rpc"
+	"reflect"
+)
+
+// This file is about one call of a method or function with a signature, at both ends. The
+// caller serves what is not plain among the arguments, sends the numbers, and stops
+// serving when the call has returned. The other end dials the numbers, calls the function
+// and closes what it has dialled. A result that is a stream goes the other way: the end of
+// the function serves it, and the caller dials it and owns it.
+
+// invoke calls a method of the peer and returns its result.
+func (s *signature) invoke(
+	ctx context.Context, b *MuxBroker, c *rpc.Client, method string, args []any,
+) (result reflect.Value, err error) {
+	sent := reflect.New(s.sent)
+	if err := s.setPlain(sent.Elem(), method, args); err != nil {
+		return result, err
+	}
+	offers := s.serveArguments(b, sent.Elem(), args)
+	defer stopOffers(offers)
+	reply := reflect.New(s.result.sent)
+	into := reply.Interface()
+	if s.result.Type == typeOfNothing {
+		into = nil // accepts any reply
+	}
+	if err := Call(ctx, c, "Plugin."+method, sent.Interface(), into); err != nil {
+		return result, err
+	}
+	return s.result.dialResult(ctx, b, reply.Elem())
+}
+
+// setPlain sets the plain parameters in what is sent. It fails if an argument does not
+// fit its parameter.
+func (s *signature) setPlain(sent reflect.Value, method string, args []any) error {
+	for i, param := range s.params {
+		if args[i] == nil && param.isNillable() {
+			continue
+		}
+		arg := reflect.ValueOf(args[i])
+		if args[i] == nil || !arg.Type().AssignableTo(param.Type) {
+			return fmt.Errorf("plugin: Invoke: argument %d of %s is a %T and not a %v",
+				i+1, method, args[i], param)
+		}
+		if param.kind == plainValue {
+			s.param(sent, i).Set(arg)
+		}
+	}
+	return checkNil(sent)
+}
+
+// serveArguments serves what is not plain to the peer, and sets the numbers in what is
+// sent. The number of nil is 0.
+func (s *signature) serveArguments(b *MuxBroker, sent reflect.Value, args []any) (offers []*offer) {
+	for i, param := range s.params {
+		arg := reflect.ValueOf(args[i])
+		if param.kind == plainValue || args[i] == nil || param.kind == functionValue && arg.IsNil() {
+			continue
+		}
+		o := param.serveArgument(b, arg)
+		offers = append(offers, o)
+		s.param(sent, i).SetUint(uint64(o.id))
+	}
+	return offers
+}
+
+// serveArgument serves arg, which is not plain, to the peer.
+func (v value) serveArgument(b *MuxBroker, arg reflect.Value) *offer {
+	switch v.kind {
+	case readerValue:
+		return b.offerReader(arg.Interface().(io.Reader), untilStopped, nil)
+	case writerValue:
+		return b.offerWriter(arg.Interface().(io.Writer), untilStopped, nil)
+	}
+	svc := &service{methods: map[string]*method{"Call": v.function.method(b, arg)}}
+	return b.offer(svc, &svc.calls, untilStopped)
+}
+
+// stopOffers ends the serving of arguments. It waits for a Write or callback that is
+// running, and until readTimeout for a Read.
+func stopOffers(offers []*offer) {
+	for _, o := range offers {
+		o.end()
+	}
+	for _, o := range offers {
+		if o.reads {
+			waitFor(readTimeout, o.uses.allDone())
+		} else {
+			o.uses.Wait()
+		}
+	}
+}
+
+// dialResult returns the result for which the peer has sent this. A stream belongs to the
+// caller, whose Close closes it at the peer.
+func (v value) dialResult(
+	ctx context.Context, b *MuxBroker, sent reflect.Value,
+) (none reflect.Value, err error) {
+	if v.kind == plainValue {
+		return sent, nil
+	}
+	id := uint32(sent.Uint())
+	if id == 0 {
+		return reflect.Zero(v.Type), nil
+	}
+	var stream io.Closer
+	if v.kind == readerValue {
+		stream, err = b.dialReader(ctx, id, true)
+	} else {
+		stream, err = b.dialWriter(ctx, id, true)
+	}
+	if err != nil {
+		return none, err
+	}
+	return reflect.ValueOf(stream), nil
+}
+
+// implementation is a function of this end that the peer calls.
+type implementation struct {
+	*signature
+	broker   *MuxBroker
+	function reflect.Value
+}
+
+// method returns a method that calls a function with this signature.
+func (s *signature) method(b *MuxBroker, function reflect.Value) *method {
+	f := &implementation{signature: s, broker: b, function: function}
+	return &method{
+		call:    f.call,
+		context: s.takesContext || s.connects,
+		ignores: len(s.params) == 0,
+		arg:     s.sent,
+		into:    s.result.sent,
+	}
+}
+
+// call calls the function with what the peer sent, and sets reply.
+func (f *implementation) call(ctx context.Context, sent, reply reflect.Value) error {
+	if f.result.kind != plainValue {
+		return f.callForStream(ctx, sent, reply.Elem())
+	}
+	out, err := f.callWith(ctx, sent)
+	if err != nil || f.returns == 1 {
+		return err
+	}
+	reply.Elem().Set(out[0])
+	return checkNil(out[0])
+}
+
+// callWith calls the function with what the peer sent, and returns what it returns and
+// its error. out is nil if the function has not returned.
+func (f *implementation) callWith(ctx context.Context, sent reflect.Value) (out []reflect.Value, err error) {
+	var args arguments
+	defer func() { // also if the function panics
+		unseen := args.close(out != nil)
+		if err == nil {
+			err = unseen
+		}
+	}()
+	if f.takesContext {
+		args.values = append(args.values, reflect.ValueOf(ctx))
+	}
+	for i, param := range f.params {
+		if err := args.dial(ctx, f.broker, param, f.param(sent, i)); err != nil {
+			return nil, err
+		}
+	}
+	out = f.function.Call(args.values)
+	err, _ = out[f.returns-1].Interface().(error) // nil is no error
+	return out, err
+}
+
+// callForStream calls a function that returns a stream, serves that and sets id to its
+// number. The context of the function ends with the call, if that fails or is cancelled,
+// or else with the stream.
+func (f *implementation) callForStream(call context.Context, sent, id reflect.Value) error {
+	ctx, cancel := context.WithCancelCause(f.broker.session.calls)
+	detach := context.AfterFunc(call, func() { cancel(context.Cause(call)) })
+	out, err := f.callWith(ctx, sent)
+	if out == nil || out[0].IsNil() {
+		return err
+	}
+	stream := out[0].Interface().(io.Closer)
+	lives := detach()
+	if err == nil && !lives {
+		err = context.Cause(call)
+	}
+	if err != nil {
+		cancel(nil)
+		_ = stream.Close() // err says more
+		return err
+	}
+	closeStream := func() error {
+		defer cancel(nil)
+		return stream.Close()
+	}
+	o := f.result.serveResult(f.broker, out[0], closeStream)
+	id.SetUint(uint64(o.id))
+	return nil
+}
+
+// serveResult serves a stream to the peer, which owns it. closeStream is called when the
+// peer closes it or the serving ends.
+func (v value) serveResult(b *MuxBroker, stream reflect.Value, closeStream func() error) *offer {
+	if v.kind == readerValue {
+		return b.offerReader(stream.Interface().(io.Reader), brokerTimeout, closeStream)
+	}
+	return b.offerWriter(stream.Interface().(io.Writer), brokerTimeout, closeStream)
+}
+
+// arguments are those of one call, at the end of the function.
+type arguments struct {
+	values  []reflect.Value
+	closers []io.Closer // what was dialled, but for the writers
+	writers []*dialledWriter
+}
+
+// dial appends the argument for which the peer has sent this. If ctx ends, neither the
+// function nor close waits for the peer.
+func (a *arguments) dial(ctx context.Context, b *MuxBroker, param value, sent reflect.Value) error {
+	if param.kind == plainValue {
+		a.values = append(a.values, sent)
+		return nil
+	}
+	id := uint32(sent.Uint())
+	if id == 0 {
+		a.values = append(a.values, reflect.Zero(param.Type))
+		return nil
+	}
+	switch param.kind {
+	case readerValue:
+		r, err := b.dialReader(ctx, id, false)
+		if err != nil {
+			return err
+		}
+		a.add(ctx, reflect.ValueOf(r), r)
+	case writerValue:
+		w, err := b.dialWriter(ctx, id, false)
+		if err != nil {
+			return err
+		}
+		a.values = append(a.values, reflect.ValueOf(w))
+		a.writers = append(a.writers, w)
+		context.AfterFunc(ctx, w.abort)
+	case functionValue:
+		c, err := b.dialRPC(ctx, id)
+		if err != nil {
+			return err
+		}
+		f := &remoteFunction{signature: param.function, ctx: ctx, broker: b, client: c}
+		a.add(ctx, reflect.MakeFunc(param.Type, f.call), c)
+	}
+	return nil
+}
+
+// add appends an argument that is closed when the function has returned or ctx ends.
+func (a *arguments) add(ctx context.Context, v reflect.Value, c io.Closer) {
+	a.values = append(a.values, v)
+	a.closers = append(a.closers, c)
+	context.AfterFunc(ctx, func() { _ = c.Close() })
+}
+
+// close ends the use of the arguments. If the function has returned, it waits until the
+// peer has all that was written, and returns the error of a writer that the function has
+// not seen.
+func (a *arguments) close(returned bool) (unseen error) {
+	for _, c := range a.closers {
+		_ = c.Close() // nothing is lost
+	}
+	for _, w := range a.writers { // all first, so that none waits for another
+		if returned {
+			w.finish()
+		} else {
+			w.abort()
+		}
+	}
+	for _, w := range a.writers {
+		seen := w.failed.Load()
+		err := w.Close()
+		if unseen == nil && !seen {
+			unseen = err
+		}
+	}
+	return unseen
+}
+
+// remoteFunction is a function of the peer that was passed to a method of this end.
+type remoteFunction struct {
+	*signature
+	ctx    context.Context // of the method
+	broker *MuxBroker
+	client *rpc.Client
+}
+
+// call calls the function. A function that takes no context is called with that of the
+// method.
+func (f *remoteFunction) call(in []reflect.Value) []reflect.Value {
+	ctx := f.ctx
+	if f.takesContext {
+		ctx, _ = in[0].Interface().(context.Context) // nil is an error below
+		in = in[1:]
+	}
+	args := make([]any, len(in))
+	for i, v := range in {
+		args[i] = v.Interface()
+	}
+	result, err := reflect.Zero(f.result.Type), errNilContext
+	if ctx != nil {
+		result, err = f.invoke(ctx, f.broker, f.client, "Call", args)
+	}
+	if err != nil {
+		result = reflect.Zero(f.result.Type)
+	}
+	asError := reflect.ValueOf(&err).Elem() // of type error, also if it is nil
+	if f.returns == 1 {
+		return []reflect.Value{asError}
+	}
+	return []reflect.Value{result, asError}
+}
+
+var errNilContext = errors.New("plugin: a function was called with a nil context")
