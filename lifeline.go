@@ -1,5 +1,10 @@
 package plugin
 
+// This file is about how a plugin exits with its host, both ends of it. On Unix, the plugin
+// reads from a pipe, the lifeline, and the host holds the other end: the system closes it
+// when the host exits or crashes, also if there is a process between the two. A byte in the
+// pipe detaches the plugin. On Windows, the plugin waits for the process of the host.
+
 import (
 	"errors"
 	"fmt"
@@ -62,44 +67,57 @@ func (p *child) detach() {
 // orphanTimeout is how long a plugin may run when its host is gone.
 const orphanTimeout = 1500 * time.Millisecond
 
+// isParent reports whether the host is the parent of this process. A host further up, whose
+// variable was inherited, is not; nor is a host that is gone, or one that has started this
+// process through another, such as a shell.
+func (h hostInfo) isParent() bool { return h.pid != 0 && h.pid == os.Getppid() }
+
+// hasExited reports whether there is a host, and its process has exited.
+func (h hostInfo) hasExited() bool { return h.pid != 0 && !alive(h.pid) }
+
 // watchHost returns a channel that is closed when the host is gone. After orphanTimeout,
-// the process exits. The goroutine runs as long as the process, because the host may exit
-// while main finishes.
+// the process exits and removes dir. The goroutine runs as long as the process, because the
+// host may exit while main finishes.
 func watchHost(host hostInfo, dir string) <-chan struct{} {
-	orphaned := make(chan struct{})
+	gone := make(chan struct{})
 	var pipe *os.File
 	if host.watch == watchPipe {
 		// A process in between may have closed it and reused the descriptor.
 		pipe = os.NewFile(uintptr(host.fd), "lifeline")
-		if info, err := pipe.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
+		info, err := pipe.Stat()
+		if err != nil || info.Mode()&os.ModeNamedPipe == 0 {
 			foreign = append(foreign, pipe)
-			return orphaned
+			return gone
 		}
 	}
-	go func() {
-		if waitHost(host, pipe) {
-			close(orphaned)
-			time.Sleep(orphanTimeout)
-			removePrivate(dir)
-			os.Exit(1)
-		}
-	}()
-	return orphaned
+	go exitAfterHost(host, pipe, dir, gone) // ends with the process
+	return gone
+}
+
+// exitAfterHost waits until the host is gone, closes gone, and exits after orphanTimeout.
+func exitAfterHost(host hostInfo, pipe *os.File, dir string, gone chan<- struct{}) {
+	if !host.awaitEnd(pipe) {
+		return
+	}
+	close(gone)
+	time.Sleep(orphanTimeout)
+	removePrivate(dir)
+	os.Exit(1)
 }
 
 // foreign has the files that watchHost found instead of a pipe. References keep them
 // open.
 var foreign []*os.File
 
-// waitHost waits until the host is gone. It returns false if the host has detached the
+// awaitEnd waits until the host is gone. It returns false if the host has detached the
 // plugin or uses go-plugin.
-func waitHost(host hostInfo, pipe *os.File) bool {
-	switch host.watch {
+func (h hostInfo) awaitEnd(pipe *os.File) bool {
+	switch h.watch {
 	case watchPipe:
 		_, err := pipe.Read(make([]byte, 1))
 		return err == io.EOF
 	case watchPid:
-		process, err := os.FindProcess(host.pid)
+		process, err := os.FindProcess(h.pid)
 		if err != nil { // it is gone, or runs as another user
 			return !errors.Is(err, fs.ErrPermission)
 		}

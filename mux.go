@@ -1,5 +1,8 @@
 package plugin
 
+// This file is about the two ends of a connection: what the host asks of its plugin
+// (answer, quit, dispense), and how the plugin's output gets to the host.
+
 import (
 	"context"
 	"errors"
@@ -33,8 +36,11 @@ type RPCClient struct {
 	output [2]*yamux.Stream // stdout and stderr of the plugin
 	copied [2]chan struct{} // closed when the output has been copied
 
-	flushes  bool // the plugin sends its output before it answers Quit
-	quitting *once[struct{}]
+	flushes bool // the plugin sends its output before it answers Quit
+
+	quitting lock  // guards the fields below; held while the plugin is asked
+	asked    bool  // the plugin has been asked to quit
+	quitErr  error // why it has not answered
 }
 
 // NewRPCClient returns a client for the plugin at the other end of conn. If it fails,
@@ -43,12 +49,15 @@ func NewRPCClient(conn io.ReadWriteCloser, plugins map[string]Plugin) (*RPCClien
 	return newConnection(conn, plugins, hclog.NewNullLogger(), nil)
 }
 
-func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hclog.Logger, why func(heard bool) error) (*RPCClient, error) {
+// newConnection is NewRPCClient with a logger and a function for [newSession].
+func newConnection(
+	conn io.ReadWriteCloser, plugins map[string]Plugin, logger hclog.Logger, why func(received bool) error,
+) (*RPCClient, error) {
 	s, err := newSession(context.Background(), conn, true, logger, why)
 	if err != nil {
 		return nil, fmt.Errorf("plugin: connecting: %w", err)
 	}
-	c := &RPCClient{session: s, plugins: plugins, broker: newMuxBroker(s), quitting: newOnce[struct{}]()}
+	c := &RPCClient{session: s, plugins: plugins, broker: newMuxBroker(s), quitting: newLock()}
 	// The order is part of the protocol: control, stdout, stderr.
 	var streams [3]*stream
 	for i := range streams {
@@ -60,9 +69,15 @@ func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hc
 	c.control = newRPCClient(streams[0], s.spawn)
 	// Without the reason for an error: finding it out waits for the output.
 	c.output = [2]*yamux.Stream{streams[1].Stream, streams[2].Stream}
-	// Ends with the session, and with it end the methods that it serves.
-	s.spawn(func() { defer s.cancel(); c.broker.Run() })
+	s.spawn(func() { acceptNumbered(c.broker) }) // ends with the session
 	return c, nil
+}
+
+// acceptNumbered accepts the numbered streams of a session until it ends. Then it ends the
+// contexts of the methods that the session serves: the peer does not need them any more.
+func acceptNumbered(b *MuxBroker) {
+	b.Run()
+	b.session.cancel()
 }
 
 // SyncStreams starts to copy the plugin's stdout and stderr to the writers, each in its
@@ -73,17 +88,20 @@ func newConnection(conn io.ReadWriteCloser, plugins map[string]Plugin, logger hc
 func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 	for i, dst := range []io.Writer{stdout, stderr} {
 		c.copied[i] = make(chan struct{})
-		// Writes to the caller's writer, so nothing waits for it without a
-		// bound. It ends with the stream.
-		go func() {
-			defer close(c.copied[i])
-			_, _ = io.Copy(&forgiving{dst}, c.output[i])
-			if lines, ok := dst.(*lineWriter); ok {
-				_ = lines.Close()
-			}
-		}()
+		// Ends with the stream, and when the caller's Write returns. So nothing
+		// waits for it without a bound.
+		go c.copyOutput(i, dst)
 	}
 	return nil
+}
+
+// copyOutput copies one output of the plugin to dst until its end.
+func (c *RPCClient) copyOutput(i int, dst io.Writer) {
+	defer close(c.copied[i])
+	_, _ = io.Copy(&forgiving{dst}, c.output[i]) // an error of the stream is the end of it
+	if lines, ok := dst.(*lineWriter); ok {
+		_ = lines.Close() // it never fails
+	}
 }
 
 // Dispense calls [Plugin].Server in the plugin and returns the result of [Plugin].Client,
@@ -149,20 +167,34 @@ func (c *RPCClient) Close() error {
 
 // quit asks the plugin to quit, once, and waits for the end of its output.
 func (c *RPCClient) quit(ctx context.Context) error {
-	_, err := c.quitting.do(ctx, func() (struct{}, error) {
-		c.session.expectEnd()
-		for i := 0; i < 3 && !c.flushes; i++ {
-			// A go-plugin plugin exits when it has answered Quit. A few round
-			// trips give it time to send its output before.
-			_ = c.ping(ctx)
-		}
-		return struct{}{}, Call(ctx, c.control, "Control.Quit", true, &struct{}{})
-	})
-	if err != nil {
+	if err := c.askToQuit(ctx); err != nil {
 		return fmt.Errorf("plugin: asking it to quit: %w", err)
 	}
 	c.waitOutput(ctx)
 	return nil
+}
+
+// askToQuit asks the plugin to quit and waits for its answer. Later calls return the error
+// of the first.
+func (c *RPCClient) askToQuit(ctx context.Context) error {
+	if err := c.quitting.lock(ctx); err != nil {
+		return err
+	}
+	defer c.quitting.unlock()
+	if c.asked {
+		return c.quitErr
+	}
+	c.asked = true
+	c.session.expectEnd()
+	if !c.flushes {
+		// A go-plugin plugin exits when it has answered Quit. A few round trips
+		// give it time to send its output before.
+		for range 3 {
+			_ = c.ping(ctx) // Quit will fail, too
+		}
+	}
+	c.quitErr = Call(ctx, c.control, "Control.Quit", true, &struct{}{})
+	return c.quitErr
 }
 
 // waitOutput waits until all output has been copied, but not past ctx.
@@ -194,8 +226,8 @@ type RPCServer struct {
 	// or when Serve returns.
 	DoneCh chan<- struct{}
 
-	logger  hclog.Logger
-	release func() // ends Stdout and Stderr; may be nil
+	logger    hclog.Logger
+	endOutput func() // ends Stdout and Stderr; may be nil
 
 	begun    sync.Once // sets the fields below
 	done     func()    // closes DoneCh
@@ -205,8 +237,8 @@ type RPCServer struct {
 	conns    context.Context // ends when connections should be closed
 	endConns context.CancelFunc
 
-	serving sync.WaitGroup // ServeConn calls that Serve has started
-	flushed sync.Once
+	connections sync.WaitGroup // ServeConn calls that Serve has started
+	flushed     sync.Once
 }
 
 // Init does nothing. It is part of [ServerProtocol].
@@ -230,29 +262,33 @@ func (s *RPCServer) Serve(lis net.Listener) {
 			continue
 		}
 		// Ends with the connection.
-		s.serving.Go(func() { s.ServeConn(conn) })
+		s.connections.Go(func() { s.ServeConn(conn) })
 	}
 }
 
 // ServeConn serves one connection. It returns when the connection has ended.
 func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 	s.begin()
-	sess, err := newSession(s.calls, conn, false, s.logger, func(bool) error {
-		return errors.New("plugin: the connection to the host has ended")
-	})
+	sess, err := newSession(s.calls, conn, false, s.logger, whyHostLost)
 	if err != nil {
 		s.logger.Debug("a connection could not be served", "error", err)
 		return
 	}
-	defer sess.close()
-	defer context.AfterFunc(s.conns, sess.close)()
-	if err := s.serveSession(sess); err != io.EOF {
+	stop := context.AfterFunc(s.conns, sess.close)
+	err = s.serveSession(sess)
+	if err != io.EOF {
 		sess.debug("a connection ended", "error", err)
 	}
+	stop()
+	sess.close()
 }
 
+func whyHostLost(bool) error { return errors.New("plugin: the connection to the host has ended") }
+
+// serveSession accepts the streams that the host opens first, and answers its calls of
+// control until the host closes that stream.
 func (s *RPCServer) serveSession(sess *session) error {
-	st, err := sess.accept()
+	controlStream, err := sess.accept()
 	if err != nil {
 		return err
 	}
@@ -264,11 +300,16 @@ func (s *RPCServer) serveSession(sess *session) error {
 		out.attach(st)
 	}
 	broker := newMuxBroker(sess)
-	// Ends with the session.
-	sess.spawn(func() { defer sess.cancel(); broker.Run() })
-	server := newRPCServer(st, nil, s.logger, false)
-	control, _ := newService(&controlService{s, server})
-	dispenser, _ := newService(&dispenseService{s.Plugins, broker})
+	sess.spawn(func() { acceptNumbered(broker) }) // ends with the session
+	server := newRPCServer(controlStream, nil, s.logger, false)
+	control, err := newService(&controlService{server: s, stream: server})
+	if err != nil {
+		return err
+	}
+	dispenser, err := newService(&dispenseService{plugins: s.Plugins, broker: broker})
+	if err != nil {
+		return err
+	}
 	server.services = map[string]*service{"Control": control, "Dispenser": dispenser}
 	return server.serve(context.Background())
 }
@@ -290,7 +331,7 @@ func (s *RPCServer) begin() {
 			if src == nil {
 				src = strings.NewReader("")
 			}
-			s.outputs[i] = &output{src: src, done: make(chan struct{})}
+			s.outputs[i] = newOutput(src)
 		}
 	})
 }
@@ -300,8 +341,8 @@ func (s *RPCServer) flush() {
 	s.begin()
 	s.flushed.Do(func() {
 		s.endCalls()
-		if s.release != nil {
-			s.release()
+		if s.endOutput != nil {
+			s.endOutput()
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), outputTimeout)
 		defer cancel()
@@ -309,60 +350,6 @@ func (s *RPCServer) flush() {
 			out.finish(ctx)
 		}
 	})
-}
-
-// output copies the output of the plugin to the host that connected last. Output before
-// the first connection waits for it. Output after the last connection is dropped, so
-// that it does not block the plugin.
-type output struct {
-	src   io.Reader
-	start sync.Once     // starts to send
-	done  chan struct{} // closed when all of src has been sent
-
-	mu   sync.Mutex // guards host
-	host *stream
-}
-
-// attach makes st the stream that gets the output.
-func (o *output) attach(st *stream) {
-	o.mu.Lock()
-	before := o.host
-	o.host = st
-	o.mu.Unlock()
-	if before != nil {
-		_ = before.Close()
-	}
-	o.start.Do(func() {
-		go func() { // ends with src, which Serve or the owner of another reader closes
-			defer close(o.done)
-			_, _ = io.Copy(o, o.src)
-		}()
-	})
-}
-
-// Write never fails.
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	host := o.host
-	o.mu.Unlock()
-	if host != nil {
-		_, _ = host.Write(p) // fails at once if the session has ended
-	}
-	return len(p), nil
-}
-
-// finish closes the stream when all output has been sent, or ctx ends.
-func (o *output) finish(ctx context.Context) {
-	o.start.Do(func() { close(o.done) }) // no host has connected
-	select {
-	case <-o.done:
-	case <-ctx.Done():
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.host != nil {
-		_ = o.host.Close()
-	}
 }
 
 // controlService is the service "Control" of the protocol.
@@ -377,14 +364,23 @@ func (c *controlService) Ping(bool, *struct{}) error { return nil }
 // Quit ends the plugin when its answer has been sent.
 func (c *controlService) Quit(ctx context.Context, _ bool, _ *struct{}) error {
 	c.server.flush()
-	// The context of a call ends when its answer has been encoded.
-	context.AfterFunc(ctx, func() {
-		ctx, cancel := context.WithTimeout(context.Background(), outputTimeout)
-		defer cancel()
-		_ = c.stream.w.drain(ctx)
-		c.server.done()
-	})
+	// Ends when the answer has been sent, or after outputTimeout.
+	go c.endAfterAnswer(ctx.Done())
 	return nil
+}
+
+// endAfterAnswer ends the plugin when the answer of Quit has been sent. The answer is in
+// the buffer of the stream when the context of the call ends: the server of the stream
+// ends that context when it has encoded the answer, and not before.
+func (c *controlService) endAfterAnswer(encoded <-chan struct{}) {
+	ctx, cancel := context.WithTimeout(context.Background(), outputTimeout)
+	defer cancel()
+	select {
+	case <-encoded:
+	case <-ctx.Done():
+	}
+	_ = c.stream.w.drain(ctx) // if the host is gone, it needs no answer
+	c.server.done()
 }
 
 // dispenseService is the service "Dispenser" of the protocol.
@@ -399,21 +395,28 @@ func (d *dispenseService) Dispense(name string, id *uint32) error {
 	if p == nil {
 		return fmt.Errorf("the plugin knows no such plugin; ServeConfig.Plugins has %s", nameList(d.plugins))
 	}
-	v, err := notNil(p.Server(d.broker))
+	instance, err := notNil(p.Server(d.broker))
 	if err != nil {
 		return fmt.Errorf("its Server failed: %w", err)
 	}
-	svc, err := newService(v)
+	svc, err := newService(instance)
 	if err != nil {
 		return fmt.Errorf("its Server returned what cannot be served: %w", err)
 	}
-	b, dispensed := d.broker, d.broker.NextId()
-	*id = dispensed
-	b.session.spawn(func() {
-		// Without a limit: the host dials at once, unless it is stopped or gone.
-		if st, err := b.accept(context.Background(), dispensed); err == nil {
-			b.session.serve(b.session.calls, st, svc)
-		}
-	})
+	number := d.broker.NextId()
+	*id = number
+	// Ends when the host closes the stream, or with the session.
+	d.broker.session.spawn(func() { d.serve(number, svc) })
 	return nil
+}
+
+// serve serves an instance to the host, which dials its number at once. It waits for that
+// without a limit, because the host may be stopped.
+func (d *dispenseService) serve(number uint32, svc *service) {
+	st, err := d.broker.accept(context.Background(), number)
+	if err != nil {
+		return // the session has ended
+	}
+	session := d.broker.session
+	session.serve(session.calls, st, svc)
 }

@@ -1,19 +1,17 @@
 package plugin
 
+// This file is about the plugin's side: Serve, from the variables of the host to the end.
+
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"math/rand/v2"
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
-	"runtime"
 	"sync"
 	"syscall"
 
@@ -104,70 +102,70 @@ func ServeMux(m ServeMuxMap) {
 			return
 		}
 	}
-	fmt.Fprintf(os.Stderr, "This program is a plugin. It is started by its host, with one argument: %s.\n", nameList(m))
+	fmt.Fprintf(os.Stderr, "This program is a plugin. It is started by its host, with one argument: %s.\n",
+		nameList(m))
 	os.Exit(1)
 }
 
 // serve is Serve outside test mode. Its error is for a person.
 func serve(config *ServeConfig) error {
-	if config.MagicCookieKey == "" || config.MagicCookieValue == "" {
-		return errors.New("plugin: ServeConfig has no magic cookie: set HandshakeConfig.MagicCookieKey and MagicCookieValue")
-	}
-	if os.Getenv(config.MagicCookieKey) != config.MagicCookieValue {
-		return errors.New("this program is a plugin: it is started by its host, the program that uses it, and does nothing by itself")
+	if err := checkCookie(&config.HandshakeConfig); err != nil {
+		return err
 	}
 	env := takeEnvironment(config.MagicCookieKey)
-	stdout := os.Stdout
 	logger := config.Logger
 	if logger == nil {
 		logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: os.Stderr, JSONFormat: true})
 	}
-
-	// Signals are caught and not ignored, because child processes inherit the
-	// latter. SIGINT and SIGPIPE stay so after Serve: main should finish, even if
-	// it writes to a pipe that is closed.
-	terminate := make(chan os.Signal, 1)
-	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGPIPE)
-	signal.Notify(terminate, syscall.SIGTERM)
-	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
-		signal.Notify(terminate, syscall.SIGHUP)
-	}
+	terminate := catchSignals()
 	host := parseHostInfo(env[envHost])
-	orphaned := watchHost(host, env[EnvUnixSocketDir])
-	defer func() {
-		// The signal that ended the host may reach this process later.
-		if !isClosed(orphaned) {
-			signal.Stop(terminate)
-		}
-	}()
+	hostIsParent := host.isParent()
+	hostGone := watchHost(host, env[EnvUnixSocketDir])
 
 	s, err := newServing(config, env, logger)
 	if err != nil {
 		return err
 	}
-	s.handshake.flushes = host.pid == os.Getppid() // and not a host further up
-	defer func() {
-		s.close()
-		if s.handshake.flushes || isClosed(orphaned) || host.pid != 0 && !alive(host.pid) {
-			removePrivate(env[EnvUnixSocketDir]) // the host may be gone
-		}
-	}()
-	if err := s.capture(io.Discard, io.Discard); err != nil {
-		return err
+	s.handshake.flushes = hostIsParent
+	err = s.run(terminate, hostGone)
+	s.close()
+	// Its host removes the directory, unless it is gone by then. A host further up, which
+	// lives, may not be the one that has made it.
+	if hostIsParent || isClosed(hostGone) || host.hasExited() {
+		removePrivate(env[EnvUnixSocketDir])
 	}
-	if _, err := io.WriteString(stdout, s.handshake.String()+"\n"); err != nil {
-		if waitFor(orphanTimeout/2, orphaned) {
-			return nil // the host is gone
-		}
-		return fmt.Errorf("plugin: the handshake could not be written: %w", err)
+	// The signal that ended the host may reach this process later, and main should finish.
+	if !isClosed(hostGone) {
+		signal.Stop(terminate)
 	}
-	s.serve()
-	select {
-	case <-s.quit:
-	case <-terminate:
-	case <-orphaned:
+	return err
+}
+
+func checkCookie(config *HandshakeConfig) error {
+	if config.MagicCookieKey == "" || config.MagicCookieValue == "" {
+		return errors.New("plugin: ServeConfig has no magic cookie: " +
+			"set HandshakeConfig.MagicCookieKey and MagicCookieValue")
+	}
+	if os.Getenv(config.MagicCookieKey) != config.MagicCookieValue {
+		return errors.New("this program is a plugin: " +
+			"it is started by its host, the program that uses it, and does nothing by itself")
 	}
 	return nil
+}
+
+// catchSignals returns a channel that receives the signals that end the plugin. It catches
+// SIGINT and SIGPIPE in a channel that is never read, so that they do nothing, also after
+// Serve: main should finish, even if it writes to a pipe that is closed. To ignore them
+// would not do, because child processes inherit that.
+func catchSignals() chan os.Signal {
+	unread := make(chan os.Signal, 1)
+	signal.Notify(unread, os.Interrupt, syscall.SIGPIPE)
+	terminate := make(chan os.Signal, 1)
+	signal.Notify(terminate, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		signal.Notify(terminate, syscall.SIGHUP)
+	}
+	return terminate
 }
 
 // serveTest is Serve in test mode.
@@ -176,7 +174,6 @@ func serveTest(config *ServeConfig) {
 	if test.CloseCh != nil {
 		defer close(test.CloseCh)
 	}
-	ctx := cmp.Or(test.Context, context.Background())
 	logger := config.Logger
 	if logger == nil {
 		logger = hclog.Default().Named("plugin")
@@ -184,148 +181,195 @@ func serveTest(config *ServeConfig) {
 	env := map[string]string{EnvUnixSocketDir: os.Getenv(EnvUnixSocketDir)}
 	s, err := newServing(config, env, logger)
 	if err == nil {
-		defer s.server.serving.Wait()
-		defer s.close()
-		if test.SyncStdio {
-			err = s.capture(os.Stdout, os.Stderr)
-		}
+		err = s.runTest(test)
+		s.close()
+		s.server.connections.Wait() // the process goes on, and nothing of Serve should
 	}
 	if err != nil {
 		logger.Error("the plugin cannot serve", "error", err)
-		return
-	}
-	if test.ReattachConfigCh != nil {
-		h := s.handshake
-		select {
-		case test.ReattachConfigCh <- &ReattachConfig{Protocol: h.protocol, ProtocolVersion: h.version, Addr: h.addr, Pid: os.Getpid(), Test: true}:
-		case <-ctx.Done():
-			return
-		}
-	}
-	s.serve()
-	select {
-	case <-s.quit:
-	case <-ctx.Done():
 	}
 }
 
-// serving is the state of a Serve that runs.
+// serving is the state of a Serve that runs: newServing listens, run or runTest serves
+// until the plugin should end, and close ends what both have begun.
 type serving struct {
 	server    *RPCServer
 	listener  net.Listener
 	handshake handshake
 	quit      chan struct{} // closed when a host has asked the plugin to quit
-	dir       string        // of the socket, if it has to be removed
-
-	restore func()      // restores os.Stdout and os.Stderr
-	output  [2]*os.File // what is written to them
+	capture   *capture      // of the output; nil if it is not captured
 }
 
-// newServing listens as the variables of the host say.
-func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger) (_ *serving, err error) {
+// newServing chooses the version and listens, as the variables of the host say.
+func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger) (*serving, error) {
 	sets := allVersions(config.ProtocolVersion, config.Plugins, config.VersionedPlugins)
 	maps.DeleteFunc(sets, func(_ int, set PluginSet) bool { return len(set) == 0 })
 	if len(sets) == 0 {
 		return nil, errors.New("plugin: ServeConfig has no plugins: set Plugins or VersionedPlugins")
 	}
-	s := &serving{quit: make(chan struct{}), restore: func() {}}
-	defer func() {
-		if err != nil {
-			err = cannotServe(err)
-			s.unlisten()
-		}
-	}()
-	h := handshake{version: negotiate(sets, env[envVersions]), protocol: ProtocolNetRPC}
-	var secure *tls.Config
-	if config.TLSProvider != nil {
-		if secure, err = config.TLSProvider(); err != nil {
-			return nil, fmt.Errorf("ServeConfig.TLSProvider: %w", err)
-		}
+	version := negotiate(sets, env[envVersions])
+	secure, cert, err := serverTLS(config, env[envClientCert])
+	if err != nil {
+		return nil, cannotServe(err)
 	}
-	if hosts := env[envClientCert]; secure == nil && hosts != "" {
-		if secure, h.cert, err = answerMutualTLS(hosts); err != nil {
-			return nil, fmt.Errorf("AutoMTLS: %w", err)
-		}
+	listener, err := listen(env)
+	if err != nil {
+		return nil, cannotServe(err)
 	}
-	if err = s.listen(env); err != nil {
-		return nil, err
-	}
-	h.addr = s.listener.Addr()
-	s.handshake = h
+	addr := listener.Addr()
 	if secure != nil {
-		s.listener = tls.NewListener(s.listener, secure)
+		listener = tls.NewListener(listener, secure)
 	}
-	s.server = &RPCServer{Plugins: sets[h.version], DoneCh: s.quit, logger: logger}
-	return s, nil
-}
-
-// listen listens on a Unix socket, in the directory of the host or a new one. On Windows,
-// it listens on a TCP port.
-func (s *serving) listen(env map[string]string) (err error) {
-	if runtime.GOOS == "windows" {
-		s.listener, err = listenTCP(env[envMinPort], env[envMaxPort])
-		return err
-	}
-	dir := env[EnvUnixSocketDir]
-	if dir == "" {
-		if dir, err = new(UnixSocketConfig).makeDir(); err != nil {
-			return err
-		}
-		s.dir = dir
-	}
-	path := filepath.Join(dir, fmt.Sprintf("%s%d-%x", socketPrefix, os.Getpid(), rand.Uint32()))
-	if s.listener, err = net.Listen("unix", path); err != nil {
-		return err
-	}
-	if group := env[EnvUnixSocketGroup]; group != "" {
-		return giveToGroup(path, group, 0o660)
-	}
-	return nil
-}
-
-// unlisten undoes listen.
-func (s *serving) unlisten() {
-	if s.listener != nil {
-		_ = s.listener.Close()
-	}
-	removePrivate(s.dir)
-}
-
-// capture sends the output of the process to the host, and copies it to the writers.
-func (s *serving) capture(teeOut, teeErr io.Writer) (err error) {
-	stdout, stderr := os.Stdout, os.Stderr
-	var w [2]*os.File
-	for i := range w {
-		if s.output[i], w[i], err = os.Pipe(); err != nil {
-			return cannotServe(err)
-		}
-	}
-	s.server.Stdout, s.server.Stderr = io.TeeReader(s.output[0], teeOut), io.TeeReader(s.output[1], teeErr)
-	s.restore = sync.OnceFunc(func() {
-		os.Stdout, os.Stderr = stdout, stderr
-		_ = w[0].Close()
-		_ = w[1].Close()
-	})
-	s.server.release = s.restore
-	os.Stdout, os.Stderr = w[0], w[1]
-	return nil
+	quit := make(chan struct{})
+	return &serving{
+		server:    &RPCServer{Plugins: sets[version], DoneCh: quit, logger: logger},
+		listener:  listener,
+		handshake: handshake{version: version, addr: addr, protocol: ProtocolNetRPC, cert: cert},
+		quit:      quit,
+	}, nil
 }
 
 func cannotServe(err error) error { return fmt.Errorf("plugin: cannot serve: %w", err) }
 
-// serve accepts connections until close closes the listener and waits.
-func (s *serving) serve() {
-	s.server.serving.Go(func() { s.server.Serve(s.listener) })
+// serverTLS returns the configuration of the connection, or nil if it is not encrypted.
+// With AutoMTLS, it also returns the plugin's certificate.
+func serverTLS(config *ServeConfig, hostCert string) (secure *tls.Config, cert []byte, err error) {
+	if config.TLSProvider != nil {
+		secure, err = config.TLSProvider()
+		if err != nil {
+			return nil, nil, fmt.Errorf("ServeConfig.TLSProvider: %w", err)
+		}
+	}
+	if secure != nil || hostCert == "" {
+		return secure, nil, nil
+	}
+	secure, cert, err = answerMutualTLS(hostCert)
+	if err != nil {
+		return nil, nil, fmt.Errorf("AutoMTLS: %w", err)
+	}
+	return secure, cert, nil
+}
+
+// run serves until the host has asked the plugin to quit, a signal has come, or the host
+// is gone.
+func (s *serving) run(terminate <-chan os.Signal, hostGone <-chan struct{}) error {
+	stdout := os.Stdout
+	if err := s.captureOutput(io.Discard, io.Discard); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(stdout, s.handshake.String()+"\n"); err != nil {
+		gone := waitFor(orphanTimeout/2, hostGone)
+		if gone {
+			return nil // it needs no handshake
+		}
+		return fmt.Errorf("plugin: the handshake could not be written: %w", err)
+	}
+	s.accept()
+	select {
+	case <-s.quit:
+	case <-terminate:
+	case <-hostGone:
+	}
+	return nil
+}
+
+// runTest serves until a host has asked the plugin to quit, or the test ends.
+func (s *serving) runTest(test *ServeTestConfig) error {
+	ctx := test.Context
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	if test.SyncStdio {
+		if err := s.captureOutput(os.Stdout, os.Stderr); err != nil {
+			return err
+		}
+	}
+	if test.ReattachConfigCh != nil {
+		reattach := &ReattachConfig{
+			Protocol:        s.handshake.protocol,
+			ProtocolVersion: s.handshake.version,
+			Addr:            s.handshake.addr,
+			Pid:             os.Getpid(),
+			Test:            true,
+		}
+		select {
+		case test.ReattachConfigCh <- reattach:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	s.accept()
+	select {
+	case <-s.quit:
+	case <-ctx.Done():
+	}
+	return nil
+}
+
+// accept starts to accept connections.
+func (s *serving) accept() {
+	// Ends when close closes the listener.
+	s.server.connections.Go(func() { s.server.Serve(s.listener) })
 }
 
 // close sends the rest of the output and restores os.Stdout and os.Stderr. It ends the
 // connections without waiting for them, as the process is about to exit.
 func (s *serving) close() {
-	s.unlisten()
+	_ = s.listener.Close() // the process is about to exit
 	s.server.flush()
 	s.server.endConns()
-	s.restore()
-	for _, r := range s.output {
-		_ = r.Close()
+	if s.capture != nil {
+		s.capture.close()
+	}
+}
+
+// captureOutput sends the output of the process to the host, and copies it to the writers.
+func (s *serving) captureOutput(stdout, stderr io.Writer) (err error) {
+	s.capture, err = newCapture()
+	if err != nil {
+		return cannotServe(err)
+	}
+	s.server.Stdout = io.TeeReader(s.capture.readers[0], stdout)
+	s.server.Stderr = io.TeeReader(s.capture.readers[1], stderr)
+	s.server.endOutput = s.capture.restore
+	return nil
+}
+
+// capture puts pipes in the place of os.Stdout and os.Stderr.
+type capture struct {
+	stdout, stderr   *os.File    // the process's own
+	readers, writers [2]*os.File // of the pipes
+	restored         sync.Once
+}
+
+func newCapture() (*capture, error) {
+	c := &capture{stdout: os.Stdout, stderr: os.Stderr}
+	for i := range c.readers {
+		r, w, err := os.Pipe()
+		if err != nil {
+			c.close()
+			return nil, err
+		}
+		c.readers[i], c.writers[i] = r, w
+	}
+	os.Stdout, os.Stderr = c.writers[0], c.writers[1]
+	return c, nil
+}
+
+// restore restores os.Stdout and os.Stderr. The pipes end when they have been read.
+func (c *capture) restore() {
+	c.restored.Do(func() {
+		os.Stdout, os.Stderr = c.stdout, c.stderr
+		for _, w := range c.writers {
+			_ = w.Close() // nothing is buffered in it
+		}
+	})
+}
+
+// close restores os.Stdout and os.Stderr, and drops what has not been read of the pipes.
+func (c *capture) close() {
+	c.restore()
+	for _, r := range c.readers {
+		_ = r.Close() // a nil *os.File can be closed
 	}
 }

@@ -2,11 +2,13 @@ package plugin
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
 	"os/user"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 )
@@ -110,6 +112,50 @@ func groupID(group string) (int, error) {
 		return 0, err
 	}
 	return strconv.Atoi(found.Gid)
+}
+
+// listen listens where the host wants the plugin to: on a Unix socket in the directory of
+// the host, or else in a new one. On Windows, it listens on a TCP port.
+func listen(env map[string]string) (net.Listener, error) {
+	if runtime.GOOS == "windows" {
+		return listenTCP(env[envMinPort], env[envMaxPort])
+	}
+	dir, ownDir := env[EnvUnixSocketDir], ""
+	if dir == "" {
+		var err error
+		dir, err = new(UnixSocketConfig).makeDir()
+		if err != nil {
+			return nil, err
+		}
+		ownDir = dir
+	}
+	path := filepath.Join(dir, fmt.Sprintf("%s%d-%x", socketPrefix, os.Getpid(), rand.Uint32()))
+	socket, err := net.Listen("unix", path)
+	if err != nil {
+		removePrivate(ownDir)
+		return nil, err
+	}
+	listener := &unixListener{Listener: socket, ownDir: ownDir}
+	if group := env[EnvUnixSocketGroup]; group != "" {
+		err = giveToGroup(path, group, 0o660)
+		if err != nil {
+			_ = listener.Close() // the first error is the reason
+			return nil, err
+		}
+	}
+	return listener, nil
+}
+
+// unixListener listens on a Unix socket, and removes its directory when it is closed.
+type unixListener struct {
+	net.Listener
+	ownDir string // "" if the host has made the directory, and removes it
+}
+
+func (l *unixListener) Close() error {
+	err := l.Listener.Close()
+	removePrivate(l.ownDir)
+	return err
 }
 
 // listenTCP listens on the first free port of the loopback interface.

@@ -1,5 +1,8 @@
 package plugin
 
+// This file has what tests of hosts and plugins need: two ends of a connection within one
+// process.
+
 import (
 	"io"
 	"net"
