@@ -18,17 +18,6 @@ import (
 const CoreProtocolVersion = 1
 
 const (
-	// EnvUnixSocketDir is the environment variable with the directory in which
-	// the plugin makes its Unix socket. The host sets it.
-	EnvUnixSocketDir = "PLUGIN_UNIX_SOCKET_DIR"
-
-	// EnvUnixSocketGroup is the environment variable with the group that may
-	// connect to the plugin's Unix socket. The host sets it from
-	// UnixSocketConfig.Group.
-	EnvUnixSocketGroup = "PLUGIN_UNIX_SOCKET_GROUP"
-
-	envMinPort    = "PLUGIN_MIN_PORT"
-	envMaxPort    = "PLUGIN_MAX_PORT"
 	envVersions   = "PLUGIN_PROTOCOL_VERSIONS"
 	envClientCert = "PLUGIN_CLIENT_CERT"
 	envMultiplex  = "PLUGIN_MULTIPLEX_GRPC" // of go-plugin; not used here

@@ -14,6 +14,20 @@ import (
 )
 
 const (
+	// EnvUnixSocketDir is the environment variable with the directory in which
+	// the plugin makes its Unix socket. The host sets it.
+	EnvUnixSocketDir = "PLUGIN_UNIX_SOCKET_DIR"
+
+	// EnvUnixSocketGroup is the environment variable with the group that may
+	// connect to the plugin's Unix socket. The host sets it from
+	// UnixSocketConfig.Group.
+	EnvUnixSocketGroup = "PLUGIN_UNIX_SOCKET_GROUP"
+
+	envMinPort = "PLUGIN_MIN_PORT"
+	envMaxPort = "PLUGIN_MAX_PORT"
+)
+
+const (
 	maxSocketPath = 103       // the shortest limit of any system
 	socketPrefix  = "plugin-" // of sockets and their directories
 	socketNameLen = len("/plugin-4194304-ffffffff")

@@ -45,7 +45,10 @@ func sortedKeys[K cmp.Ordered, V any](m map[K]V) []K {
 
 // nameList returns the sorted names, for an error.
 func nameList[V any](m map[string]V) string {
-	return cmp.Or(strings.Join(sortedKeys(m), ", "), "none")
+	if len(m) == 0 {
+		return "none"
+	}
+	return strings.Join(sortedKeys(m), ", ")
 }
 
 func inBrackets(state *os.ProcessState) string {

@@ -1,0 +1,141 @@
+package plugin_test
+
+import (
+	"errors"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"go/types"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// upward are the uses of files above, with their reasons.
+var upward = map[[2]string]string{
+	{"lifeline.go", "process.go"}: "both ends of the lifeline are in one file, and the host's end belongs to a process",
+	{"lifeline.go", "attach.go"}:  "whether a process exists",
+	{"process.go", "client.go"}:   "a timeout that both use",
+}
+
+// A file uses only files that are below it in the table of CONTRIBUTING.md.
+func TestRooms(t *testing.T) {
+	rows := tableOfFiles(t)
+	used := make(map[[2]string]bool)
+	for _, use := range usesBetweenFiles(t) {
+		arrow := [2]string{use.from, use.to}
+		from, known := rows[use.from]
+		if !known {
+			continue // reported below
+		}
+		if to, known := rows[use.to]; !known || from < to {
+			continue
+		}
+		used[arrow] = true
+		if upward[arrow] == "" {
+			t.Errorf("%v: %s is not below %s, and is used there: %s", use.position, use.to, use.from, use.name)
+		}
+	}
+	for arrow := range upward {
+		if !used[arrow] {
+			t.Logf("%s does not use %s any more: the exception can go", arrow[0], arrow[1])
+		}
+	}
+	files := sourceFiles(t)
+	for _, name := range files {
+		if _, known := rows[name]; !known {
+			t.Errorf("the table in CONTRIBUTING.md has no %s", name)
+		}
+	}
+	for name := range rows {
+		if !slices.Contains(files, name) {
+			t.Errorf("the table in CONTRIBUTING.md has %s, which does not exist", name)
+		}
+	}
+}
+
+// tableOfFiles returns the rows of the files in the table of CONTRIBUTING.md.
+func tableOfFiles(t *testing.T) map[string]int {
+	t.Helper()
+	text, err := os.ReadFile("CONTRIBUTING.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := make(map[string]int)
+	row := regexp.MustCompile("(?m)^\\| [^|]*\\| `(\\w+\\.go)` \\|")
+	for i, match := range row.FindAllStringSubmatch(string(text), -1) {
+		rows[match[1]] = i
+	}
+	return rows
+}
+
+// sourceFiles returns the names of the files of the package that are no tests.
+func sourceFiles(t *testing.T) []string {
+	t.Helper()
+	names, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.DeleteFunc(names, func(name string) bool { return strings.HasSuffix(name, "_test.go") })
+}
+
+// use is a use of a name of the package in another file than the one that declares it.
+type use struct {
+	from, to string // files
+	name     string
+	position token.Position
+}
+
+// usesBetweenFiles returns the uses of the package's names: types, functions, variables,
+// constants and methods. Imports are not resolved, which would take seconds, so a method is
+// missing if the type of its receiver comes out of another package.
+func usesBetweenFiles(t *testing.T) []use {
+	t.Helper()
+	fileSet := token.NewFileSet()
+	var files []*ast.File
+	for _, name := range sourceFiles(t) {
+		file, err := parser.ParseFile(fileSet, name, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, file)
+	}
+	info := &types.Info{Uses: make(map[*ast.Ident]types.Object)}
+	config := &types.Config{
+		Importer: noImports{},
+		Error:    func(error) {}, // of what is imported
+	}
+	pkg, _ := config.Check("plugin", fileSet, files, info) // the error is of what is imported
+	var uses []use
+	for identifier, object := range info.Uses {
+		if object.Pkg() != pkg || !isOfPackage(object) {
+			continue
+		}
+		position := fileSet.Position(identifier.Pos())
+		declared := fileSet.Position(object.Pos())
+		if position.Filename != declared.Filename {
+			uses = append(uses, use{from: position.Filename, to: declared.Filename, name: object.Name(), position: position})
+		}
+	}
+	if len(uses) < 100 {
+		t.Fatalf("only %d uses were found", len(uses))
+	}
+	slices.SortFunc(uses, func(a, b use) int { return strings.Compare(a.position.String(), b.position.String()) })
+	return uses
+}
+
+// isOfPackage reports whether an object is declared at the level of the package or is a
+// method.
+func isOfPackage(object types.Object) bool {
+	function, isFunction := object.(*types.Func)
+	return object.Parent() == object.Pkg().Scope() || isFunction && function.Signature().Recv() != nil
+}
+
+type noImports struct{}
+
+func (noImports) Import(path string) (*types.Package, error) {
+	return nil, errors.New("not resolved here")
+}
