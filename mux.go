@@ -22,6 +22,7 @@ const (
 	pingTimeout   = 4 * time.Second        // how long Ping waits
 	quitTimeout   = 2 * time.Second        // how long RPCClient.Close waits
 	acceptPause   = 100 * time.Millisecond // between a failed Accept and the next
+	acceptTries   = 20                     // how often the first connection may fail in succession
 	outputTimeout = time.Second            // how long a plugin that quits sends output
 )
 
@@ -247,22 +248,39 @@ func (s *RPCServer) Init() error { return nil }
 // Config returns "". It is part of [ServerProtocol].
 func (s *RPCServer) Config() string { return "" }
 
-// Serve serves the connections that lis accepts. It returns when lis is closed.
+// Serve serves the connections that lis accepts. It returns when lis is closed, and when
+// the first connection could not be accepted for two seconds.
 func (s *RPCServer) Serve(lis net.Listener) {
 	s.begin()
 	defer s.done()
+	err := s.acceptConnections(lis)
+	if err != nil {
+		s.logger.Error("no connection can be accepted", "error", err)
+	}
+}
+
+// acceptConnections accepts connections until lis is closed. It gives up if the first one
+// cannot be accepted, as when too many files are open: its host would wait forever.
+func (s *RPCServer) acceptConnections(lis net.Listener) error {
+	s.begin()
+	accepted, failures := false, 0
 	for {
 		conn, err := lis.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err != nil {
-			s.logger.Warn("a connection could not be accepted", "error", err)
-			time.Sleep(acceptPause)
+		switch {
+		case err == nil:
+			accepted = true
+			// Ends with the connection.
+			s.connections.Go(func() { s.ServeConn(conn) })
 			continue
+		case errors.Is(err, net.ErrClosed):
+			return nil
 		}
-		// Ends with the connection.
-		s.connections.Go(func() { s.ServeConn(conn) })
+		failures++
+		if !accepted && failures == acceptTries {
+			return fmt.Errorf("plugin: the connection of the host cannot be accepted: %w", err)
+		}
+		s.logger.Warn("a connection could not be accepted", "error", err)
+		time.Sleep(acceptPause)
 	}
 }
 

@@ -68,9 +68,10 @@ type ServeTestConfig struct {
 
 // Serve serves plugins to the host that started this process. The main function of a
 // plugin calls it, once. Serve returns when the host asks the plugin to quit, when the host
-// is gone, and on SIGTERM and SIGHUP. Then main should return: the process is ended after
-// ClientConfig.KillTimeout, or after 1.5 seconds if the host is gone. SIGINT is left to the
-// host.
+// is gone, and on SIGTERM and SIGHUP, also if they are sent to the process group of the
+// host. Then main should return: the process is ended after ClientConfig.KillTimeout, or
+// after 1.5 seconds if the host is gone. SIGINT is left to the host. A plugin that is
+// stopped when its host is gone lives until it is continued.
 //
 // While Serve runs, output to os.Stdout and os.Stderr goes to the host; outside Serve, they
 // behave normally. Serve removes the variables of the handshake from the environment, so
@@ -197,6 +198,7 @@ type serving struct {
 	listener  net.Listener
 	handshake handshake
 	quit      chan struct{} // closed when a host has asked the plugin to quit
+	failed    chan error    // receives why no connection can be accepted
 	capture   *capture      // of the output; nil if it is not captured
 }
 
@@ -226,6 +228,7 @@ func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger)
 		listener:  listener,
 		handshake: handshake{version: version, addr: addr, protocol: ProtocolNetRPC, cert: cert},
 		quit:      quit,
+		failed:    make(chan error, 1),
 	}, nil
 }
 
@@ -269,6 +272,8 @@ func (s *serving) run(terminate <-chan os.Signal, hostGone <-chan struct{}) erro
 	case <-s.quit:
 	case <-terminate:
 	case <-hostGone:
+	case err := <-s.failed:
+		return err
 	}
 	return nil
 }
@@ -302,6 +307,8 @@ func (s *serving) runTest(test *ServeTestConfig) error {
 	select {
 	case <-s.quit:
 	case <-ctx.Done():
+	case err := <-s.failed:
+		return err
 	}
 	return nil
 }
@@ -309,7 +316,12 @@ func (s *serving) runTest(test *ServeTestConfig) error {
 // accept starts to accept connections.
 func (s *serving) accept() {
 	// Ends when close closes the listener.
-	s.server.connections.Go(func() { s.server.Serve(s.listener) })
+	s.server.connections.Go(func() {
+		err := s.server.acceptConnections(s.listener)
+		if err != nil {
+			s.failed <- err
+		}
+	})
 }
 
 // close sends the rest of the output and restores os.Stdout and os.Stderr. It ends the

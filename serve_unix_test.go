@@ -6,8 +6,10 @@ import (
 	"errors"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/muxplug/plugin"
 )
@@ -60,6 +62,43 @@ func TestServeSignals(t *testing.T) {
 			t.Error(c.Err())
 		}
 	})
+}
+
+func init() {
+	// Uses up the descriptors when the test says so.
+	modes["fill"] = func() {
+		limit := syscall.Rlimit{Cur: 128, Max: 128}
+		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+			panic(err)
+		}
+		note("filling", "")
+		go func() {
+			awaitNote("fill")
+			for {
+				if _, err := syscall.Open(os.DevNull, syscall.O_RDONLY, 0); err != nil {
+					break
+				}
+			}
+			notes := os.Getenv(notesEnv)
+			_ = os.Rename(filepath.Join(notes, "filling"), filepath.Join(notes, "filled"))
+		}()
+	}
+}
+
+// A plugin that cannot accept its connection says why and exits.
+func TestDescriptorLimit(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	c := plugin.NewClient(l.config("fill plugin"))
+	defer c.Kill()
+	_, err := c.Start()
+	check(t, err)
+	l.write("fill", "")
+	l.read("filled")
+	p, err := c.Client()
+	check(t, err)
+	within(t, "Dispense", 2*time.Second, func() { _, err = p.Dispense("test") })
+	errorSays(t, err, "too many open files", "exit status 1")
 }
 
 // In test mode the signals of the process stay with whoever takes them.
