@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/rpc"
 	"reflect"
+	"time"
 )
 
 // This file is about one call of a method or function with a signature, at both ends. The
@@ -24,7 +25,7 @@ func (s *signature) invoke(
 		return result, err
 	}
 	offers := s.serveArguments(b, sent.Elem(), args)
-	defer stopOffers(offers)
+	defer stopOffers(ctx, b, offers)
 	reply := reflect.New(s.result.sent)
 	into := reply.Interface()
 	if s.result.Type == typeOfNothing {
@@ -48,11 +49,22 @@ func (s *signature) setPlain(sent reflect.Value, method string, args []any) erro
 			return fmt.Errorf("plugin: Invoke: argument %d of %s is a %T and not a %v",
 				i+1, method, args[i], param)
 		}
-		if param.kind == plainValue {
+		switch param.kind {
+		case plainValue:
 			s.param(sent, i).Set(arg)
+		case readerValue, writerValue:
+			if isNilPointer(arg) {
+				return fmt.Errorf("plugin: Invoke: argument %d of %s is an %v with a nil %T in it",
+					i+1, method, param, args[i])
+			}
 		}
 	}
 	return checkNil(sent)
+}
+
+// isNilPointer reports whether v is nil and has methods that would panic.
+func isNilPointer(v reflect.Value) bool {
+	return (v.Kind() == reflect.Pointer || v.Kind() == reflect.Func) && v.IsNil()
 }
 
 // serveArguments serves what is not plain to the peer, and sets the numbers in what is
@@ -82,19 +94,34 @@ func (v value) serveArgument(b *MuxBroker, arg reflect.Value) *offer {
 	return b.offer(svc, &svc.calls, untilStopped)
 }
 
-// stopOffers ends the serving of arguments. It waits for a Write or callback that is
-// running, and until readTimeout for a Read.
-func stopOffers(offers []*offer) {
+// usesTimeout is how long the Writes and callbacks that are running delay an Invoke whose
+// context or connection has ended.
+const usesTimeout = time.Second
+
+// stopOffers ends the serving of arguments, and waits for what is running of the caller's
+// code: until readTimeout for a Read, and for the rest until it has ended or usesTimeout
+// after the end of ctx or the connection.
+func stopOffers(ctx context.Context, b *MuxBroker, offers []*offer) {
+	var reads, others []<-chan struct{}
 	for _, o := range offers {
 		o.end()
 	}
 	for _, o := range offers {
 		if o.reads {
-			waitFor(readTimeout, o.uses.allDone())
+			reads = append(reads, o.uses.allDone())
 		} else {
-			o.uses.Wait()
+			others = append(others, o.uses.allDone())
 		}
 	}
+	for _, done := range others {
+		select {
+		case <-done:
+		case <-ctx.Done():
+		case <-b.session.ended():
+		}
+	}
+	waitFor(usesTimeout, others...) // not at all if they are done
+	waitFor(readTimeout, reads...)
 }
 
 // dialResult returns the result for which the peer has sent this. A stream belongs to the

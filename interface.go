@@ -31,8 +31,8 @@ import (
 //
 // If impl is of another type than T, T must be written: For[Filter](upper{}, …).
 // T may be generic and may embed interfaces. Only the methods of T can be called,
-// whatever other methods impl has. Dispense fails if impl is nil in the plugin. What it
-// returns can be used until the connection ends.
+// whatever other methods impl has. Dispense fails if impl is nil in the plugin. All that
+// it returns share impl, and can be used until the connection ends.
 //
 // # Methods
 //
@@ -45,7 +45,10 @@ import (
 // is variadic or unexported, or has a type that cannot be sent: a context that is
 // not first, an error that is not last, a function as a result, a function type that
 // contains itself, another interface of package io, or a type that gob cannot
-// encode. So the first test that runs finds such a mistake.
+// encode. Functions, channels and interfaces of package io are also refused in
+// exported fields of structs, in slices and in maps, unless the type encodes itself:
+// gob would leave them out. So the first test that runs finds such a mistake. For
+// panics as well if client is nil.
 //
 // # Readers, writers and callbacks
 //
@@ -64,12 +67,10 @@ import (
 //     error of that callback. A panic in the plugin ends the plugin.
 //   - A callback may call the plugin again.
 //
-// When Invoke returns, also because its context has ended, no Write and no callback
-// of its arguments is running, and none begins. Invoke waits for them without a
-// limit: a Write to a pipe that is never read blocks it, and so does a callback that
-// waits for Invoke. It waits a tenth of a second at most for each Read, because a
-// terminal may never answer. What that Read returns later is lost, and no other Read
-// begins.
+// When Invoke returns, no Read, Write or callback of its arguments begins any more. It
+// waits for the Writes and callbacks that are running, but for one second at most when
+// its context or the connection has ended, and for a Read a tenth of a second at most,
+// because a terminal may never answer. What that Read returns later is lost.
 //
 // # Results that are streams
 //
@@ -91,7 +92,8 @@ import (
 //	result returned with an error                        the zero value
 //
 // A value in an any or another interface needs [gob.Register] on both sides, and may
-// be nil. Structs arrive without their unexported fields, functions and channels.
+// be nil. Structs arrive without their unexported fields. Arguments are copies: what a
+// method changes in them does not change for the caller.
 //
 // # On the wire
 //
@@ -115,6 +117,9 @@ func For[T any](impl T, client func(*Remote) T) Plugin {
 	if t.Kind() != reflect.Interface || t.NumMethod() == 0 {
 		panic(fmt.Sprintf(
 			"plugin: %v is not an interface with methods: write For[Interface](impl, client)", t))
+	}
+	if client == nil {
+		panic(fmt.Sprintf("plugin: For[%v]: the client function is nil", t))
 	}
 	p := &interfacePlugin[T]{impl: impl, client: client, methods: make(map[string]*signature)}
 	for i := range t.NumMethod() {

@@ -280,7 +280,7 @@ type (
 // forPanics calls For and returns what it panics with.
 func forPanics[T any]() (text string) {
 	defer func() { text = fmt.Sprint(recover()) }()
-	plugin.For[T](*new(T), nil)
+	plugin.For(*new(T), func(*plugin.Remote) (none T) { return none })
 	return ""
 }
 

@@ -83,8 +83,13 @@ func newSignature(t reflect.Type, outer ...reflect.Type) (*signature, error) {
 // checkForm returns an error if a function cannot be called, whatever its parameters.
 func checkForm(t reflect.Type) error {
 	n := t.NumOut()
-	if n < 1 || n > 2 || t.Out(n-1) != typeOfError || t.IsVariadic() {
-		return fmt.Errorf("%v does not return an error, or one result and an error, or is variadic", t)
+	switch {
+	case t.IsVariadic():
+		return fmt.Errorf("%v is variadic", t)
+	case n == 0 || t.Out(n-1) != typeOfError:
+		return fmt.Errorf("the last result of %v is not an error", t)
+	case n > 2:
+		return fmt.Errorf("%v returns more than one result and an error", t)
 	}
 	return nil
 }
@@ -120,11 +125,64 @@ func newStreamOrPlainValue(t, reader, writer reflect.Type) (value, error) {
 	case isOfPackageIO(t):
 		return value{}, fmt.Errorf("%v cannot be sent, but %v and %v can", t, reader, writer)
 	}
-	return value{Type: t, sent: t}, checkGob(t)
+	return value{Type: t, sent: t}, checkPlain(t)
 }
 
 func isOfPackageIO(t reflect.Type) bool {
 	return t.Kind() == reflect.Interface && t.PkgPath() == "io"
+}
+
+// checkPlain returns an error if values of a type cannot be sent, or would arrive without
+// some of their parts.
+func checkPlain(t reflect.Type) error {
+	if err := checkParts(t, t.String(), make(map[reflect.Type]bool)); err != nil {
+		return err
+	}
+	return checkGob(t)
+}
+
+// checkParts returns an error if a part of a type cannot be sent. Gob leaves some of them
+// out, but the user expects what was set. path leads to t, and checked are the types that
+// need not be looked at again.
+func checkParts(t reflect.Type, path string, checked map[reflect.Type]bool) error {
+	if checked[t] || encodesItself(t) || encodesItself(reflect.PointerTo(t)) {
+		return nil
+	}
+	checked[t] = true
+	switch t.Kind() {
+	case reflect.Func, reflect.Chan:
+		return fmt.Errorf("%s cannot be sent: it is a %v", path, t)
+	case reflect.Interface:
+		if isOfPackageIO(t) {
+			return fmt.Errorf("%s cannot be sent: it is an %v, which must be a parameter or result itself", path, t)
+		}
+	case reflect.Pointer:
+		return checkParts(t.Elem(), path, checked)
+	case reflect.Slice, reflect.Array:
+		return checkParts(t.Elem(), path+"[i]", checked)
+	case reflect.Map:
+		if err := checkParts(t.Key(), "a key of "+path, checked); err != nil {
+			return err
+		}
+		return checkParts(t.Elem(), path+"[key]", checked)
+	case reflect.Struct:
+		return checkFields(t, path, checked)
+	}
+	return nil
+}
+
+// checkFields is checkParts for the exported fields of a struct.
+func checkFields(t reflect.Type, path string, checked map[reflect.Type]bool) error {
+	for i := range t.NumField() {
+		field := t.Field(i)
+		if !field.IsExported() {
+			continue
+		}
+		if err := checkParts(field.Type, path+"."+field.Name, checked); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // argumentType returns the type that is sent for params: a single one as it is, or a

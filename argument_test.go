@@ -1,0 +1,164 @@
+package plugin_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net/rpc"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/muxplug/plugin"
+)
+
+// usesTimeout is how long Invoke waits for Writes and callbacks when its context or
+// connection has ended.
+const usesTimeout = time.Second
+
+// A Write and a callback that block do not hold Invoke when its context has ended, or
+// the plugin has been killed or has crashed, and none begins afterwards.
+func TestBlockedUses(t *testing.T) {
+	for _, end := range []string{"cancel", "Kill", "crash"} {
+		t.Run(end, func(t *testing.T) {
+			t.Parallel()
+			c, _, r := startKit(t)
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			began, release := make(chan struct{}, 100), make(chan struct{})
+			use := func() {
+				began <- struct{}{}
+				<-release
+			}
+			errs := make(chan error, 2)
+			go func() {
+				w := writerFunc(func(p []byte) (int, error) {
+					use()
+					return len(p), nil
+				})
+				_, err := plugin.Invoke[int64](ctx, r, "Copy", bytes.NewReader(noise(1<<20, 1)), w, int64(1<<20))
+				errs <- err
+			}()
+			go func() {
+				f := func(context.Context, int) (string, error) {
+					use()
+					return "", nil
+				}
+				_, err := plugin.Invoke[string](ctx, r, "Call", f, 1)
+				errs <- err
+			}()
+			receive(t, "a Write or callback", began)
+			receive(t, "the other", began)
+			isRight := func(err error) bool { return errors.As(err, new(*plugin.ExitError)) }
+			switch end {
+			case "cancel":
+				cancel()
+				isRight = func(err error) bool { return errors.Is(err, context.Canceled) }
+			case "Kill":
+				go c.Kill() // is waited for when the test ends
+				isRight = func(err error) bool { return err != nil }
+			case "crash":
+				_ = errorOf[string](t, r, "Fail", "panic")
+			}
+			within(t, "Invoke after its end", usesTimeout, func() {
+				for range 2 {
+					if err := <-errs; !isRight(err) {
+						t.Errorf("the error is %v", err)
+					}
+				}
+			})
+			close(release)
+			if end == "cancel" {
+				invoke[int](t, r, "Add", 1, 2) // time for another one to begin
+			}
+			checkEqual(t, "Writes and callbacks too many", len(began), 0)
+		})
+	}
+}
+
+// Starter has a method that returns before a callback does.
+type Starter interface {
+	Start(background, untilThen func() error) error
+}
+
+type starter struct{}
+
+func (starter) Start(background, untilThen func() error) error {
+	go background() // ends when the host lets it
+	return untilThen()
+}
+
+type starterClient struct{ remote *plugin.Remote }
+
+func (c starterClient) Start(background, untilThen func() error) error {
+	_, err := plugin.Invoke[struct{}](context.Background(), c.remote, "Start", background, untilThen)
+	return err
+}
+
+func newStarterPlugin(impl Starter) plugin.PluginSet {
+	return plugin.PluginSet{"starter": plugin.For(impl, func(r *plugin.Remote) Starter { return starterClient{r} })}
+}
+
+func init() {
+	modes["starter"] = func() {
+		servePlugin(func(c *plugin.ServeConfig) { c.Plugins = newStarterPlugin(starter{}) })
+	}
+}
+
+// While its context and the connection live, Invoke waits for a callback that is
+// running, however long, also when the method has returned.
+func TestUsesAfterReturn(t *testing.T) {
+	t.Parallel()
+	cfg := testConfig("starter")
+	cfg.Plugins = newStarterPlugin(nil)
+	_, p := startPlugin(t, cfg)
+	s, err := plugin.Dispense[Starter](p, "starter")
+	check(t, err)
+	began, release := make(chan struct{}), make(chan struct{})
+	var ended atomic.Bool
+	returned := async(func() error {
+		return s.Start(func() error {
+			close(began)
+			<-release
+			ended.Store(true)
+			return nil
+		}, func() error {
+			<-began
+			return nil
+		})
+	})
+	receive(t, "the callback", began)
+	select {
+	case <-returned:
+		t.Error("Invoke did not wait for the callback")
+	case <-time.After(usesTimeout + 200*time.Millisecond):
+	}
+	close(release)
+	check(t, receive(t, "the end of Invoke", returned))
+	checkEqual(t, "ended", ended.Load(), true)
+}
+
+// A nil pointer in an io.Reader or io.Writer is an error that says which argument it is.
+func TestNilInInterface(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	var buffer *bytes.Buffer
+	var read readerFunc
+	for _, test := range []struct {
+		in   io.Reader
+		out  io.Writer
+		want []string
+	}{
+		{buffer, io.Discard, []string{"argument 1", "Copy", "io.Reader", "nil *bytes.Buffer"}},
+		{read, io.Discard, []string{"argument 1", "readerFunc"}},
+		{strings.NewReader(""), buffer, []string{"argument 2", "io.Writer", "nil *bytes.Buffer"}},
+	} {
+		err := errorOf[int64](t, r, "Copy", test.in, test.out, int64(1))
+		errorSays(t, err, test.want...)
+		if errors.As(err, new(rpc.ServerError)) {
+			t.Errorf("it was sent: %v", err)
+		}
+	}
+}

@@ -1,0 +1,87 @@
+package plugin_test
+
+import (
+	"io"
+	"strings"
+	"testing"
+)
+
+// Types with parts that gob would leave out.
+type (
+	Hooks   struct{ Before, After func() error }
+	Options struct {
+		Name  string
+		Hooks *Hooks
+	}
+	Logging struct {
+		Level int
+		Out   io.Writer
+	}
+	Logs    struct{ All map[string][]Logging }
+	Signals struct{ Done [2]<-chan bool }
+	Linked  struct {
+		Next *Linked
+		Call func(int)
+	}
+)
+
+// These have such parts as well, but gob never sees them.
+type (
+	Sealed  struct{ Out io.Writer } // encodes itself
+	Binary  struct{ Call func() }   // encodes itself
+	Private struct {
+		done chan bool
+		N    int
+	}
+	Mixed struct {
+		Sealed  Sealed
+		Binary  *Binary
+		Private Private
+		Any     any
+	}
+)
+
+func (Sealed) GobEncode() ([]byte, error)      { return nil, nil }
+func (*Sealed) GobDecode([]byte) error         { return nil }
+func (*Binary) MarshalBinary() ([]byte, error) { return nil, nil }
+func (*Binary) UnmarshalBinary([]byte) error   { return nil }
+
+// For refuses what would be lost in silence, and says where it is.
+func TestLostParts(t *testing.T) {
+	for _, test := range []struct {
+		panics string // of For
+		words  []string
+	}{
+		{forPanics[Takes[Options]](), []string{"method M", "Options.Hooks.Before", "func() error"}},
+		{forPanics[Gives[*Options]](), []string{"Options.Hooks.Before"}},
+		{forPanics[Second[Logs]](), []string{"Logs.All[key][i].Out", "io.Writer"}},
+		{forPanics[Takes[Signals]](), []string{"Signals.Done[i]", "chan bool"}},
+		{forPanics[Takes[*Linked]](), []string{"Linked.Call", "func(int)"}},
+		{forPanics[Takes[[]func()]](), []string{"[i]", "func()"}},
+		{forPanics[Takes[map[string]chan int]](), []string{"[key]", "chan int"}},
+		{forPanics[Takes[map[<-chan int]string]](), []string{"a key of", "chan int"}},
+		{forPanics[Takes[func(Options) error]](), []string{"Options.Hooks.Before"}},
+		{forPanics[Takes[Mixed]](), []string{"<nil>"}},
+	} {
+		for _, word := range test.words {
+			if !strings.Contains(test.panics, word) {
+				t.Errorf("For does not say %q: %s", word, test.panics)
+			}
+		}
+	}
+}
+
+// The error about the form of a method says what is wrong with it.
+func TestForms(t *testing.T) {
+	for _, test := range []struct{ panics, want string }{
+		{forPanics[interface{ M(...int) error }](), "method M: func(...int) error is variadic"},
+		{forPanics[interface{ M() }](), "method M: the last result of func() is not an error"},
+		{forPanics[interface{ M() (error, int) }](), "method M: the last result of func() (error, int) is not an error"},
+		{forPanics[interface{ M() (int, int, error) }](), "method M: func() (int, int, error) returns more than one result"},
+		{forPanics[Takes[func()]](), "method M: the last result of func() is not an error"},
+	} {
+		if !strings.Contains(test.panics, test.want) {
+			t.Errorf("For panics with %s, and not with %s", test.panics, test.want)
+		}
+	}
+}
