@@ -163,7 +163,7 @@ func (s *signature) method(b *MuxBroker, function reflect.Value) *method {
 		context: s.takesContext || s.connects,
 		ignores: len(s.params) == 0,
 		arg:     s.sent,
-		into:    s.result.sent,
+		reply:   s.result.sent,
 	}
 }
 

@@ -283,7 +283,7 @@ func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
 		b.session.logger.Error("a service was not dialled", "stream", id, "error", err)
 		return
 	}
-	b.session.serve(b.session.calls, st, svc)
+	svc.answerCalls(b.session.calls, st)
 }
 
 // service returns a service for v. If none of its methods can be called, calls return an
@@ -340,7 +340,7 @@ func (b *MuxBroker) fulfil(o *offer, timeout time.Duration) {
 		b.session.debug("what is served was not dialled", "stream", o.id, "error", err)
 		return
 	}
-	b.session.serve(o.ctx, st, o.service)
+	o.service.answerCalls(o.ctx, st)
 }
 
 // end ends the offer without waiting for uses. None begins any more.

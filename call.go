@@ -7,9 +7,13 @@ import (
 	"io"
 	"net/rpc"
 	"reflect"
+	"strings"
 	"sync"
 	"time"
 )
+
+// This file is the client's half of calls: Call, and the codec of the rpc.Clients of this
+// package.
 
 // Call calls a method through c, like c.Call, and returns early if ctx ends. Then it does
 // not change reply, and errors.Is finds ctx.Err() and context.Cause(ctx) in its error. If
@@ -33,72 +37,102 @@ import (
 // that [MuxBroker.DialRPC] returns. With another rpc.Client, args must not be changed until
 // the method has returned, even if ctx ends first.
 func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply any) error {
-	if v := reflect.ValueOf(reply); reply != nil && (v.Kind() != reflect.Pointer || v.IsNil()) {
-		return fmt.Errorf("plugin: %s cannot be called: its reply cannot be written into a %T, which must be a pointer that is not nil", serviceMethod, reply)
+	if err := checkReply(serviceMethod, reply); err != nil {
+		return err
 	}
 	if ctx.Err() != nil {
 		return contextError(ctx)
 	}
-	k := &call{method: serviceMethod, args: args, reply: reply, own: reply}
+	call := &pendingCall{method: serviceMethod, args: args, reply: reply, decodeInto: reply}
 	if ctx.Done() != nil && reply != nil {
-		k.own = reflect.New(reflect.TypeOf(reply).Elem()).Interface()
+		// If ctx ends, reply must not be changed later.
+		call.decodeInto = reflect.New(reflect.TypeOf(reply).Elem()).Interface()
 	}
-	done := make(chan *rpc.Call, 1)
-	v, ours := codecs.Load(c)
-	if !ours {
-		// Another codec may block while it writes the request. This goroutine ends
-		// when the request has been written or the connection fails.
-		go c.Go(serviceMethod, args, k.own, done)
-		select {
-		case rc := <-done:
-			if rc.Error == nil {
-				k.fill()
-			}
-			return rc.Error
-		case <-ctx.Done():
-			return contextError(ctx)
-		}
+	codec, found := codecs.Load(c)
+	if !found {
+		return call.throughOtherCodec(ctx, c)
 	}
-	codec := v.(*clientCodec)
+	return call.through(ctx, c, codec.(*clientCodec))
+}
+
+// checkReply returns an error if a reply cannot be written into reply.
+func checkReply(serviceMethod string, reply any) error {
+	if reply == nil {
+		return nil
+	}
+	if v := reflect.ValueOf(reply); v.Kind() == reflect.Pointer && !v.IsNil() {
+		return nil
+	}
+	return fmt.Errorf("plugin: %s cannot be called: its reply cannot be written into a %T, "+
+		"which must be a pointer that is not nil", serviceMethod, reply)
+}
+
+// pendingCall is a call by Call.
+type pendingCall struct {
+	method     string
+	args       any // nil when they have been encoded
+	reply      any
+	decodeInto any    // reply, or what is copied to it if the context has not ended
+	seq        uint64 // its number on the stream
+	err        error  // why the reply could not be decoded
+	names      string // response.Is
+}
+
+// through makes the call through a client with a codec of this package.
+func (call *pendingCall) through(ctx context.Context, c *rpc.Client, codec *clientCodec) error {
 	if codec.w.waitRoom(ctx) != nil {
 		return contextError(ctx)
 	}
-	c.Go(serviceMethod, k, k, done)
+	done := make(chan *rpc.Call, 1)
+	// net/rpc hands the arguments to WriteRequest and the reply to ReadResponseBody,
+	// and looks into neither. So the call itself is passed as both: the codec
+	// finds in it what to encode and where to decode, may leave the reply of a call
+	// that was cancelled, and can return errors that net/rpc has no place for.
+	c.Go(call.method, call, call, done)
 	select {
-	case rc := <-done:
-		return k.result(rc.Error)
+	case answered := <-done:
+		return call.result(answered.Error)
 	case <-ctx.Done():
 	}
-	if codec.abandon(ctx, k) {
+	if codec.abandon(ctx, call) {
 		return contextError(ctx)
 	}
-	return k.result((<-done).Error) // the answer is here
+	answered := <-done // at once
+	return call.result(answered.Error)
 }
 
-// call is a call by Call. It is passed to rpc.Client as the arguments and as the reply, so
-// that the codec recognises it.
-type call struct {
-	method      string
-	args, reply any
-	own         any // what the reply is decoded into; is reply if the context cannot end
-	seq         uint64
-	err         error  // why the reply could not be decoded
-	is          string // the registered errors that the error of the method is
-}
-
-// fill sets reply to own.
-func (k *call) fill() {
-	if k.own != k.reply {
-		reflect.ValueOf(k.reply).Elem().Set(reflect.ValueOf(k.own).Elem())
+// throughOtherCodec makes the call through a client that is not of this package.
+func (call *pendingCall) throughOtherCodec(ctx context.Context, c *rpc.Client) error {
+	done := make(chan *rpc.Call, 1)
+	// The codec may block while it writes the request. This goroutine ends when the
+	// request has been written or the connection fails.
+	go c.Go(call.method, call.args, call.decodeInto, done)
+	select {
+	case answered := <-done:
+		if answered.Error == nil {
+			call.setReply()
+		}
+		return answered.Error
+	case <-ctx.Done():
+		return contextError(ctx)
 	}
 }
 
-func (k *call) result(err error) error {
-	if k.err != nil {
-		return k.err
+// setReply sets reply to what has been decoded.
+func (call *pendingCall) setReply() {
+	if call.decodeInto != call.reply {
+		reflect.ValueOf(call.reply).Elem().Set(reflect.ValueOf(call.decodeInto).Elem())
 	}
-	if se, ok := err.(rpc.ServerError); ok && k.is != "" {
-		return &remoteError{se, knownErrors(k.is)}
+}
+
+// result returns the error of Call for that of net/rpc.
+func (call *pendingCall) result(err error) error {
+	if call.err != nil {
+		return call.err
+	}
+	if remote, ok := err.(rpc.ServerError); ok && call.names != "" {
+		names := strings.Split(call.names, nameSeparator)
+		return &remoteError{ServerError: remote, is: namedErrors(names)}
 	}
 	return err
 }
@@ -111,22 +145,24 @@ var codecs sync.Map
 type clientCodec struct {
 	w     *wire
 	spawn func(func()) bool
-	write func()   // w.write, allocated once
 	head  response // the last header that was read
 
-	mu     sync.Mutex // guards the fields below
-	client *rpc.Client
-	begun  uint64           // the number of the next request
-	calls  map[uint64]*call // by Call, and not answered yet
-	closed bool             // Close has been called
-	ended  bool             // reading has ended
+	mu      sync.Mutex // guards the fields below
+	client  *rpc.Client
+	nextSeq uint64                  // the number of the next request
+	calls   map[uint64]*pendingCall // not answered yet, by their numbers
+	closed  bool                    // Close has been called
+	ended   bool                    // reading has ended
 }
 
 // newRPCClient returns a client for the service at the other end of conn. It starts
 // goroutines with spawn.
 func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client {
-	codec := &clientCodec{w: newWire(conn, rpc.Request{}), spawn: spawn, calls: make(map[uint64]*call)}
-	codec.write = codec.w.write
+	codec := &clientCodec{
+		w:     newWire(conn, rpc.Request{}, spawn),
+		spawn: spawn,
+		calls: make(map[uint64]*pendingCall),
+	}
 	client := rpc.NewClientWithCodec(codec)
 	codec.mu.Lock()
 	defer codec.mu.Unlock()
@@ -140,120 +176,158 @@ func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client 
 // WriteRequest encodes a request. It does not wait until the request is written, because
 // net/rpc holds a lock meanwhile and no context could end the wait.
 func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
-	k, ours := body.(*call)
+	call, isCall := body.(*pendingCall)
 	c.mu.Lock()
-	c.begun = req.Seq + 1
-	if ours {
-		body, k.args, k.seq = k.args, nil, req.Seq
-		c.calls[k.seq] = k
+	c.nextSeq = req.Seq + 1
+	if isCall {
+		call.seq = req.Seq
+		c.calls[call.seq] = call
+		body = call.args
+		call.args = nil
 	}
 	c.mu.Unlock()
-	err := c.send(req, body)
+	err := c.w.send(req, body)
 	if err == nil || err == errLost {
 		return nil // the call fails with the reason when reading ends
 	}
-	if ours {
-		c.mu.Lock()
-		delete(c.calls, k.seq)
-		c.mu.Unlock()
+	if isCall {
+		c.remove(call)
 	}
-	return fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w", req.ServiceMethod, body, err)
+	return fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w",
+		req.ServiceMethod, body, err)
 }
 
-func (c *clientCodec) send(req *rpc.Request, body any) error {
-	write, err := c.w.encode(req, body)
-	if write && !c.spawn(c.write) {
-		c.w.write() // fails at once: the session is being closed
+// remove removes a call from calls. It returns false if the call was not there.
+func (c *clientCodec) remove(call *pendingCall) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.removeLocked(call)
+}
+
+func (c *clientCodec) removeLocked(call *pendingCall) bool {
+	if c.calls[call.seq] != call {
+		return false
 	}
-	return err
+	delete(c.calls, call.seq)
+	return true
 }
 
 // abandon cancels a call whose context has ended. It returns false if the answer has
 // arrived.
-func (c *clientCodec) abandon(ctx context.Context, k *call) bool {
-	c.mu.Lock()
-	waiting := c.calls[k.seq] == k
-	delete(c.calls, k.seq)
-	c.mu.Unlock()
-	if waiting {
-		// If this cannot be sent, the connection is lost, which cancels the call.
-		deadline := errors.Is(ctx.Err(), context.DeadlineExceeded)
-		_ = c.send(&rpc.Request{ServiceMethod: cancelMethod, Seq: k.seq | cancelBit}, deadline)
+func (c *clientCodec) abandon(ctx context.Context, call *pendingCall) bool {
+	if !c.remove(call) {
+		return false
 	}
-	return waiting
+	cancel := &rpc.Request{ServiceMethod: cancelMethod, Seq: call.seq | cancelBit}
+	isDeadline := errors.Is(ctx.Err(), context.DeadlineExceeded)
+	// If this cannot be sent, the connection is lost, which cancels the call.
+	_ = c.w.send(cancel, isDeadline)
+	return true
 }
 
+// ReadResponseHeader reads the header of a response.
 func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 	c.head = response{}
 	if err := c.w.decode(&c.head); err != nil {
 		return c.end(err)
 	}
-	resp.Seq, resp.Error = c.head.Seq, c.head.Error
+	resp.Seq = c.head.Seq
+	resp.Error = c.head.Error
 	c.mu.Lock()
-	early := resp.Seq >= c.begun && resp.Seq&cancelBit == 0
-	if k := c.calls[resp.Seq]; k != nil && resp.Error != "" {
+	wasMade := resp.Seq < c.nextSeq
+	if call := c.calls[resp.Seq]; call != nil && resp.Error != "" {
 		delete(c.calls, resp.Seq)
-		k.is = c.head.Is
+		call.names = c.head.Is
 	}
 	c.mu.Unlock()
-	if early { // net/rpc and WriteRequest would use the call at once
+	isCancel := resp.Seq&cancelBit != 0 // of a stock server, to which it is a call
+	if !wasMade && !isCancel {          // net/rpc and WriteRequest would use the call at once
 		return c.end(errors.New("plugin: the peer answers a call that was not made"))
 	}
 	return nil
 }
 
+// ReadResponseBody reads the body of a response. It is nil if the response is an error or
+// nothing waits for it.
 func (c *clientCodec) ReadResponseBody(body any) error {
-	k, ours := body.(*call)
-	if !ours {
-		if err := c.w.decode(body); err != nil {
-			return c.end(cutShort(err)) // net/rpc does not read on after an error
-		}
+	call, isCall := body.(*pendingCall)
+	if isCall {
+		c.readReply(call)
 		return nil
 	}
-	err := c.w.decode(k.own)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	waiting := c.calls[k.seq] == k
-	delete(c.calls, k.seq)
-	switch {
-	case c.w.lost != nil && err != nil:
-		k.err = cutShort(err)
-	case err != nil:
-		k.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w", k.method, k.reply, err)
-	case waiting:
-		k.fill()
+	var err error
+	if body == nil {
+		err = c.w.skip()
+	} else {
+		err = c.w.decode(body)
+	}
+	if err != nil {
+		return c.end(cutShort(err)) // net/rpc does not read on after an error
 	}
 	return nil
 }
 
-// end is called once, when reading has failed with err. It returns the error for net/rpc.
+// readReply reads the reply of a call.
+func (c *clientCodec) readReply(call *pendingCall) {
+	var err error
+	if call.decodeInto == nil {
+		err = c.w.skip()
+	} else {
+		err = c.w.decode(call.decodeInto)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	waiting := c.removeLocked(call)
+	switch {
+	case err != nil && c.w.lost != nil:
+		call.err = cutShort(err)
+	case err != nil:
+		call.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w",
+			call.method, call.reply, err)
+	case waiting:
+		call.setReply()
+	}
+}
+
+// end ends the stream when reading has failed with err. It is called once. It returns the
+// error for net/rpc, which fails the calls in flight with it.
 func (c *clientCodec) end(err error) error {
 	c.w.failed.Store(true)
-	c.mu.Lock()
-	c.ended = true
-	closed, client := c.closed, c.client
-	if !closed && errors.Is(err, rpc.ErrShutdown) {
-		for _, k := range c.calls {
-			k.err = err // callers of net/rpc expect the bare rpc.ErrShutdown
-		}
-		err = rpc.ErrShutdown
-	}
-	clear(c.calls)
-	c.mu.Unlock()
-	codecs.Delete(client)
+	err = c.endCalls(err)
 	_ = c.w.conn.Close()
-	// The peer may wait for room for replies, and reads that this end is closed only
-	// when it has sent them.
-	c.spawn(func() {
-		if d, ok := c.w.conn.(interface{ SetReadDeadline(time.Time) error }); ok {
-			_ = d.SetReadDeadline(time.Time{})
+	c.spawn(c.discardRest)
+	return err
+}
+
+// endCalls forgets all calls, and returns the error for net/rpc.
+func (c *clientCodec) endCalls(err error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	defer clear(c.calls)
+	c.ended = true
+	codecs.Delete(c.client)
+	if c.closed {
+		return io.EOF // net/rpc turns it into rpc.ErrShutdown
+	}
+	if errors.Is(err, rpc.ErrShutdown) {
+		for _, call := range c.calls {
+			call.err = err
 		}
-		_, _ = io.Copy(io.Discard, c.w.conn)
-	})
-	if closed || err == io.ErrUnexpectedEOF {
-		return io.EOF // net/rpc turns it into ErrShutdown or ErrUnexpectedEOF
+		return rpc.ErrShutdown // callers of net/rpc expect it bare
+	}
+	if err == io.ErrUnexpectedEOF {
+		return io.EOF // net/rpc turns it into io.ErrUnexpectedEOF
 	}
 	return err
+}
+
+// discardRest reads what the peer still sends. It may wait for room for replies, and reads
+// that this end is closed only when it has sent them.
+func (c *clientCodec) discardRest() {
+	if d, ok := c.w.conn.(interface{ SetReadDeadline(time.Time) error }); ok {
+		_ = d.SetReadDeadline(time.Time{}) // if this fails, so does reading
+	}
+	_, _ = io.Copy(io.Discard, c.w.conn) // until the stream has ended
 }
 
 // Close closes the stream. Calls in flight fail with rpc.ErrShutdown.

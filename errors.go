@@ -1,7 +1,6 @@
 package plugin
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,15 +12,8 @@ import (
 	"sync"
 )
 
-// errLost is the error of a message that cannot be sent because the stream has ended.
-var errLost = errors.New("plugin: the stream has ended")
-
-// recoverTo, if deferred, turns a panic into an error.
-func recoverTo(err *error) {
-	if p := recover(); p != nil {
-		*err = fmt.Errorf("panic: %v", p)
-	}
-}
+// This file has the errors of this package, and how errors keep their identity when they
+// are sent to the peer.
 
 // StartError describes why a plugin did not start.
 type StartError struct {
@@ -45,70 +37,20 @@ func (e *StartError) Error() string {
 	if e.hint != "" {
 		text += ": " + e.hint
 	}
-	for _, out := range []struct{ name, text string }{{"stdout", e.Stdout}, {"stderr", e.Stderr}} {
-		if s := strings.TrimSpace(out.text); s != "" {
-			text += "\n" + out.name + ": " + printable(strings.ReplaceAll(s, "\n", "\n\t"))
-		}
+	return text + indented("stdout", e.Stdout) + indented("stderr", e.Stderr)
+}
+
+// indented returns the output of a process as lines for an error, or "".
+func indented(name, output string) string {
+	output = strings.TrimSpace(output)
+	if output == "" {
+		return ""
 	}
-	return text
+	return "\n" + name + ": " + printable(strings.ReplaceAll(output, "\n", "\n\t"))
 }
 
 // Unwrap returns Err.
 func (e *StartError) Unwrap() error { return e.Err }
-
-// VersionError reports that a plugin and its host have no protocol version in common.
-// [Client.Start] returns it in a [*StartError].
-type VersionError struct {
-	// Plugin is the version that the plugin offers.
-	Plugin int
-	// Host has the versions of the host.
-	Host []int
-}
-
-// Error names all versions.
-func (e *VersionError) Error() string {
-	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: one of them is too old (see HandshakeConfig.ProtocolVersion)", e.Plugin, e.Host)
-}
-
-// BasicError is an error that gob can encode, for a reply that has an error in it.
-// The errors that methods return need no BasicError.
-type BasicError struct {
-	// Message is the text of the error.
-	Message string
-}
-
-// NewBasicError returns an error with the text of err, or nil if err is nil.
-func NewBasicError(err error) *BasicError {
-	if err == nil {
-		return nil
-	}
-	return &BasicError{err.Error()}
-}
-
-// Error returns Message.
-func (e *BasicError) Error() string { return e.Message }
-
-var (
-	// ErrProcessNotFound is returned by Client.Start if the plugin described by
-	// ClientConfig.Reattach does not exist any more.
-	ErrProcessNotFound = errors.New("plugin: the plugin to reattach to does not exist")
-
-	// ErrChecksumsDoNotMatch is returned by Client.Start if the binary is not
-	// the one that ClientConfig.SecureConfig describes.
-	ErrChecksumsDoNotMatch = errors.New("plugin: the checksum of the binary is not the expected one")
-
-	// ErrSecureConfigNoChecksum is returned by Client.Start and
-	// SecureConfig.Check if Checksum is empty.
-	ErrSecureConfigNoChecksum = errors.New("plugin: SecureConfig has no Checksum")
-
-	// ErrSecureConfigNoHash is returned by Client.Start and SecureConfig.Check
-	// if Hash is nil.
-	ErrSecureConfigNoHash = errors.New("plugin: SecureConfig has no Hash")
-
-	// ErrSecureConfigAndReattach is returned by Client.Start if ClientConfig
-	// has both.
-	ErrSecureConfigAndReattach = errors.New("plugin: SecureConfig cannot be used with Reattach: a running process cannot be checked")
-)
 
 // ExitError describes the end of a plugin that did not end at the request of its
 // host. [Client.Err] returns it, and errors.As finds it in the error of every call
@@ -132,48 +74,79 @@ func (e *ExitError) Unwrap() error { return e.Err }
 
 // Error returns one line, such as "plugin greeter: panic: boom (exit status 2)".
 func (e *ExitError) Error() string {
-	what, _, _ := strings.Cut(printable(e.Panic), "\n")
-	switch {
-	case what != "":
-	case e.Err != nil:
-		what = e.Err.Error()
-	default:
-		what = "the process exited unexpectedly"
-		if last := lastLine(e.Stderr); last != "" {
-			what += fmt.Sprintf("; the last line of its stderr is %q", last)
-		}
+	return fmt.Sprintf("plugin %s: %s%s", pluginName(e.Path), e.reason(), inBrackets(e.State))
+}
+
+func (e *ExitError) reason() string {
+	if e.Panic != "" {
+		first, _, _ := strings.Cut(printable(e.Panic), "\n")
+		return first
 	}
-	return fmt.Sprintf("plugin %s: %s%s", pluginName(e.Path), what, inBrackets(e.State))
+	if e.Err != nil {
+		return e.Err.Error()
+	}
+	reason := "the process exited unexpectedly"
+	if last := lastLine(e.Stderr); last != "" {
+		reason += fmt.Sprintf("; the last line of its stderr is %q", last)
+	}
+	return reason
 }
 
-// sendable returns the text of err and the names of the registered errors that
-// err is. net/rpc takes an empty text for success. The methods of err may panic, as
-// those of a nil pointer.
-func sendable(err error) (text, is string) {
-	defer func() {
-		if p := recover(); p != nil {
-			text = fmt.Sprintf("plugin: an error of type %T, whose methods panic: %v", err, p)
-		}
-	}()
-	text = cmp.Or(err.Error(), fmt.Sprintf("plugin: an error of type %T, without a text", err))
-	return text, errorNames(err)
+// VersionError reports that a plugin and its host have no protocol version in common.
+// [Client.Start] returns it in a [*StartError].
+type VersionError struct {
+	// Plugin is the version that the plugin offers.
+	Plugin int
+	// Host has the versions of the host.
+	Host []int
 }
 
-// remoteError is an error that the peer returned.
-type remoteError struct {
-	rpc.ServerError
-	is []error // registered errors that it is
+// Error names all versions.
+func (e *VersionError) Error() string {
+	return fmt.Sprintf("it offers version %d of the plugin protocol, and the host has %v: "+
+		"one of them is too old (see HandshakeConfig.ProtocolVersion)", e.Plugin, e.Host)
 }
 
-func (e *remoteError) Unwrap() []error { return append([]error{e.ServerError}, e.is...) }
+var (
+	// ErrProcessNotFound is returned by Client.Start if the plugin described by
+	// ClientConfig.Reattach does not exist any more.
+	ErrProcessNotFound = errors.New("plugin: the plugin to reattach to does not exist")
 
-// named has the registered errors by their texts.
-var named sync.Map
+	// ErrChecksumsDoNotMatch is returned by Client.Start if the binary is not
+	// the one that ClientConfig.SecureConfig describes.
+	ErrChecksumsDoNotMatch = errors.New("plugin: the checksum of the binary is not the expected one")
 
-func init() {
-	RegisterError(io.EOF, io.ErrUnexpectedEOF, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission, fs.ErrInvalid,
-		fs.ErrClosed, os.ErrDeadlineExceeded, context.Canceled, context.DeadlineExceeded)
+	// ErrSecureConfigNoChecksum is returned by Client.Start and
+	// SecureConfig.Check if Checksum is empty.
+	ErrSecureConfigNoChecksum = errors.New("plugin: SecureConfig has no Checksum")
+
+	// ErrSecureConfigNoHash is returned by Client.Start and SecureConfig.Check
+	// if Hash is nil.
+	ErrSecureConfigNoHash = errors.New("plugin: SecureConfig has no Hash")
+
+	// ErrSecureConfigAndReattach is returned by Client.Start if ClientConfig
+	// has both.
+	ErrSecureConfigAndReattach = errors.New("plugin: SecureConfig cannot be used with Reattach: " +
+		"a running process cannot be checked")
+)
+
+// BasicError is an error that gob can encode, for a reply that has an error in it.
+// The errors that methods return need no BasicError.
+type BasicError struct {
+	// Message is the text of the error.
+	Message string
 }
+
+// NewBasicError returns an error with the text of err, or nil if err is nil.
+func NewBasicError(err error) *BasicError {
+	if err == nil {
+		return nil
+	}
+	return &BasicError{Message: err.Error()}
+}
+
+// Error returns Message.
+func (e *BasicError) Error() string { return e.Message }
 
 // RegisterError makes errors keep their identity when they are sent to the peer: if
 // a method returns one of them, or an error that wraps one, errors.Is finds it in the
@@ -184,33 +157,75 @@ func init() {
 // RegisterError panics if an error is nil.
 func RegisterError(errs ...error) {
 	for _, err := range errs {
-		named.LoadOrStore(err.Error(), err)
+		registered.LoadOrStore(err.Error(), err)
 	}
 }
 
+// registered has the registered errors by their texts, which are their names.
+var registered sync.Map
+
+func init() {
+	RegisterError(io.EOF, io.ErrUnexpectedEOF, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission, fs.ErrInvalid,
+		fs.ErrClosed, os.ErrDeadlineExceeded, context.Canceled, context.DeadlineExceeded)
+}
+
+// sendable returns the text of err and the names of the registered errors that err is, as
+// they are sent. The text is not empty, because net/rpc takes that for success. The
+// methods of err may panic, as those of a nil pointer.
+func sendable(err error) (text string, names []string) {
+	defer func() {
+		if p := recover(); p != nil {
+			text = fmt.Sprintf("plugin: an error of type %T, whose methods panic: %v", err, p)
+		}
+	}()
+	text = err.Error()
+	if text == "" {
+		text = fmt.Sprintf("plugin: an error of type %T, without a text", err)
+	}
+	return text, errorNames(err)
+}
+
 // errorNames returns the names of the registered errors that err is.
-func errorNames(err error) string {
-	var names []string
-	for name, known := range named.Range {
+func errorNames(err error) (names []string) {
+	for name, known := range registered.Range {
 		if errors.Is(err, known.(error)) {
 			names = append(names, name.(string))
 		}
 	}
-	return strings.Join(names, "\x00")
+	return names
 }
 
-// knownErrors returns the registered errors with those names.
-func knownErrors(names string) (errs []error) {
-	for name := range strings.SplitSeq(names, "\x00") {
-		if err, ok := named.Load(name); ok {
+// namedErrors is the inverse of errorNames. It leaves out names that are not registered
+// here.
+func namedErrors(names []string) (errs []error) {
+	for _, name := range names {
+		if err, ok := registered.Load(name); ok {
 			errs = append(errs, err.(error))
 		}
 	}
 	return errs
 }
 
+// remoteError is an error that a method of the peer returned.
+type remoteError struct {
+	rpc.ServerError
+	is []error // registered errors that it is
+}
+
+func (e *remoteError) Unwrap() []error { return append([]error{e.ServerError}, e.is...) }
+
 // lostError is the error of every call and stream when the connection was lost.
 type lostError struct{ cause error }
 
 func (e *lostError) Error() string   { return e.cause.Error() }
 func (e *lostError) Unwrap() []error { return []error{e.cause, io.ErrUnexpectedEOF} }
+
+// errLost is the error of a message that cannot be sent because the stream has ended.
+var errLost = errors.New("plugin: the stream has ended")
+
+// recoverTo, if deferred, turns a panic into an error.
+func recoverTo(err *error) {
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("panic: %v", p)
+	}
+}

@@ -92,7 +92,7 @@ func FuzzRPCServer(f *testing.F) {
 		svc, err := newService(ending{})
 		check(t, err)
 		s := newRPCServer(script{bytes.NewReader(sent)}, map[string]*service{"Plugin": svc}, hclog.NewNullLogger(), true)
-		if s.serve(context.Background()) == nil {
+		if s.answerCalls(context.Background()) == nil {
 			t.Error("the end has no reason")
 		}
 	})

@@ -329,7 +329,7 @@ func (s *RPCServer) serveSession(sess *session) error {
 		return err
 	}
 	server.services = map[string]*service{"Control": control, "Dispenser": dispenser}
-	return server.serve(context.Background())
+	return server.answerCalls(context.Background())
 }
 
 // begin sets the fields that all connections share.
@@ -436,5 +436,5 @@ func (d *dispenseService) serve(number uint32, svc *service) {
 		return // the session has ended
 	}
 	session := d.broker.session
-	session.serve(session.calls, st, svc)
+	svc.answerCalls(session.calls, st)
 }

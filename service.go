@@ -10,25 +10,28 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
 
+// This file is the server's half of calls: the methods of a receiver, and the answering
+// of the calls on one stream.
+
 // service has the methods of a receiver.
 type service struct {
-	methods map[string]*method
-	unfit   map[string]string // exported methods that cannot be called: name to reason
-	err     error             // if not nil, the error of every call
-	calls   group             // that are running; closed when the service is stopped
+	methods    map[string]*method
+	uncallable map[string]string // exported methods that cannot be called: name to reason
+	err        error             // if not nil, the error of every call
+	calls      group             // that are running; closed when the service is stopped
 }
 
 // method is one method of a service.
 type method struct {
-	call      func(ctx context.Context, arg, reply reflect.Value) error
-	context   bool // it needs a context of its own
-	ignores   bool // it accepts and ignores any argument
-	arg, into reflect.Type
+	call    func(ctx context.Context, arg, reply reflect.Value) error
+	context bool // it needs a context of its own
+	ignores bool // it accepts and ignores any argument
+	arg     reflect.Type
+	reply   reflect.Type // what the pointer passed to call points to
 }
 
 var (
@@ -47,24 +50,25 @@ func newService(rcvr any) (*service, error) {
 	if rcvr == nil {
 		return nil, errors.New("there is nothing to serve: the receiver is nil")
 	}
-	s := &service{methods: make(map[string]*method), unfit: make(map[string]string)}
+	s := &service{methods: make(map[string]*method), uncallable: make(map[string]string)}
 	v := reflect.ValueOf(rcvr)
 	t := v.Type()
 	for i := range t.NumMethod() {
 		name := t.Method(i).Name
-		fit, why := newMethod(v.Method(i))
-		if why != "" {
-			s.unfit[name] = why
+		m, problem := newMethod(v.Method(i))
+		if problem != "" {
+			s.uncallable[name] = problem
 			continue
 		}
-		s.methods[name] = fit
+		s.methods[name] = m
 	}
 	if len(s.methods) > 0 {
 		return s, nil
 	}
-	text := fmt.Sprintf("%v has no method that can be called; one looks like func (T) Name(args A, reply *R) error, or the same with a context.Context first", t)
-	for _, name := range sortedKeys(s.unfit) {
-		text += fmt.Sprintf("; %s: %s", name, s.unfit[name])
+	text := fmt.Sprintf("%v has no method that can be called; one looks like "+
+		"func (T) Name(args A, reply *R) error, or the same with a context.Context first", t)
+	for _, name := range sortedKeys(s.uncallable) {
+		text += fmt.Sprintf("; %s: %s", name, s.uncallable[name])
 	}
 	if reflect.PointerTo(t).NumMethod() > t.NumMethod() {
 		text += "; it has more methods as a pointer"
@@ -72,33 +76,47 @@ func newService(rcvr any) (*service, error) {
 	return nil, errors.New(text)
 }
 
-// newMethod returns a method for f, or why it cannot be called.
-func newMethod(f reflect.Value) (fit *method, why string) {
+// newMethod returns a method that calls f, or why f cannot be called.
+func newMethod(f reflect.Value) (m *method, problem string) {
 	t := f.Type()
-	fit = &method{}
-	in := 0
-	if t.NumIn() > 0 && t.In(0) == typeOfContext {
-		fit.context = true
-		in++
+	m = &method{}
+	var params []reflect.Type // behind the context
+	for i := range t.NumIn() {
+		if i == 0 && t.In(0) == typeOfContext {
+			m.context = true
+			continue
+		}
+		params = append(params, t.In(i))
 	}
 	switch {
-	case t.NumIn() != in+2 || t.IsVariadic():
-		return nil, fmt.Sprintf("it takes %d arguments and not two, args and reply", t.NumIn()-in)
+	case len(params) != 2 || t.IsVariadic():
+		return nil, fmt.Sprintf("it takes %d arguments and not two, args and reply", len(params))
 	case t.NumOut() != 1 || t.Out(0) != typeOfError:
 		return nil, "it does not return exactly an error"
-	case t.In(in+1).Kind() != reflect.Pointer:
-		return nil, fmt.Sprintf("its reply, a %v, is not a pointer", t.In(in+1))
+	case params[1].Kind() != reflect.Pointer:
+		return nil, fmt.Sprintf("its reply, a %v, is not a pointer", params[1])
 	}
-	fit.arg, fit.into = t.In(in), t.In(in+1).Elem()
-	fit.call = func(ctx context.Context, arg, reply reflect.Value) error {
+	m.arg = params[0]
+	m.reply = params[1].Elem()
+	m.call = func(ctx context.Context, arg, reply reflect.Value) error {
 		args := []reflect.Value{arg, reply}
-		if fit.context {
+		if m.context {
 			args = []reflect.Value{reflect.ValueOf(ctx), arg, reply}
 		}
-		err, _ := f.Call(args)[0].Interface().(error)
+		err, _ := f.Call(args)[0].Interface().(error) // not an error if it is nil
 		return err
 	}
-	return fit, ""
+	return m, ""
+}
+
+// answerCalls answers calls on a stream until the peer closes it. Contexts of methods end
+// with ctx.
+func (svc *service) answerCalls(ctx context.Context, st *stream) {
+	s := st.session
+	server := newRPCServer(st, map[string]*service{"Plugin": svc}, s.logger, s.host)
+	if err := server.answerCalls(ctx); err != io.EOF {
+		s.debug("an RPC stream ended", "error", err)
+	}
 }
 
 // rpcServer answers the calls on one stream.
@@ -106,26 +124,29 @@ type rpcServer struct {
 	w        *wire
 	services map[string]*service
 	logger   hclog.Logger
-	catch    bool     // a panic in a method is an error of that call
+	catch    bool     // a panic or Goexit in a method is an error of that call
 	cancels  sync.Map // cancel functions of calls by their sequence numbers
 }
 
-func newRPCServer(conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool) *rpcServer {
-	return &rpcServer{w: newWire(conn, response{}), services: services, logger: logger, catch: catch}
+func newRPCServer(
+	conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool,
+) *rpcServer {
+	// Methods have their own goroutines, which write their replies.
+	return &rpcServer{w: newWire(conn, response{}, nil), services: services, logger: logger, catch: catch}
 }
 
 var (
 	errCanceled   = fmt.Errorf("plugin: the caller cancelled the call: %w", context.Canceled)
 	errTimedOut   = fmt.Errorf("plugin: the caller cancelled the call: %w", context.DeadlineExceeded)
 	errCallerGone = errors.New("plugin: the caller is gone")
-	errExited     = errors.New("plugin: the method called runtime.Goexit")
+	errGoexit     = errors.New("plugin: the method called runtime.Goexit")
 	errStopped    = errors.New("plugin: the peer has stopped serving this")
 )
 
-// serve answers calls until the caller closes the stream, and returns why it ended. Each
-// method runs in its own goroutine. Contexts of methods end with ctx, with the stream, and
-// when the call has been answered.
-func (s *rpcServer) serve(ctx context.Context) error {
+// answerCalls answers calls until the caller closes the stream, and returns why it ended.
+// Each method runs in its own goroutine. Contexts of methods end with ctx, with the stream,
+// and when the call has been answered.
+func (s *rpcServer) answerCalls(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	err := s.readRequests(ctx)
 	s.w.failed.Store(true)
@@ -147,80 +168,94 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 			s.cancel(req.Seq &^ cancelBit)
 			continue
 		}
-		c, err := s.prepare(ctx, &req)
+		call, err := s.prepare(ctx, &req)
 		if err != nil {
-			s.respond(&req, nil, err)
+			s.respondError(&req, err)
 			continue
 		}
 		// Ends when the method returns. Nothing waits for it, as it is the caller's code.
-		go s.call(&req, c)
+		go s.run(call)
 	}
 }
 
-// inCall is a call to a method of this side.
-type inCall struct {
+// servedCall is a call to a method of this side.
+type servedCall struct {
+	request    *rpc.Request
 	service    *service
 	method     *method
 	ctx        context.Context
+	cancel     context.CancelCauseFunc // of ctx; nil if the method needs no context
 	arg, reply reflect.Value
-	cancel     context.CancelCauseFunc
 }
 
 // prepare finds the method and decodes its argument. From then on, the call can be
 // cancelled.
-func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*inCall, error) {
+func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*servedCall, error) {
 	svc, m, err := s.find(req.ServiceMethod)
 	if err != nil {
-		_ = s.w.decode(nil)
+		_ = s.w.skip() // if the stream has ended, so does reading
 		return nil, err
 	}
-	arg, reply := reflect.New(m.arg), reflect.New(m.into)
-	into := arg.Interface()
+	arg := reflect.New(m.arg)
 	if m.ignores {
-		into = nil
+		err = s.w.skip()
+	} else {
+		err = s.w.decode(arg.Interface())
 	}
-	if err := s.w.decode(into); err != nil {
-		return nil, fmt.Errorf("plugin: %s takes a %v, and what was sent cannot be read into that: %w", req.ServiceMethod, m.arg, err)
+	if err != nil {
+		return nil, fmt.Errorf("plugin: %s takes a %v, and what was sent cannot be read into that: %w",
+			req.ServiceMethod, m.arg, err)
 	}
-	switch m.into.Kind() {
+	reply := reflect.New(m.reply)
+	switch m.reply.Kind() {
 	case reflect.Map:
-		reply.Elem().Set(reflect.MakeMap(m.into))
+		reply.Elem().Set(reflect.MakeMap(m.reply))
 	case reflect.Slice:
-		reply.Elem().Set(reflect.MakeSlice(m.into, 0, 0))
+		reply.Elem().Set(reflect.MakeSlice(m.reply, 0, 0))
 	}
-	c := &inCall{svc, m, ctx, arg.Elem(), reply, func(error) {}}
+	call := &servedCall{request: req, service: svc, method: m, ctx: ctx, arg: arg.Elem(), reply: reply}
 	if m.context {
-		c.ctx, c.cancel = context.WithCancelCause(ctx)
-		s.cancels.Store(req.Seq, c.cancel)
+		call.ctx, call.cancel = context.WithCancelCause(ctx)
+		s.cancels.Store(req.Seq, call.cancel)
 	}
-	return c, nil
+	return call, nil
 }
 
 // find returns the method with that name, or why it cannot be called.
-func (s *rpcServer) find(full string) (*service, *method, error) {
-	dot := strings.LastIndex(full, ".")
-	name := full[dot+1:]
-	svc := s.services[full[:max(dot, 0)]]
-	switch {
-	case dot < 0:
-		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %s: call it Plugin.%s", full, full)
-	case svc == nil:
-		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s", full, nameList(s.services))
-	case svc.err != nil:
-		return nil, nil, fmt.Errorf("plugin: %s cannot be called: %w", full, svc.err)
-	case svc.unfit[name] != "":
-		return nil, nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s", full, svc.unfit[name])
-	case svc.methods[name] == nil:
-		return nil, nil, fmt.Errorf("rpc: can't find method %s; there are %s. The peer may be older: see HandshakeConfig.ProtocolVersion", full, nameList(svc.methods))
+func (s *rpcServer) find(serviceMethod string) (*service, *method, error) {
+	dot := strings.LastIndex(serviceMethod, ".")
+	if dot < 0 {
+		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %[1]s: call it Plugin.%[1]s",
+			serviceMethod)
 	}
-	return svc, svc.methods[name], nil
+	svc := s.services[serviceMethod[:dot]]
+	if svc == nil {
+		return nil, nil, fmt.Errorf("rpc: can't find service %s; there is %s",
+			serviceMethod, nameList(s.services))
+	}
+	if svc.err != nil {
+		return nil, nil, fmt.Errorf("plugin: %s cannot be called: %w", serviceMethod, svc.err)
+	}
+	name := serviceMethod[dot+1:]
+	if problem := svc.uncallable[name]; problem != "" {
+		return nil, nil, fmt.Errorf("rpc: can't find method %s: there is one, but it cannot be called: %s",
+			serviceMethod, problem)
+	}
+	m := svc.methods[name]
+	if m == nil {
+		return nil, nil, fmt.Errorf("rpc: can't find method %s; there are %s. "+
+			"The peer may be older: see HandshakeConfig.ProtocolVersion",
+			serviceMethod, nameList(svc.methods))
+	}
+	return svc, m, nil
 }
 
 // cancel ends the context of a call that is running.
 func (s *rpcServer) cancel(seq uint64) {
-	cause := errCanceled
 	var deadline bool
-	if s.w.decode(&deadline) == nil && deadline {
+	err := s.w.decode(&deadline)
+	cause := errCanceled
+	if err == nil && deadline {
 		cause = errTimedOut
 	}
 	if cancel, ok := s.cancels.Load(seq); ok {
@@ -228,59 +263,83 @@ func (s *rpcServer) cancel(seq uint64) {
 	}
 }
 
-// call runs a method and answers. In the host, a panic must not end the process. In a
-// plugin it must: the host gets an ExitError, and nothing uses the state that the method
-// may have left inconsistent.
-func (s *rpcServer) call(req *rpc.Request, c *inCall) {
-	defer func() {
-		s.cancels.Delete(req.Seq)
-		c.cancel(nil)
-	}()
-	if !c.service.calls.enter() {
-		s.respond(req, nil, errStopped)
+// run runs a method and answers its call.
+func (s *rpcServer) run(call *servedCall) {
+	defer s.release(call)
+	if !call.service.calls.enter() {
+		s.respondError(call.request, errStopped)
 		return
 	}
-	err := errExited
-	defer func() { // also if the method calls runtime.Goexit, as t.Fatal does
-		if s.catch {
-			if p := recover(); p != nil {
-				s.logger.Error("a method that a plugin called panicked", "method", req.ServiceMethod, "panic", p, "trace", string(debug.Stack()))
-				err = fmt.Errorf("plugin: %s panicked: %v", req.ServiceMethod, p)
-			}
-		}
-		c.service.calls.Done()
-		if err == errExited && !s.catch { // or panicked, and the process ends
-			time.AfterFunc(time.Second, func() { s.respond(req, nil, err) })
-			return
-		}
-		if context.Cause(c.ctx) == errStopped {
-			err = errStopped
-		}
-		s.respond(req, c.reply.Interface(), err)
+	err := errGoexit // if the method does not return
+	defer func() {
+		call.service.calls.Done()
+		s.answer(call, err)
 	}()
-	err = c.method.call(c.ctx, c.arg, c.reply)
+	err = s.callMethod(call)
 }
 
-// respond answers a call. If the reply cannot be encoded, it sends an error instead.
-func (s *rpcServer) respond(req *rpc.Request, reply any, err error) {
-	resp := response{Seq: req.Seq}
+// callMethod calls the method and returns its error. In the host, a panic is an error: it
+// must not end the process. In a plugin it must: the host gets an ExitError, and nothing
+// uses the state that the method may have left inconsistent.
+func (s *rpcServer) callMethod(call *servedCall) (err error) {
+	if s.catch {
+		defer s.catchPanic(call, &err)
+	}
+	return call.method.call(call.ctx, call.arg, call.reply)
+}
+
+// catchPanic, if deferred, logs a panic and turns it into an error.
+func (s *rpcServer) catchPanic(call *servedCall, err *error) {
+	p := recover()
+	if p == nil {
+		return
+	}
+	method := call.request.ServiceMethod
+	s.logger.Error("a method that a plugin called panicked",
+		"method", method, "panic", p, "trace", string(debug.Stack()))
+	*err = fmt.Errorf("plugin: %s panicked: %v", method, p)
+}
+
+// answer answers a call whose method has ended with err.
+func (s *rpcServer) answer(call *servedCall, err error) {
+	if err == errGoexit && !s.catch {
+		// In a plugin, the method may as well have panicked. Then the process is
+		// about to end, and this would be the wrong reason.
+		return
+	}
+	if context.Cause(call.ctx) == errStopped {
+		err = errStopped
+	}
 	if err != nil {
-		resp.Error, resp.Is = sendable(err)
-		reply = struct{}{}
+		s.respondError(call.request, err)
+		return
 	}
-	write, encodeErr := s.w.encode(&resp, reply)
-	if write {
-		s.w.write()
-	}
-	if encodeErr != nil && encodeErr != errLost && err == nil {
-		s.respond(req, nil, fmt.Errorf("plugin: the reply of %s, of type %T, cannot be sent: %w", req.ServiceMethod, reply, encodeErr))
-	}
+	s.respond(call.request, call.reply.Interface())
 }
 
-// serve answers calls on a stream until the peer closes it. Contexts of methods end with
-// ctx.
-func (s *session) serve(ctx context.Context, st *stream, svc *service) {
-	if err := newRPCServer(st, map[string]*service{"Plugin": svc}, s.logger, s.host).serve(ctx); err != io.EOF {
-		s.debug("an RPC stream ended", "error", err)
+// release ends the context of a call that has been answered.
+func (s *rpcServer) release(call *servedCall) {
+	if call.cancel == nil {
+		return
 	}
+	s.cancels.Delete(call.request.Seq)
+	call.cancel(nil)
+}
+
+// respond answers a call with its reply. If that cannot be encoded, it sends an error
+// instead.
+func (s *rpcServer) respond(req *rpc.Request, reply any) {
+	err := s.w.send(&response{Seq: req.Seq}, reply)
+	if err == nil || err == errLost {
+		return
+	}
+	s.respondError(req, fmt.Errorf("plugin: the reply of %s, of type %T, cannot be sent: %w",
+		req.ServiceMethod, reply, err))
+}
+
+// respondError answers a call with an error.
+func (s *rpcServer) respondError(req *rpc.Request, err error) {
+	text, names := sendable(err)
+	resp := &response{Seq: req.Seq, Error: text, Is: strings.Join(names, nameSeparator)}
+	_ = s.w.send(resp, struct{}{}) // fails only if the caller is gone
 }
