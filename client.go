@@ -186,7 +186,11 @@ func (c *Client) watch(p AttachedRunner) {
 	case exit.State != nil && exit.State.Success():
 		level = hclog.Info
 	}
-	c.logger.Log(level, "the process has ended", "plugin", c.name, "pid", p.ID(), "reason", reason)
+	args := []any{"plugin", c.name, "pid", p.ID(), "reason", reason}
+	if exit.Panic != "" {
+		args = append(args, "trace", printable(exit.Panic))
+	}
+	c.logger.Log(level, "the process has ended", args...)
 	c.finish(exit)
 }
 

@@ -158,7 +158,7 @@ func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *chil
 	size := config.PluginLogBufferSize
 	p.lines[0] = lineWriter{max: max(size, maxHandshake), emit: p.stdoutLine}
 	p.lines[1] = lineWriter{max: size, emit: p.log.line}
-	cmd.Stdout, cmd.Stderr = &p.lines[0], io.MultiWriter(&p.log.tail, &forgiving{config.Stderr}, &p.lines[1])
+	cmd.Stdout, cmd.Stderr = &p.lines[0], io.MultiWriter(&p.log.tail, &bestEffortWriter{config.Stderr}, &p.lines[1])
 	cmd.WaitDelay = cmp.Or(cmd.WaitDelay, 2*drainTimeout)
 	started := make(chan struct{})
 	defer close(started)
@@ -258,7 +258,7 @@ func (p *child) Wait(context.Context) error {
 	p.free()
 	e := &ExitError{Path: p.given.Path, State: p.cmd.ProcessState, Stderr: p.log.tail.String()}
 	if !e.State.Success() {
-		e.Panic = strings.TrimSpace(string(p.log.crash))
+		e.Panic = p.log.crash.String()
 	}
 	return e
 }
