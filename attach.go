@@ -3,7 +3,9 @@ package plugin
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -53,52 +55,124 @@ type ReattachConfig struct {
 	Test bool
 }
 
-// stranger is the process of a plugin that this host has not started.
-type stranger struct {
+// handshake returns what the handshake of the plugin was, as far as it is known.
+func (rc *ReattachConfig) handshake(sets map[int]PluginSet) handshake {
+	h := handshake{version: rc.ProtocolVersion, addr: rc.Addr, protocol: rc.Protocol}
+	if h.protocol == ProtocolInvalid {
+		h.protocol = ProtocolNetRPC
+	}
+	_, known := sets[h.version]
+	if h.version == 0 && !known && len(sets) == 1 {
+		h.version = sortedKeys(sets)[0] // go-plugin's configs do not tell
+	}
+	return h
+}
+
+// find finds the process of the plugin, if the plugin listens. In test mode, it returns
+// nil.
+func (rc *ReattachConfig) find(ctx context.Context, logger hclog.Logger) (AttachedRunner, error) {
+	err := rc.probe(ctx)
+	switch {
+	case err != nil:
+		return nil, err
+	case rc.Test:
+		return nil, nil
+	case rc.ReattachFunc == nil:
+		return findProcess(rc, logger)
+	}
+	p, err := rc.ReattachFunc()
+	if err == nil && p == nil {
+		err = ErrProcessNotFound
+	}
+	return p, err
+}
+
+// probe connects to the plugin. It returns ErrProcessNotFound if nothing listens there.
+func (rc *ReattachConfig) probe(ctx context.Context) error {
+	conn, err := new(net.Dialer).DialContext(ctx, rc.Addr.Network(), rc.Addr.String())
+	switch {
+	case err == nil:
+		return conn.Close()
+	case ctx.Err() != nil:
+		return contextError(ctx)
+	case isRefused(err):
+		return ErrProcessNotFound
+	}
+	return err // says nothing about the plugin
+}
+
+// isRefused reports whether err says that nothing listens at an address.
+func isRefused(err error) bool {
+	const refusedOnWindows = syscall.Errno(10061)
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, refusedOnWindows) || errors.Is(err, fs.ErrNotExist)
+}
+
+// reattachError describes an error of reattaching. ErrProcessNotFound stays as it is.
+func reattachError(err error) error {
+	if err == ErrProcessNotFound {
+		return err
+	}
+	return fmt.Errorf("plugin: reattaching: %w", err)
+}
+
+// attachedProcess is the process of a plugin that this host has not started.
+type attachedProcess struct {
 	process *os.Process
-	pid     int
+	pid     int // process loses it when it is released
 	addr    net.Addr
 	logger  hclog.Logger
 }
 
 // findProcess finds the process of a plugin.
-func findProcess(rc *ReattachConfig, logger hclog.Logger) (*stranger, error) {
-	proc, err := os.FindProcess(rc.Pid)
-	if err != nil || rc.Pid <= 0 || !alive(rc.Pid) {
+func findProcess(rc *ReattachConfig, logger hclog.Logger) (AttachedRunner, error) {
+	if rc.Pid <= 0 || !alive(rc.Pid) {
 		return nil, ErrProcessNotFound
 	}
-	return &stranger{proc, rc.Pid, rc.Addr, logger}, nil
+	process, err := os.FindProcess(rc.Pid)
+	if err != nil {
+		return nil, ErrProcessNotFound
+	}
+	return &attachedProcess{process: process, pid: rc.Pid, addr: rc.Addr, logger: logger}, nil
 }
 
 // alive reports whether a process exists. A zombie does not, because its parent may
 // never reap it. On Windows, FindProcess fails if it does not.
 func alive(pid int) bool {
-	p, err := os.FindProcess(pid)
+	process, err := os.FindProcess(pid)
 	if err != nil {
 		return false
 	}
-	defer p.Release()
+	defer process.Release()
 	if runtime.GOOS == "windows" {
 		return true
 	}
-	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	_, state, _ := bytes.Cut(stat, []byte(") "))
-	return p.Signal(syscall.Signal(0)) == nil && !bytes.HasPrefix(state, []byte("Z"))
+	return process.Signal(syscall.Signal(0)) == nil && !isZombie(pid)
+}
+
+// isZombie reports whether a process is a zombie, where there is /proc.
+func isZombie(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	state := stat[bytes.LastIndexByte(stat, ')')+1:] // behind the name of the program
+	return bytes.HasPrefix(state, []byte(" Z"))
 }
 
 // ID returns the pid.
-func (p *stranger) ID() string { return strconv.Itoa(p.pid) }
+func (p *attachedProcess) ID() string { return strconv.Itoa(p.pid) }
 
-// mine reports whether the process is certainly the plugin: plugins of this library
-// have their pid in the name of the socket, and the socket accepted a connection just
-// before the process was found.
-func (p *stranger) mine() bool {
-	return strings.HasPrefix(filepath.Base(p.addr.String()), fmt.Sprintf("%s%d-", socketPrefix, p.pid))
+// isCertainlyPlugin reports whether the process is certainly the plugin: plugins of this
+// library have their pid in the name of the socket, and the socket accepted a connection
+// just before the process was found.
+func (p *attachedProcess) isCertainlyPlugin() bool {
+	prefix := fmt.Sprintf("%s%d-", socketPrefix, p.pid)
+	return strings.HasPrefix(filepath.Base(p.addr.String()), prefix)
 }
 
 // Kill kills the process if it is certainly the plugin.
-func (p *stranger) Kill(context.Context) error {
-	if p.mine() {
+func (p *attachedProcess) Kill(context.Context) error {
+	if p.isCertainlyPlugin() {
 		return p.process.Kill()
 	}
 	p.logger.Warn("the process may not be the plugin, so it is left alone", "pid", p.pid)
@@ -106,19 +180,32 @@ func (p *stranger) Kill(context.Context) error {
 }
 
 // Wait waits until the process has ended and removes its socket.
-func (p *stranger) Wait(ctx context.Context) error {
+func (p *attachedProcess) Wait(ctx context.Context) error {
 	if runtime.GOOS == "windows" {
 		_, _ = p.process.Wait() // it cannot be interrupted
 	} else {
-		for alive(p.pid) && !waitFor(pollInterval, ctx.Done()) {
-		}
-		_ = p.process.Release()
+		p.poll(ctx)
+		_ = p.process.Release() // never fails
 	}
-	if p.mine() && ctx.Err() == nil {
+	if p.isCertainlyPlugin() && ctx.Err() == nil {
 		_ = os.Remove(p.addr.String())
 	}
-	if dir := filepath.Dir(p.addr.String()); isPrivate(dir) {
+	dir := filepath.Dir(p.addr.String())
+	if isPrivate(dir) {
 		_ = os.Remove(dir) // unless there is something in it
 	}
 	return &ExitError{Path: fmt.Sprintf("with pid %d", p.pid)}
+}
+
+// poll waits until the process has ended, or ctx ends.
+func (p *attachedProcess) poll(ctx context.Context) {
+	ticker := time.NewTicker(pollInterval)
+	defer ticker.Stop()
+	for alive(p.pid) {
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }

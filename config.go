@@ -2,10 +2,12 @@ package plugin
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"os/exec"
+	"slices"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -105,6 +107,84 @@ type ClientConfig struct {
 	// another host can reattach. Otherwise the plugin exits. On systems other
 	// than Windows, a call of ReattachConfig does the same.
 	Detach bool
+}
+
+// withDefaults returns a copy in which VersionedPlugins has all versions, Logger has the
+// name of the plugin, and no zero value stands for another one.
+func (c *ClientConfig) withDefaults() ClientConfig {
+	config := *c
+	config.VersionedPlugins = allVersions(c.ProtocolVersion, c.Plugins, c.VersionedPlugins)
+	config.StartTimeout = withDefault(c.StartTimeout, defaultStartTimeout)
+	config.KillTimeout = withDefault(c.KillTimeout, defaultKillTimeout)
+	config.PluginLogBufferSize = withDefault(c.PluginLogBufferSize, defaultLogBufferSize)
+	if config.Logger == nil {
+		config.Logger = hclog.Default().Named("plugin")
+	}
+	if c.Cmd != nil {
+		config.Logger = config.Logger.Named(c.name())
+	}
+	return config
+}
+
+// withDefault returns value, or d if value is not positive.
+func withDefault[T int | time.Duration](value, d T) T {
+	if value > 0 {
+		return value
+	}
+	return d
+}
+
+// name returns the name of the plugin for errors.
+func (c *ClientConfig) name() string {
+	switch {
+	case c.Cmd != nil:
+		return pluginName(c.Cmd.Path)
+	case c.Reattach != nil:
+		return fmt.Sprintf("at %v", c.Reattach.Addr)
+	}
+	return ""
+}
+
+// sockets returns UnixSocketConfig or its zero value.
+func (c *ClientConfig) sockets() *UnixSocketConfig {
+	if c.UnixSocketConfig != nil {
+		return c.UnixSocketConfig
+	}
+	return &UnixSocketConfig{}
+}
+
+// testMode reports whether the plugin runs in test mode.
+func (c *ClientConfig) testMode() bool { return c.Reattach != nil && c.Reattach.Test }
+
+// accept checks whether the host can use a plugin with that handshake, and returns the
+// TLS configuration for it. cert is the certificate of the host, with AutoMTLS.
+func (c *ClientConfig) accept(h handshake, cert tls.Certificate) (*tls.Config, error) {
+	if h.protocol == ProtocolGRPC {
+		return nil, errors.New("it uses gRPC, and this library only net/rpc: " +
+			"the plugin must be served with this library, or with the net/rpc half of go-plugin")
+	}
+	allowed := c.AllowedProtocols == nil || slices.Contains(c.AllowedProtocols, h.protocol)
+	if h.protocol != ProtocolNetRPC || !allowed {
+		return nil, fmt.Errorf("it uses the protocol %q, and ClientConfig.AllowedProtocols is %q", h.protocol, c.AllowedProtocols)
+	}
+	_, known := c.VersionedPlugins[h.version]
+	if !known {
+		return nil, &VersionError{Plugin: h.version, Host: sortedKeys(c.VersionedPlugins)}
+	}
+	if !c.AutoMTLS {
+		return c.TLSConfig, nil
+	}
+	if len(h.cert) == 0 {
+		return nil, errors.New("it has not answered with a certificate, as AutoMTLS needs: " +
+			"was it served with a ServeConfig.TLSProvider?")
+	}
+	pluginCert, err := x509.ParseCertificate(h.cert)
+	if err != nil {
+		return nil, fmt.Errorf("its certificate cannot be read: %w", err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(pluginCert)
+	return mutualTLS(cert, pool), nil
 }
 
 // validate returns what is wrong with a configuration.

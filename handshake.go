@@ -2,9 +2,12 @@ package plugin
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"encoding/base64"
+	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"os"
@@ -113,6 +116,27 @@ func parseHandshake(line string) (h handshake, err error) {
 	}
 	h.flushes = len(fields) > 6 && fields[6] == flushesField
 	return h, nil
+}
+
+var errNotAnswered = errors.New("the connection was closed during its handshake: " +
+	"does one side use TLS and the other not?")
+
+// dial connects to the plugin.
+func (h handshake) dial(ctx context.Context) (net.Conn, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, h.addr.Network(), h.addr.String())
+	if err != nil || h.tls == nil {
+		return conn, err
+	}
+	secure := tls.Client(conn, h.tls)
+	err = secure.HandshakeContext(ctx)
+	if err == nil {
+		return secure, nil
+	}
+	_ = conn.Close() // nothing was sent that could be lost
+	if err == io.EOF {
+		err = errNotAnswered
+	}
+	return nil, err
 }
 
 // allVersions returns the plugins of every version. If both arguments have the same

@@ -40,20 +40,23 @@ func parseHostInfo(s string) (h hostInfo) {
 }
 
 // hold makes the plugin exit when this process does. It returns the variable for the
-// plugin and, on Unix, the end of a pipe that the plugin reads. The system closes the
-// other end when this process exits or crashes.
-func (p *child) hold(detach bool) (life string, end *os.File, err error) {
+// plugin. On Unix, the plugin reads from a pipe, whose other end the system closes when
+// this process exits or crashes.
+func (p *child) hold() (string, error) {
 	host := hostInfo{pid: os.Getpid(), watch: watchPid}
 	switch {
-	case detach:
+	case p.config.Detach:
 		host.watch = watchNothing
 	case runtime.GOOS != "windows":
-		if end, p.lifeline, err = os.Pipe(); err != nil {
-			return "", nil, err
+		end, lifeline, err := os.Pipe()
+		if err != nil {
+			return "", err
 		}
+		p.lifeline = lifeline
+		p.opened = append(p.opened, end)
 		host.watch, host.fd = watchPipe, p.pass(end)
 	}
-	return host.String(), end, nil
+	return host.String(), nil
 }
 
 // detach lets the plugin outlive this process.

@@ -99,7 +99,7 @@ func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 // copyOutput copies one output of the plugin to dst until its end.
 func (c *RPCClient) copyOutput(i int, dst io.Writer) {
 	defer close(c.copied[i])
-	_, _ = io.Copy(&bestEffortWriter{dst}, c.output[i]) // an error of the stream is the end of it
+	_, _ = io.Copy(&forgiving{dst}, c.output[i]) // an error of the stream is the end of it
 	if lines, ok := dst.(*lineWriter); ok {
 		_ = lines.Close() // it never fails
 	}
@@ -162,9 +162,18 @@ func (c *RPCClient) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 	defer cancel()
 	err := c.quit(ctx)
-	c.session.close()
+	c.closeSession()
 	return err
 }
+
+// isEnding reports whether this side has asked the plugin to quit.
+func (c *RPCClient) isEnding() bool { return c.session.isEnding() }
+
+// disconnect ends the connection at once.
+func (c *RPCClient) disconnect() { c.session.disconnect() }
+
+// closeSession ends the connection without asking the plugin, and waits for its goroutines.
+func (c *RPCClient) closeSession() { c.session.close() }
 
 // quit asks the plugin to quit, once, and waits for the end of its output.
 func (c *RPCClient) quit(ctx context.Context) error {

@@ -1,14 +1,12 @@
 package plugin
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,188 +15,276 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
-
-	"github.com/hashicorp/go-hclog"
 )
 
-// handshakeEnv returns the plugin's variables. It makes the host's certificate and the
-// directory for the socket.
-func (p *child) handshakeEnv(config *ClientConfig, versions string) (env []string, err error) {
-	env = []string{
-		config.MagicCookieKey + "=" + config.MagicCookieValue,
-		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
-		fmt.Sprintf("%s=%d", envMaxPort, config.MaxPort),
-		envVersions + "=" + versions,
-	}
-	if config.AutoMTLS {
-		if p.cert, err = newCertificate(); err != nil {
-			return nil, err
-		}
-		block := &pem.Block{Type: "CERTIFICATE", Bytes: p.cert.Certificate[0]}
-		env = append(env, envClientCert+"="+string(pem.EncodeToMemory(block)))
-	}
-	if runtime.GOOS == "windows" {
-		return env, nil
-	}
-	sockets := cmp.Or(config.UnixSocketConfig, &UnixSocketConfig{})
-	if p.dir, err = sockets.makeDir(); err != nil {
-		return nil, err
-	}
-	env = append(env, EnvUnixSocketDir+"="+p.dir)
-	if sockets.Group != "" {
-		env = append(env, EnvUnixSocketGroup+"="+sockets.Group)
-	}
-	return env, nil
-}
-
-// environment returns the plugin's environment: the host's, Cmd.Env and the variables
-// of the handshake, where later ones win. If the host is a plugin itself, its own
-// handshake is left out.
-func environment(config *ClientConfig, handshake []string) []string {
-	var env []string
-	if !config.SkipHostEnv {
-		env = os.Environ()
-	}
-	env = slices.DeleteFunc(append(env, config.Cmd.Env...), func(v string) bool {
-		name, _, _ := strings.Cut(v, "=")
-		return slices.Contains(protocolEnv, name)
-	})
-	return append(env, handshake...)
-}
-
-// startHint returns a possible cause, or "".
-func startHint(e *StartError, config *ClientConfig) string {
-	silent := e.Stdout == "" && e.Stderr == ""
-	switch {
-	case e.State != nil && strings.Contains(e.Stderr, "is a plugin"):
-		return fmt.Sprintf("it did not accept the cookie %s: it is a plugin of another program, or its HandshakeConfig is another one", config.MagicCookieKey)
-	case e.Stdout != "":
-		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
-	case silent && (e.State != nil || errors.Is(e.Err, context.DeadlineExceeded)):
-		return "does its main call plugin.Serve?"
-	case errors.Is(e.Err, syscall.ENOEXEC), runtime.GOOS == "windows" && (errors.Is(e.Err, syscall.Errno(193)) || errors.Is(e.Err, syscall.Errno(216))):
-		return fmt.Sprintf("is it built for %s/%s, as this host is?", runtime.GOOS, runtime.GOARCH)
-	case errors.Is(e.Err, fs.ErrPermission):
-		return "is it executable?"
-	case errors.Is(e.Err, exec.ErrNotFound) && filepath.Base(e.Path) == e.Path:
-		return fmt.Sprintf("it was looked up in PATH; the file in this directory is ./%s", e.Path)
-	case errors.Is(e.Err, fs.ErrNotExist):
-		hint := "is it there, and the interpreter that it names?"
-		if path, err := filepath.Abs(executed(config.Cmd)); err == nil && !filepath.IsAbs(e.Path) {
-			hint = path + ": " + hint
-		}
-		return hint
-	}
-	return ""
-}
-
-// maxHandshake is the length of the handshake line.
-const maxHandshake = 64 << 10
+const (
+	drainTimeout = 500 * time.Millisecond // between the end of a process and that of its output
+	maxHandshake = 64 << 10               // the length of the handshake line
+	busyTimeout  = time.Second            // how long a start waits while the binary is open for writing
+	busyPause    = 10 * time.Millisecond  // between two attempts to start it
+)
 
 // child is the process of a plugin that this host has started.
 type child struct {
-	cmd   *exec.Cmd // a copy of given
-	given *exec.Cmd // of the caller
+	config    *ClientConfig
+	cmd       *exec.Cmd     // a copy of callerCmd
+	callerCmd *exec.Cmd     // other clients may have the same
+	published chan struct{} // closed when callerCmd has the process
 
-	dir      string          // private, for the socket; "" if there is none
-	cert     tls.Certificate // of the host, with AutoMTLS
+	hint     string          // why start may have failed
+	opened   []*os.File      // for the process; closed here when it has started
 	lifeline *os.File        // the plugin exits when this is closed; nil if it is detached
 	release  sync.Once       // closes lifeline or detaches the plugin
+	cert     tls.Certificate // of the host, with AutoMTLS
+	dir      string          // private, for the socket; "" if there is none
 
 	lines      [2]lineWriter // of stdout and stderr
 	handshakes chan string   // receives the handshake; closed if there will be none
 	found      bool          // the handshake has been read; used by the reader of stdout
 	noise      tail          // output to stdout before the handshake
 	log        stderrLog
+
+	reapedElsewhere atomic.Bool // waiting for the process has failed
 }
 
-// givenMu guards Process and ProcessState of the callers' commands. Clients with the
+// callerCmdMu guards Process and ProcessState of the callers' commands. Clients with the
 // same ClientConfig share them.
-var givenMu sync.Mutex
+var callerCmdMu sync.Mutex
 
-// launch starts a plugin. free releases what it opens.
-func launch(config *ClientConfig, logger hclog.Logger, versions string) (_ *child, err error) {
-	givenMu.Lock()
-	cmd := *config.Cmd
-	givenMu.Unlock()
-	cmd.Process, cmd.ProcessState = nil, nil
-	p := &child{cmd: &cmd, given: config.Cmd, handshakes: make(chan string, 1), log: stderrLog{logger: logger}}
-	var passed []*os.File // to the process; closed here
-	defer func() {
-		for _, f := range passed {
-			_ = f.Close()
-		}
-		if err != nil {
-			p.free()
-		}
-	}()
-	var binary *os.File
-	if config.SecureConfig != nil {
-		if binary, err = config.SecureConfig.open(executed(&cmd)); err != nil {
-			return nil, err
-		}
-		passed = append(passed, binary)
+// launch starts a plugin. It returns the errors of Client.Start.
+func launch(ctx context.Context, config *ClientConfig) (*child, error) {
+	p := newChild(config)
+	err := p.start(ctx)
+	for _, f := range p.opened {
+		_ = f.Close() // the process has its own
 	}
-	env, err := p.handshakeEnv(config, versions)
-	if err != nil {
+	if err == nil {
+		return p, nil
+	}
+	p.free()
+	switch err {
+	case ErrSecureConfigNoChecksum, ErrSecureConfigNoHash, ErrChecksumsDoNotMatch:
 		return nil, err
+	}
+	return nil, &StartError{Path: config.Cmd.Path, Err: err, hint: p.hint}
+}
+
+func newChild(config *ClientConfig) *child {
+	callerCmdMu.Lock()
+	defer callerCmdMu.Unlock()
+	cmd := *config.Cmd
+	cmd.Process, cmd.ProcessState = nil, nil
+	return &child{
+		config:     config,
+		cmd:        &cmd,
+		callerCmd:  config.Cmd,
+		published:  make(chan struct{}),
+		handshakes: make(chan string, 1),
+		log:        stderrLog{logger: config.Logger},
+	}
+}
+
+// start prepares the command and executes it. If it fails, free releases what is left.
+func (p *child) start(ctx context.Context) error {
+	binary, err := p.check()
+	if err != nil {
+		return err
+	}
+	certificate, err := p.certify()
+	if err != nil {
+		return err
+	}
+	life, err := p.hold() // Further descriptors for the process are made here.
+	if err != nil {
+		return err
+	}
+	// The directory is made late: if the host dies before the plugin has begun, it stays.
+	err = p.makeDir()
+	if err != nil {
+		return err
 	}
 	p.pin(binary)
-	life, end, err := p.hold(config.Detach)
+	p.cmd.Env = p.environment(certificate, life)
+	p.redirect()
+	p.share()
+	err = p.execute(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	passed = append(passed, end) // a nil *os.File can be closed
-	cmd.Env = environment(config, append(env, envHost+"="+life))
-	if cmd.Stdin == nil {
-		cmd.Stdin = os.Stdin
-	}
-	size := config.PluginLogBufferSize
-	p.lines[0] = lineWriter{max: max(size, maxHandshake), emit: p.stdoutLine}
-	p.lines[1] = lineWriter{max: size, emit: p.log.line}
-	cmd.Stdout, cmd.Stderr = &p.lines[0], io.MultiWriter(&p.log.tail, &bestEffortWriter{config.Stderr}, &p.lines[1])
-	cmd.WaitDelay = cmp.Or(cmd.WaitDelay, 2*drainTimeout)
-	started := make(chan struct{})
-	defer close(started)
-	if cancel := cmd.Cancel; cancel != nil {
-		// It may use the Process of the caller's command.
-		cmd.Cancel = func() error { <-started; return cancel() }
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	givenMu.Lock()
-	defer givenMu.Unlock()
-	p.given.Process, p.given.ProcessState = cmd.Process, nil
-	return p, nil
+	p.publish()
+	return nil
 }
 
-// executed returns the path of the file that a command executes.
-func executed(cmd *exec.Cmd) string {
-	if filepath.IsAbs(cmd.Path) {
-		return cmd.Path
+// check opens the binary, if it has the checksum of SecureConfig. It returns nil if
+// there is no SecureConfig.
+func (p *child) check() (*os.File, error) {
+	if p.config.SecureConfig == nil {
+		return nil, nil
 	}
-	return filepath.Join(cmd.Dir, cmd.Path)
+	binary, err := p.config.SecureConfig.open(executed(p.cmd))
+	if err != nil {
+		p.hint = binaryHint(p.callerCmd, err)
+		return nil, err
+	}
+	p.opened = append(p.opened, binary)
+	return binary, nil
 }
 
-// pass passes f to the process and returns its descriptor there.
+// certify makes the certificate of the host and returns it as the plugin gets it. It
+// returns "" without AutoMTLS.
+func (p *child) certify() (string, error) {
+	if !p.config.AutoMTLS {
+		return "", nil
+	}
+	cert, err := newCertificate()
+	if err != nil {
+		return "", err
+	}
+	p.cert = cert
+	block := &pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]}
+	return string(pem.EncodeToMemory(block)), nil
+}
+
+// makeDir makes the directory for the socket.
+func (p *child) makeDir() (err error) {
+	if runtime.GOOS == "windows" {
+		return nil
+	}
+	p.dir, err = p.config.sockets().makeDir()
+	return err
+}
+
+// pass passes f to the process and returns its descriptor there. It may be called until
+// the command is executed.
 func (p *child) pass(f *os.File) int {
 	p.cmd.ExtraFiles = append(slices.Clip(p.cmd.ExtraFiles), f)
-	return 2 + len(p.cmd.ExtraFiles)
+	return 2 + len(p.cmd.ExtraFiles) // after stdin, stdout and stderr
 }
 
-// pin makes the command execute the open file f, even if its path changes. The link
-// keeps the name of the binary.
-func (p *child) pin(f *os.File) {
-	if _, err := os.Stat("/proc/self/fd"); err != nil || f == nil || runtime.GOOS != "linux" {
+// pin makes the command execute the open file, even if its path changes. The link keeps
+// the name of the binary.
+func (p *child) pin(binary *os.File) {
+	if binary == nil || runtime.GOOS != "linux" {
+		return
+	}
+	_, err := os.Stat("/proc/self/fd")
+	if err != nil {
 		return
 	}
 	link := filepath.Join(p.dir, filepath.Base(p.cmd.Path))
-	if os.Symlink(fmt.Sprintf("/proc/self/fd/%d", p.pass(f)), link) == nil {
+	err = os.Symlink(fmt.Sprintf("/proc/self/fd/%d", p.pass(binary)), link)
+	if err == nil {
 		p.cmd.Path = link
 	}
+}
+
+// environment returns the plugin's environment: the host's, Cmd.Env and the variables
+// of the handshake, where later ones win. If the host is a plugin itself, its own
+// handshake is left out.
+func (p *child) environment(certificate, life string) []string {
+	var env []string
+	if !p.config.SkipHostEnv {
+		env = os.Environ()
+	}
+	env = append(env, p.cmd.Env...)
+	env = slices.DeleteFunc(env, isProtocolVariable)
+	return append(env, p.handshakeEnv(certificate, life)...)
+}
+
+// isProtocolVariable reports whether v, as name=value, is a variable of the handshake.
+func isProtocolVariable(v string) bool {
+	name, _, _ := strings.Cut(v, "=")
+	return slices.Contains(protocolEnv, name)
+}
+
+// handshakeEnv returns the variables of the handshake.
+func (p *child) handshakeEnv(certificate, life string) []string {
+	config := p.config
+	env := []string{
+		config.MagicCookieKey + "=" + config.MagicCookieValue,
+		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
+		fmt.Sprintf("%s=%d", envMaxPort, config.MaxPort),
+		envVersions + "=" + versionList(config.VersionedPlugins),
+		envHost + "=" + life,
+	}
+	if certificate != "" {
+		env = append(env, envClientCert+"="+certificate)
+	}
+	if p.dir != "" {
+		env = append(env, EnvUnixSocketDir+"="+p.dir)
+	}
+	if group := config.sockets().Group; p.dir != "" && group != "" {
+		env = append(env, EnvUnixSocketGroup+"="+group)
+	}
+	return env
+}
+
+// redirect sets where the input of the process comes from and where its output goes.
+func (p *child) redirect() {
+	if p.cmd.Stdin == nil {
+		p.cmd.Stdin = os.Stdin
+	}
+	size := p.config.PluginLogBufferSize
+	p.lines[0] = lineWriter{max: max(size, maxHandshake), emit: p.stdoutLine}
+	p.lines[1] = lineWriter{max: size, emit: p.log.line}
+	p.cmd.Stdout = &p.lines[0]
+	p.cmd.Stderr = io.MultiWriter(&p.log.tail, &forgiving{p.config.Stderr}, &p.lines[1])
+	if p.cmd.WaitDelay == 0 {
+		p.cmd.WaitDelay = 2 * drainTimeout
+	}
+}
+
+// share makes Cmd.Cancel find this process in the caller's command, where the Cancel of
+// exec.CommandContext looks for it. Other clients may have put their own there.
+func (p *child) share() {
+	cancel := p.cmd.Cancel
+	if cancel == nil {
+		return
+	}
+	p.cmd.Cancel = func() error {
+		<-p.published
+		callerCmdMu.Lock()
+		defer callerCmdMu.Unlock()
+		published := p.callerCmd.Process
+		if published == p.cmd.Process {
+			return cancel()
+		}
+		p.callerCmd.Process = p.cmd.Process
+		err := cancel()
+		p.callerCmd.Process = published
+		return err
+	}
+}
+
+// execute starts the process. While the binary is open for writing, it tries again: a
+// binary that was just written stays open for a moment in a process that another thread
+// has forked.
+func (p *child) execute(ctx context.Context) error {
+	prepared := *p.cmd
+	for end := time.Now().Add(busyTimeout); ; {
+		err := p.cmd.Start()
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, syscall.ETXTBSY) || time.Now().After(end) || ctx.Err() != nil {
+			p.hint = binaryHint(p.callerCmd, err)
+			return err
+		}
+		waitFor(busyPause, ctx.Done())
+		again := prepared // because a Cmd can be started only once
+		p.cmd = &again
+	}
+}
+
+// publish sets Process of the caller's command.
+func (p *child) publish() {
+	callerCmdMu.Lock()
+	defer callerCmdMu.Unlock()
+	p.callerCmd.Process, p.callerCmd.ProcessState = p.cmd.Process, nil
+	close(p.published)
 }
 
 // stdoutLine handles a line of the process's stdout. Lines before the handshake are a
@@ -213,16 +299,17 @@ func (p *child) stdoutLine(line []byte, left int) {
 		p.handshakes <- string(line)
 	case text != "":
 		p.log.logger.Warn("the plugin printed to stdout before its handshake", "line", text)
-		_, _ = p.noise.Write(append(line, '\n'))
+		_, _ = p.noise.Write(append(line, '\n')) // never fails
 	}
 }
 
 var errNoHandshake = errors.New("it exited without a handshake")
 
 // awaitHandshake waits for the handshake.
-func (p *child) awaitHandshake(ctx context.Context, timeout time.Duration) (h handshake, err error) {
-	late := time.NewTimer(timeout)
-	defer late.Stop()
+func (p *child) awaitHandshake(ctx context.Context) (h handshake, err error) {
+	timeout := p.config.StartTimeout
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
 	select {
 	case line, ok := <-p.handshakes:
 		if !ok {
@@ -231,8 +318,9 @@ func (p *child) awaitHandshake(ctx context.Context, timeout time.Duration) (h ha
 		return parseHandshake(line)
 	case <-ctx.Done():
 		return h, contextError(ctx)
-	case <-late.C:
-		return h, fmt.Errorf("it has not sent its handshake within %v: %w", timeout, context.DeadlineExceeded)
+	case <-timer.C:
+		return h, fmt.Errorf("it has not sent its handshake within %v (ClientConfig.StartTimeout): %w",
+			timeout, context.DeadlineExceeded)
 	}
 }
 
@@ -240,33 +328,71 @@ func (p *child) awaitHandshake(ctx context.Context, timeout time.Duration) (h ha
 func (p *child) ID() string { return strconv.Itoa(p.cmd.Process.Pid) }
 
 // Kill kills the process.
-func (p *child) Kill(context.Context) error { return p.cmd.Process.Kill() }
+func (p *child) Kill(context.Context) error {
+	if p.reapedElsewhere.Load() {
+		return os.ErrProcessDone // another process may have the pid by now
+	}
+	return p.cmd.Process.Kill()
+}
 
 // Wait waits until the process and its output have ended, and returns an *ExitError.
 // It does not use its context: a client kills a process rather than stop waiting.
 func (p *child) Wait(context.Context) error {
-	_ = p.cmd.Wait() // ProcessState has the error
+	err := p.cmd.Wait()
+	p.reapedElsewhere.Store(p.cmd.ProcessState == nil)
 	for i := range p.lines {
-		_ = p.lines[i].Close()
+		_ = p.lines[i].Close() // never fails
 	}
 	close(p.handshakes)
-	givenMu.Lock()
-	if p.given.Process == p.cmd.Process {
-		p.given.ProcessState = p.cmd.ProcessState
-	}
-	givenMu.Unlock()
+	p.publishEnd()
 	p.free()
-	e := &ExitError{Path: p.given.Path, State: p.cmd.ProcessState, Stderr: p.log.tail.String()}
-	if !e.State.Success() {
-		e.Panic = p.log.crash.String()
+	return p.exitError(err)
+}
+
+// publishEnd sets ProcessState of the caller's command, unless that has been started again.
+func (p *child) publishEnd() {
+	callerCmdMu.Lock()
+	defer callerCmdMu.Unlock()
+	if p.callerCmd.Process == p.cmd.Process {
+		p.callerCmd.ProcessState = p.cmd.ProcessState
+	}
+}
+
+// exitError returns how the process has ended. Waiting for it has returned err, which
+// matters only if there is no ProcessState.
+func (p *child) exitError(err error) *ExitError {
+	e := &ExitError{Path: p.callerCmd.Path, State: p.cmd.ProcessState, Stderr: p.log.tail.String()}
+	if e.State == nil {
+		e.Err = fmt.Errorf("the process has ended, and its exit status is unknown: %w", err)
+	}
+	if e.State == nil || !e.State.Success() {
+		e.Panic = strings.TrimSpace(string(p.log.crash))
 	}
 	return e
 }
 
 // free releases what the host holds for the process.
 func (p *child) free() {
-	p.release.Do(func() { _ = p.lifeline.Close() })
+	p.release.Do(p.cutLifeline)
 	if p.dir != "" {
-		_ = os.RemoveAll(p.dir)
+		_ = os.RemoveAll(p.dir) // what is left there is the plugin's
 	}
+}
+
+// cutLifeline makes the plugin exit.
+func (p *child) cutLifeline() {
+	if p.lifeline != nil {
+		_ = p.lifeline.Close() // nothing was written that could be lost
+	}
+}
+
+// startError describes a process that has not become a plugin, because of err. exited
+// reports whether it has exited by itself.
+func (p *child) startError(err error, exited bool) *StartError {
+	e := &StartError{Path: p.callerCmd.Path, Err: err, Stdout: p.noise.String(), Stderr: p.log.tail.String()}
+	if exited {
+		e.State = p.cmd.ProcessState
+	}
+	e.hint = behaviourHint(e, p.config.MagicCookieKey)
+	return e
 }

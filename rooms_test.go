@@ -18,7 +18,6 @@ import (
 var upward = map[[2]string]string{
 	{"lifeline.go", "process.go"}: "both ends of the lifeline are in one file, and the host's end belongs to a process",
 	{"lifeline.go", "attach.go"}:  "whether a process exists",
-	{"process.go", "client.go"}:   "a timeout that both use",
 }
 
 // A file uses only files that are below it in the table of CONTRIBUTING.md.

@@ -1,0 +1,94 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+)
+
+// A StartError has a hint: a possible cause that its error does not name.
+
+// behaviourHint returns why a process may not have become a plugin, or "".
+func behaviourHint(e *StartError, cookie string) string {
+	if e.State != nil && !e.State.Exited() {
+		return "" // a signal has ended it
+	}
+	if e.State != nil && strings.Contains(e.Stderr, "is a plugin") {
+		return fmt.Sprintf("it did not accept the cookie %s: "+
+			"it is a plugin of another program, or its HandshakeConfig is another one", cookie)
+	}
+	if e.Stdout != "" {
+		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
+	}
+	late := errors.Is(e.Err, context.DeadlineExceeded)
+	if e.Stderr == "" && (e.State != nil || late) {
+		return "does its main call plugin.Serve?"
+	}
+	return ""
+}
+
+// binaryHint returns why a command may not have been executed, or "".
+func binaryHint(cmd *exec.Cmd, err error) string {
+	switch {
+	case errors.Is(err, exec.ErrNotFound) && filepath.Base(cmd.Path) == cmd.Path:
+		return fmt.Sprintf("it was looked up in PATH; the file in this directory is ./%s", cmd.Path)
+	case isDirectory(executed(cmd)):
+		return "it is a directory"
+	case isOtherPlatform(err):
+		return fmt.Sprintf("is it built for %s/%s, as this host is?", runtime.GOOS, runtime.GOARCH)
+	case errors.Is(err, fs.ErrPermission):
+		return "is it executable?"
+	case errors.Is(err, fs.ErrNotExist) && !isAboutDir(err):
+		return notExistHint(cmd)
+	}
+	return ""
+}
+
+// notExistHint names the file that is missing. The error of a script that names an
+// interpreter that does not exist is the same.
+func notExistHint(cmd *exec.Cmd) string {
+	const hint = "is it there, and the interpreter that it names?"
+	if filepath.IsAbs(cmd.Path) {
+		return hint
+	}
+	path, err := filepath.Abs(executed(cmd))
+	if err != nil {
+		return hint
+	}
+	return path + ": " + hint
+}
+
+// isAboutDir reports whether err is about Cmd.Dir, and not about the binary.
+func isAboutDir(err error) bool {
+	var failed *fs.PathError
+	return errors.As(err, &failed) && failed.Op == "chdir"
+}
+
+// isOtherPlatform reports whether err is that of a binary for another system or processor.
+func isOtherPlatform(err error) bool {
+	if runtime.GOOS != "windows" {
+		return errors.Is(err, syscall.ENOEXEC)
+	}
+	const badFormat, machineMismatch = syscall.Errno(193), syscall.Errno(216)
+	return errors.Is(err, badFormat) || errors.Is(err, machineMismatch)
+}
+
+func isDirectory(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
+}
+
+// executed returns the path of the file that a command executes.
+func executed(cmd *exec.Cmd) string {
+	if filepath.IsAbs(cmd.Path) {
+		return cmd.Path
+	}
+	return filepath.Join(cmd.Dir, cmd.Path)
+}
