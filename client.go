@@ -260,7 +260,11 @@ func (c *Client) logExit(expected bool) {
 	case c.exit.State != nil && c.exit.State.Success():
 		level = hclog.Info
 	}
-	c.config.Logger.Log(level, "the process has ended", "plugin", c.config.name(), "pid", c.process.ID(), "reason", reason)
+	args := []any{"plugin", c.config.name(), "pid", c.process.ID(), "reason", reason}
+	if c.exit.Panic != "" {
+		args = append(args, "trace", printable(c.exit.Panic))
+	}
+	c.config.Logger.Log(level, "the process has ended", args...)
 }
 
 // finish ends the life of the plugin. The first reason is that of Err.

@@ -2,12 +2,13 @@ package plugin
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
+	"errors"
 	"io"
-	"log/slog"
-	"math"
 	"regexp"
+	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -66,73 +67,115 @@ func (w *lineWriter) endLineLocked() {
 type stderrLog struct {
 	logger hclog.Logger
 	tail   tail
-	crash  []byte // a panic or fatal error and its trace
-	more   int    // how many more lines may be part of it
+	crash  crashTrace
 }
 
 func (l *stderrLog) line(line []byte, cut int) {
-	if level, message, args, ok := parseRecord(line); ok && cut == 0 {
-		l.logger.Log(level, message, args...)
-		return
+	if cut == 0 {
+		if r, ok := parseRecord(line); ok {
+			l.logger.Log(r.level, r.message, r.args...)
+			return
+		}
 	}
-	level, line := textLevel(line)
-	if l.crashing(line, level) {
-		level = hclog.Error
+	level, text := textLevel(line)
+	if level == hclog.NoLevel {
+		l.crash.add(text)
+		level = hclog.Debug
+	} else {
+		l.crash.forget()
 	}
-	l.logger.Log(cmp.Or(level, hclog.Debug), printable(string(line))+cutMark(cut))
+	l.logger.Log(level, printable(string(text))+cutMark(cut))
 }
 
-// crashing reports whether a line is part of a panic or fatal error, and keeps the line
-// if it is. Without a trace, this ends after 50 lines: the plugin only printed something.
-func (l *stderrLog) crashing(line []byte, level hclog.Level) bool {
+// crashTrace keeps the message and the trace of the last panic or fatal error.
+type crashTrace struct {
+	text   []byte
+	traced bool // there is a trace, so the program has not only printed the message
+}
+
+// add adds a line, if it is part of a panic or fatal error.
+func (c *crashTrace) add(line []byte) {
 	switch {
 	case bytes.HasPrefix(line, []byte("panic: ")), bytes.HasPrefix(line, []byte("fatal error: ")):
-		l.crash, l.more = nil, 50
-	case l.more == 0 || level != hclog.NoLevel:
-		l.crash, l.more = nil, 0
-		return false
+		c.forget()
+	case len(c.text) == 0:
+		return
 	case bytes.HasPrefix(line, []byte("goroutine ")):
-		l.more = math.MaxInt
+		c.traced = true
 	}
-	l.more--
-	if len(l.crash)+len(line) < crashSize {
-		l.crash = append(append(l.crash, line...), '\n')
+	if len(c.text)+len(line) < crashSize {
+		c.text = append(c.text, line...)
+		c.text = append(c.text, '\n')
 	}
-	return true
 }
 
-// parseRecord parses a JSON record of hclog or slog. It sorts the values by their keys.
-func parseRecord(line []byte) (level hclog.Level, message string, args []any, ok bool) {
-	var record map[string]json.RawMessage
-	if json.Unmarshal(line, &record) != nil {
-		return level, "", nil, false
+// forget forgets a panic that the program has survived.
+func (c *crashTrace) forget() { *c = crashTrace{} }
+
+// String returns the message and the trace, or "".
+func (c *crashTrace) String() string {
+	if !c.traced {
+		return ""
 	}
-	names := []string{"level", "msg", "time"} // slog's
-	if record["@level"] != nil || record["@message"] != nil {
-		names = []string{"@level", "@message", "@timestamp"}
+	return strings.TrimSpace(string(c.text))
+}
+
+// record is a record of a plugin's log.
+type record struct {
+	level   hclog.Level
+	message string
+	args    []any
+}
+
+// parseRecord parses a JSON record of hclog, slog and loggers like it.
+func parseRecord(line []byte) (r record, ok bool) {
+	fields, ok := parseObject(line)
+	if !ok {
+		return r, false
 	}
-	var texts [3]string
-	for i, name := range names {
-		if json.Unmarshal(record[name], &texts[i]) != nil && i < 2 {
-			return level, "", nil, false
+	level, hasLevel := fields.takeText("@level")
+	message, hasMessage := fields.takeText("@message")
+	at, _ := fields.takeText("@timestamp")
+	if !hasLevel && !hasMessage {
+		level, hasLevel = fields.takeText("level")
+		message, hasMessage = fields.takeText("msg")
+		if !hasMessage {
+			message, hasMessage = fields.takeText("message") // zerolog's
 		}
-		delete(record, name)
+		at, _ = fields.takeText("time")
 	}
-	for _, key := range sortedKeys(record) {
-		var value any = rawJSON{record[key]}
-		if text := ""; record[key][0] == '"' && json.Unmarshal(record[key], &text) == nil {
-			value = text
-		}
-		args = append(args, oneLine(key), value)
+	if !hasLevel || !hasMessage {
+		return r, false
 	}
-	if t := texts[2]; t != "" {
-		if at, err := time.Parse(time.RFC3339Nano, t); err == nil {
-			t = at.Format(hclog.TimeFormat)
-		}
-		args = append(args, "timestamp", t)
+	r = record{level: parseLevel(level), message: oneLine(message)}
+	for _, f := range fields {
+		// JSON loggers of the host have fields of their own that begin with @.
+		r.args = append(r.args, oneLine(strings.TrimLeft(f.key, "@")), f.arg())
 	}
-	level = parseLevel(texts[0])
-	return level, oneLine(texts[1]), args, level != hclog.NoLevel
+	if at != "" {
+		r.args = append(r.args, "timestamp", parseTime(at))
+	}
+	return r, r.level != hclog.NoLevel
+}
+
+// jsonField is a key and a value of a record.
+type jsonField struct {
+	key   string
+	value json.RawMessage
+}
+
+// text returns the value, if it is a string.
+func (f jsonField) text() (text string, ok bool) {
+	err := json.Unmarshal(f.value, &text)
+	return text, err == nil && f.value[0] == '"' // and not null
+}
+
+// arg returns the value for a log.
+func (f jsonField) arg() any {
+	if text, ok := f.text(); ok {
+		return text
+	}
+	return rawJSON{f.value}
 }
 
 // rawJSON is a value of a record that is not a string. JSON escapes control
@@ -141,38 +184,120 @@ type rawJSON struct{ json.RawMessage }
 
 func (r rawJSON) String() string { return printable(string(r.RawMessage)) }
 
-// parseLevel parses a level of hclog or slog. The latter may have an offset.
-func parseLevel(text string) hclog.Level {
-	if level := hclog.LevelFromString(text); level != hclog.NoLevel && level != hclog.Off {
-		return level
+// jsonFields are a record, in its order. Keys may be there twice.
+type jsonFields []jsonField
+
+// takeText removes the first field with that key and returns it, if it is a string.
+func (fields *jsonFields) takeText(key string) (text string, ok bool) {
+	for i, f := range *fields {
+		if f.key != key {
+			continue
+		}
+		text, ok = f.text()
+		if ok {
+			*fields = slices.Delete(*fields, i, i+1)
+		}
+		return text, ok
 	}
-	var l slog.Level
-	if l.UnmarshalText([]byte(text)) != nil {
-		return hclog.NoLevel
-	}
-	return min(max(hclog.Info+hclog.Level(l>>2), hclog.Trace), hclog.Error) // levels of slog are four apart
+	return "", false
 }
 
-// levelPatterns are compiled when they are needed, because plugins do not need them.
-// The first matches a level in brackets, with or without the date and time of package
-// log, and the prefix of slog's default handler. The second matches the beginning of a
-// line of slog's TextHandler.
-var levelPatterns = sync.OnceValue(func() [2]*regexp.Regexp {
-	return [2]*regexp.Regexp{
-		regexp.MustCompile(`^(?:\d{4}/\d\d/\d\d )?(?:\d\d:\d\d:\d\d(?:\.\d+)? )?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?|` +
-			`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d(?:\.\d+)? ((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `),
-		regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) (?:source=\S+ )?msg=`),
+// parseObject parses a JSON object. Unlike a map, the result has all fields.
+func parseObject(line []byte) (fields jsonFields, ok bool) {
+	if !json.Valid(line) {
+		return nil, false
+	}
+	decoder := json.NewDecoder(bytes.NewReader(line))
+	start, err := decoder.Token()
+	if err != nil || start != json.Delim('{') {
+		return nil, false
+	}
+	for decoder.More() {
+		key, err := decoder.Token()
+		if err != nil {
+			return nil, false
+		}
+		var value json.RawMessage
+		err = decoder.Decode(&value)
+		if err != nil {
+			return nil, false
+		}
+		fields = append(fields, jsonField{key: key.(string), value: value}) // keys are strings
+	}
+	return fields, true
+}
+
+// pluginTime is the time of a record of a plugin, as a value of the host's record.
+type pluginTime time.Time
+
+// parseTime returns a pluginTime, or the text if it is no time.
+func parseTime(text string) any {
+	at, err := time.Parse(time.RFC3339Nano, text)
+	if err != nil {
+		return text
+	}
+	return pluginTime(at)
+}
+
+func (t pluginTime) String() string { return time.Time(t).Format(hclog.TimeFormat) }
+
+// MarshalText makes JSON loggers log a string.
+func (t pluginTime) MarshalText() ([]byte, error) { return []byte(t.String()), nil }
+
+// levelNames has the levels of hclog, slog, logrus, zap and zerolog.
+var levelNames = map[string]hclog.Level{
+	"trace": hclog.Trace, "debug": hclog.Debug, "info": hclog.Info, "warn": hclog.Warn, "warning": hclog.Warn,
+	"error": hclog.Error, "dpanic": hclog.Error, "panic": hclog.Error, "fatal": hclog.Error,
+}
+
+// parseLevel parses a level. That of slog may have an offset, as in INFO+2.
+func parseLevel(text string) hclog.Level {
+	name, offset := text, ""
+	if i := strings.IndexAny(text, "+-"); i >= 0 {
+		name, offset = text[:i], text[i:]
+	}
+	level := levelNames[strings.ToLower(name)]
+	if level == hclog.NoLevel || offset == "" {
+		return level
+	}
+	n, err := strconv.ParseInt(offset, 10, 32)
+	if errors.Is(err, strconv.ErrSyntax) {
+		return hclog.NoLevel
+	}
+	// n is the nearest that fits, if the offset is too large. Levels of slog are four apart.
+	slogLevel := 4*int64(level) + n
+	return hclog.Level(min(max(slogLevel>>2, int64(hclog.Trace)), int64(hclog.Error)))
+}
+
+// textPatterns match the beginning of a line of text with a level. They are compiled when
+// they are needed, because plugins do not need them.
+type textPatterns struct {
+	bracket *regexp.Regexp // of package log, with a level in brackets, as hclog and others have it
+	slog    *regexp.Regexp // of slog's default handler
+	keys    *regexp.Regexp // of slog's TextHandler
+}
+
+var levelPatterns = sync.OnceValue(func() textPatterns {
+	const date, clock = `\d{4}/\d\d/\d\d `, `\d\d:\d\d:\d\d(?:\.\d+)? `
+	return textPatterns{
+		bracket: regexp.MustCompile(`^(?:` + date + `)?(?:` + clock + `)?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?`),
+		slog:    regexp.MustCompile(`^` + date + clock + `((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `),
+		keys:    regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) (?:source=\S+ )?msg=`),
 	}
 })
 
 // textLevel returns the level at the beginning of a line, and the line without the
 // date, time and level that the record will have.
 func textLevel(line []byte) (hclog.Level, []byte) {
-	if m := levelPatterns()[0].FindSubmatch(line); m != nil {
-		return parseLevel(string(m[1]) + string(m[2])), line[len(m[0]):]
+	patterns := levelPatterns()
+	if match := patterns.bracket.FindSubmatch(line); match != nil {
+		return parseLevel(string(match[1])), line[len(match[0]):]
 	}
-	if m := levelPatterns()[1].FindSubmatch(line); m != nil {
-		return parseLevel(string(m[1])), line
+	if match := patterns.slog.FindSubmatch(line); match != nil {
+		return parseLevel(string(match[1])), line[len(match[0]):]
+	}
+	if match := patterns.keys.FindSubmatch(line); match != nil {
+		return parseLevel(string(match[1])), line
 	}
 	return hclog.NoLevel, line
 }
@@ -202,15 +327,18 @@ func (t *tail) String() string {
 	return string(t.buf)
 }
 
-// forgiving writes to a writer of the host until it fails. A failed writer must not
-// stop the plugin.
-type forgiving struct{ w io.Writer } // w is nil if there is none, or if it has failed
+// bestEffortWriter writes to a writer of the host until it fails. A failed writer must
+// not stop the plugin.
+type bestEffortWriter struct{ w io.Writer } // w is nil if there is none, or if it has failed
 
-func (f *forgiving) Write(p []byte) (int, error) {
-	if f.w != nil {
-		if _, err := f.w.Write(p); err != nil {
-			f.w = nil
-		}
+// Write never fails.
+func (b *bestEffortWriter) Write(p []byte) (int, error) {
+	if b.w == nil {
+		return len(p), nil
+	}
+	_, err := b.w.Write(p)
+	if err != nil {
+		b.w = nil
 	}
 	return len(p), nil
 }

@@ -54,19 +54,37 @@ func (r *recordTexts) Accept(_ string, level hclog.Level, msg string, args ...an
 var stderrLines = []struct{ line, record string }{
 	// hclog
 	{`{"@level":"info","@message":"hello","@module":"m","@timestamp":"2024-05-06T07:08:09.123456Z","zebra":1,"apple":"two","mango":true}`,
-		`info: hello | @module="m" apple="two" mango=true zebra=1 timestamp="2024-05-06T07:08:09.123Z"`},
+		`info: hello | module="m" zebra=1 apple="two" mango=true timestamp=2024-05-06T07:08:09.123Z`},
 	{`{"@level":"trace","@message":"x"}`, `trace: x`}, {`{"@level":"debug","@message":"x"}`, `debug: x`}, {`{"@message":"x","@level":"warn"}`, `warn: x`},
 	{`{"@level":"error","@message":"x","id":12345678901234567890}`, `error: x | id=12345678901234567890`},
-	{`{"@level":"info","@message":"x","list":["a", 1],"o":{"p":{}},"null":null}`, `info: x | list=["a", 1] null=null o={"p":{}}`},
+	{`{"@level":"info","@message":"x","list":["a", 1],"o":{"p":{}},"null":null}`, `info: x | list=["a", 1] o={"p":{}} null=null`},
 	{`{"@level":"info","@message":"x","@timestamp":"noon"}`, `info: x | timestamp="noon"`},
 	{`{"1st":1,"@level":"info","@message":"x","level":"error","msg":"y","time":"noon"}`, `info: x | 1st=1 level="error" msg="y" time="noon"`},
 
 	// slog's JSON and its levels
 	{`{"time":"2024-05-06T07:08:09.123456789+02:00","level":"WARN","msg":"careful","z":"1","a":"2"}`,
-		`warn: careful | a="2" z="1" timestamp="2024-05-06T07:08:09.123+0200"`},
+		`warn: careful | z="1" a="2" timestamp=2024-05-06T07:08:09.123+0200`},
 	{`{"level":"DEBUG-4","msg":"x"}`, `trace: x`}, {`{"level":"DEBUG","msg":"x"}`, `debug: x`}, {`{"level":"INFO-1","msg":"x"}`, `debug: x`},
 	{`{"level":"INFO","msg":"x"}`, `info: x`}, {`{"level":"INFO+2","msg":"x"}`, `info: x`}, {`{"level":"ERROR","msg":"x"}`, `error: x`},
-	{`{"level":"ERROR+8","msg":"x"}`, `error: x`},
+	{`{"level":"ERROR+8","msg":"x"}`, `error: x`}, {`{"level":"ERROR-4","msg":"x"}`, `warn: x`},
+	{`{"level":"INFO+17179869180","msg":"x"}`, `error: x`}, {`{"level":"ERROR-17179869180","msg":"x"}`, `trace: x`},
+	{`{"level":"ERROR+9223372036854775807","msg":"x"}`, `error: x`},
+	{`{"level":"INFO+99999999999999999999","msg":"x"}`, `error: x`},
+
+	// Of two equal keys the first is the one of the logger.
+	{`{"time":"2024-05-06T07:08:09Z","level":"ERROR","msg":"x","level":3,"msg":"y","time":"noon"}`,
+		`error: x | level=3 msg="y" time="noon" timestamp=2024-05-06T07:08:09.000Z`},
+	{`{"level":"ERROR","msg":"x","level":"INFO","k":1,"k":2}`, `error: x | level="INFO" k=1 k=2`},
+	{`{"@level":"error","@message":"x","@level":"info","@caller":"a.go:1","@@":1,"@":2}`,
+		`error: x | level="info" caller="a.go:1" =1 =2`},
+
+	// logrus, zap and zerolog
+	{`{"level":"warning","msg":"x","time":"noon"}`, `warn: x | timestamp="noon"`},
+	{`{"level":"fatal","ts":1700000000.5,"msg":"x"}`, `error: x | ts=1700000000.5`},
+	{`{"level":"panic","msg":"x"}`, `error: x`}, {`{"level":"dpanic","msg":"x"}`, `error: x`},
+	{`{"level":"info","a":1,"time":"2024-05-06T07:08:09Z","message":"x"}`, `info: x | a=1 timestamp=2024-05-06T07:08:09.000Z`},
+	{`{"level":"info","message":"an attribute","msg":"x"}`, `info: x | message="an attribute"`},
+	{`time="2024-05-06T07:08:09Z" level=warning msg=x`, `warn: time="2024-05-06T07:08:09Z" level=warning msg=x`},
 
 	// package log, and slog's default handler
 	{`[TRACE] x`, `trace: x`}, {`[DEBUG] x`, `debug: x`}, {`[INFO] x`, `info: x`}, {`[WARN]x`, `warn: x`}, {`[ERROR] [x]`, `error: [x]`},
@@ -81,6 +99,10 @@ var stderrLines = []struct{ line, record string }{
 
 	// what a terminal would obey, or a reader of the log would take for a record
 	{"hello\r", `debug: hello`}, {"hidden\rshown", `debug: hidden\rshown`}, {"a\x00b\xff\xfe", `debug: a\x00b\xff\xfe`}, {"\x1b[31mred", `debug: \x1b[31mred`},
+	// and letters that a terminal shows
+	{"1\u00a0000 \u3000 \u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f469 \ufffd \"q\"",
+		"debug: 1\u00a0000 \u3000 \u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f469 \ufffd \"q\""},
+	{"1\u00a0000 \"q\" \u202e\u2028\x1b", "debug: 1\u00a0000 \"q\" " + `\u202e\u2028\x1b`},
 	{`{"@level":"info","@message":"\u001b[2J","a\u0007":"b"}`, `info: \x1b[2J | a\a="b"`},
 	{`{"@level":"info","@message":"x","a":[["\u001b"]]}`, `info: x | a=[["\u001b"]]`},
 	{`{"@level":"info","@message":"x\n2026-01-01T00:00:00.000Z [ERROR] y"}`, `info: x\n2026-01-01T00:00:00.000Z [ERROR] y`},
@@ -153,9 +175,7 @@ func TestLongLogLine(t *testing.T) {
 	}
 }
 
-// The lines of a panic or fatal error are errors, and those around it are not.
-func TestLogOfPanics(t *testing.T) {
-	const trace = `goroutine 1 [running]:
+const testTrace = `goroutine 1 [running]:
 main.run(0x1, {0xc000012345, 0x2})
 	/src/main.go:12 +0x1d
 created by main.start in goroutine 7
@@ -165,44 +185,60 @@ goroutine 18 [chan receive, 2 minutes]:
 main.wait(...)
 	/src/main.go:30
 `
-	for _, crash := range []string{
-		"panic: boom\n\n" + trace,
-		"panic: boom\n\n" + strings.Repeat(trace, 20),
-		"panic: boom [recovered]\n\tpanic: boom again\n\n" + trace,
-		"panic: two\nlines\n\n" + trace,
-		"fatal error: all goroutines are asleep - deadlock!\n\n" + trace,
-		"panic: runtime error: nil pointer dereference\n[signal SIGSEGV: segmentation violation code=0x1 addr=0x0 pc=0x1]\n\n" + trace,
-		"fatal error: unexpected signal\n\nruntime.throw({0x1?, 0x2?})\n\t/go/panic.go:1 +0x1\n\n" + trace + "\nrax    0x0\nrip    0x4b2d21\n",
-	} {
-		records, _ := logged(t, defaultLogBufferSize, "before\n", crash, "[INFO] after\n", "and after\n")
-		lines := strings.Split("before\n"+crash+"after\nand after", "\n")
-		if len(records) != len(lines) {
-			t.Fatalf("%d lines make %d records", len(lines), len(records))
-		}
-		for i, line := range lines {
-			level := map[int]string{0: "debug", len(lines) - 2: "info", len(lines) - 1: "debug"}[i]
-			if level == "" {
-				level = "error"
+
+var testCrashes = map[string]string{
+	"panic":       "panic: boom\n\n" + testTrace,
+	"long":        "panic: boom\n\n" + strings.Repeat(testTrace, 20),
+	"recovered":   "panic: boom [recovered]\n\tpanic: boom again\n\n" + testTrace,
+	"two lines":   "panic: two\nlines\n\n" + testTrace,
+	"long text":   "panic: many\n" + strings.Repeat("lines\n", 100) + "\n" + testTrace,
+	"deadlock":    "fatal error: all goroutines are asleep - deadlock!\n\n" + testTrace,
+	"nil pointer": "panic: runtime error: nil pointer dereference\n[signal SIGSEGV: code=0x1]\n\n" + testTrace,
+	"registers":   "fatal error: unexpected signal\n\nruntime.throw({0x1?})\n\n" + testTrace + "\nrax    0x0\nrip    0x4b\n",
+}
+
+// crashOf returns what is kept of a panic that a process prints.
+func crashOf(stderr ...string) string {
+	l := &stderrLog{logger: hclog.NewNullLogger()}
+	w := &lineWriter{max: defaultLogBufferSize, emit: l.line}
+	for _, s := range stderr {
+		_, _ = io.WriteString(w, s) // never fails
+	}
+	return l.crash.String()
+}
+
+// The lines of a panic are logged at Debug as they come, and the last panic is kept.
+func TestLogOfPanics(t *testing.T) {
+	for name, crash := range testCrashes {
+		records, _ := logged(t, defaultLogBufferSize, crash)
+		for i, line := range strings.Split(strings.TrimSuffix(crash, "\n"), "\n") {
+			if records[i] != "debug: "+line {
+				t.Errorf("%s: %q is logged as %q", name, line, records[i])
 			}
-			if records[i] != level+": "+line {
-				t.Errorf("%q is logged as %q", line, records[i])
-			}
 		}
-		l := &stderrLog{logger: hclog.NewNullLogger()}
-		w := &lineWriter{max: defaultLogBufferSize, emit: l.line}
-		fmt.Fprint(w, "panic: the one before\n", crash)
-		if got := string(l.crash); got != crash {
-			t.Errorf("of a crash there is kept %q", got)
+		if got := crashOf("before\n", "panic: the one before\n\n", testTrace, crash); got != strings.TrimSpace(crash) {
+			t.Errorf("%s: of a crash there is kept %q", name, got)
 		}
-		fmt.Fprint(w, strings.Repeat("more of it\n", crashSize))
-		if len(l.crash) > crashSize || !strings.HasPrefix(string(l.crash), crash) {
-			t.Errorf("of a long crash there are kept %d bytes", len(l.crash))
+		long := crashOf(crash, strings.Repeat("more of it\n", crashSize/8))
+		if len(long) > crashSize || !strings.HasPrefix(long, crash) {
+			t.Errorf("%s: of a long crash there are kept %d bytes", name, len(long))
 		}
 	}
-	// Without a trace it is no panic.
-	records, _ := logged(t, defaultLogBufferSize, "panic: it was only a drill\n", strings.Repeat("as ever\n", 100))
-	if records[0] != "error: panic: it was only a drill" || records[100] != "debug: as ever" {
-		t.Errorf("a line with the word panic is logged as %q, and the last behind it as %q", records[0], records[100])
+}
+
+// Without a trace, or if the program goes on, it is no panic.
+func TestLogOfNoPanic(t *testing.T) {
+	for _, stderr := range []string{
+		"panic: it was only a drill\n" + strings.Repeat("as ever\n", 100),
+		"goroutine 1 [running]:\n",
+		"a panic: boom\n\n" + testTrace,
+		"panic: boom\n\n" + testTrace + "[INFO] recovered\n",
+		"panic: boom\n\n" + testTrace + "panic: it was only a drill\n",
+		"panic: " + strings.Repeat("x", 2*crashSize) + "\n\n" + testTrace,
+	} {
+		if got := crashOf(stderr); got != "" {
+			t.Errorf("of %.100q there is kept %.100q", stderr, got)
+		}
 	}
 }
 
@@ -231,9 +267,9 @@ func (w shortWriter) Write([]byte) (int, error) {
 }
 
 // A writer that fails is not used again, and the output goes on.
-func TestForgivingWriter(t *testing.T) {
+func TestBestEffortWriter(t *testing.T) {
 	calls := 0
-	w := &forgiving{shortWriter{&calls}}
+	w := &bestEffortWriter{shortWriter{&calls}}
 	for range 3 {
 		if n, err := w.Write([]byte("output")); n != 6 || err != nil || calls != 1 {
 			t.Errorf("Write returned %d, %v, after %d calls", n, err, calls)

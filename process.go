@@ -231,7 +231,7 @@ func (p *child) redirect() {
 	p.lines[0] = lineWriter{max: max(size, maxHandshake), emit: p.stdoutLine}
 	p.lines[1] = lineWriter{max: size, emit: p.log.line}
 	p.cmd.Stdout = &p.lines[0]
-	p.cmd.Stderr = io.MultiWriter(&p.log.tail, &forgiving{p.config.Stderr}, &p.lines[1])
+	p.cmd.Stderr = io.MultiWriter(&p.log.tail, &bestEffortWriter{p.config.Stderr}, &p.lines[1])
 	if p.cmd.WaitDelay == 0 {
 		p.cmd.WaitDelay = 2 * drainTimeout
 	}
@@ -366,7 +366,7 @@ func (p *child) exitError(err error) *ExitError {
 		e.Err = fmt.Errorf("the process has ended, and its exit status is unknown: %w", err)
 	}
 	if e.State == nil || !e.State.Success() {
-		e.Panic = strings.TrimSpace(string(p.log.crash))
+		e.Panic = p.log.crash.String()
 	}
 	return e
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -20,26 +21,27 @@ func pluginName(path string) string {
 }
 
 // printable escapes characters that a terminal or log file could interpret, except tabs
-// and line feeds. A line with such characters is escaped like a Go string.
+// and line feeds.
 func printable(s string) string {
 	var b strings.Builder
-	for line := range strings.Lines(s) {
-		text, hasEnd := strings.CutSuffix(line, "\n")
-		if strings.ContainsFunc(text, mustEscape) {
-			quoted := strconv.Quote(text)
-			text = quoted[1 : len(quoted)-1]
+	for len(s) > 0 {
+		r, size := utf8.DecodeRuneInString(s)
+		valid := r != utf8.RuneError || size > 1
+		if valid && isPrintable(r) {
+			b.WriteString(s[:size])
+		} else {
+			b.WriteString(strings.Trim(strconv.Quote(s[:size]), `"`))
 		}
-		b.WriteString(text)
-		if hasEnd {
-			b.WriteByte('\n')
-		}
+		s = s[size:]
 	}
 	return b.String()
 }
 
-// mustEscape reports whether a terminal or log file could interpret r.
-func mustEscape(r rune) bool {
-	return r == utf8.RuneError || r != '\t' && !strconv.IsPrint(r)
+// isPrintable reports whether a terminal shows a character and does nothing else. Some
+// scripts and emoji need joiners.
+func isPrintable(r rune) bool {
+	const nonJoiner, joiner = '\u200c', '\u200d'
+	return unicode.IsGraphic(r) || r == '\t' || r == '\n' || r == nonJoiner || r == joiner
 }
 
 // oneLine is printable for text that must stay in one record.
