@@ -276,7 +276,7 @@ func (a *arguments) dial(ctx context.Context, b *MuxBroker, param value, sent re
 		a.writers = append(a.writers, w)
 		context.AfterFunc(ctx, w.abort)
 	case functionValue:
-		c, err := b.dialRPC(ctx, id)
+		c, err := b.dialService(ctx, id)
 		if err != nil {
 			return err
 		}

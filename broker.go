@@ -39,12 +39,19 @@ type MuxBroker struct {
 	session *session
 	ids     atomic.Uint32
 
-	mu         sync.Mutex // guards rendezvous, and the users of each
+	mu         sync.Mutex // guards the fields below, and the users of each rendezvous
 	rendezvous map[uint32]*rendezvous
+	expected   map[uint32]func(*stream) // what handles the stream that is dialled as an id
+
+	copyBuffers sync.Pool // of *copyBuffer
 }
 
 func newMuxBroker(s *session) *MuxBroker {
-	return &MuxBroker{session: s, rendezvous: make(map[uint32]*rendezvous)}
+	return &MuxBroker{
+		session:    s,
+		rendezvous: make(map[uint32]*rendezvous),
+		expected:   make(map[uint32]func(*stream)),
+	}
 }
 
 // NextId returns a number for a stream. Host and plugin return different numbers, also if
@@ -127,13 +134,13 @@ func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error
 	return st, nil
 }
 
-// dialResult is what openAs returns.
+// dialResult is what introduce returns.
 type dialResult struct {
 	stream *stream
 	err    error
 }
 
-// dial returns when ctx ends. openAs may not: while the process of the peer is stopped,
+// dial returns when ctx ends. introduce may not: while the process of the peer is stopped,
 // it may wait to write.
 func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
 	dialled := make(chan dialResult)
@@ -152,9 +159,9 @@ func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
 	}
 }
 
-// sendDialled sends the result of openAs to dial, if dial still waits for it.
+// sendDialled sends the result of introduce to dial, if dial still waits for it.
 func (b *MuxBroker) sendDialled(ctx context.Context, id uint32, dialled chan<- dialResult) {
-	st, err := b.openAs(ctx, id)
+	st, err := b.introduce(ctx, id)
 	select {
 	case dialled <- dialResult{stream: st, err: err}:
 	case <-ctx.Done():
@@ -164,14 +171,14 @@ func (b *MuxBroker) sendDialled(ctx context.Context, id uint32, dialled chan<- d
 	}
 }
 
-// openAs opens a stream, sends its id and waits for the acknowledgement.
-func (b *MuxBroker) openAs(ctx context.Context, id uint32) (*stream, error) {
-	st, err := b.session.open()
+// introduce opens a stream as id and waits for the acknowledgement.
+func (b *MuxBroker) introduce(ctx context.Context, id uint32) (*stream, error) {
+	st, err := b.openAs(ctx, id)
 	if err != nil {
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, func() { abort(st) })
-	err = introduce(st, id)
+	err = readAcknowledgement(st, id)
 	inTime := stop()
 	if !inTime {
 		err = ctx.Err()
@@ -183,20 +190,30 @@ func (b *MuxBroker) openAs(ctx context.Context, id uint32) (*stream, error) {
 	return st, nil
 }
 
-// introduce sends the id of a stream and waits for the acknowledgement.
-func introduce(st *stream, id uint32) error {
-	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
-		return err
+// openAs opens a stream and sends its id.
+func (b *MuxBroker) openAs(ctx context.Context, id uint32) (*stream, error) {
+	st, err := b.session.open()
+	if err != nil {
+		return nil, err
 	}
-	var ack [4]byte
-	_, err := io.ReadFull(st, ack[:])
+	stop := context.AfterFunc(ctx, func() { abort(st) })
+	defer stop()
+	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
+		abort(st)
+		return nil, err
+	}
+	return st, nil
+}
+
+func readAcknowledgement(st *stream, id uint32) error {
+	accepted, err := readID(st)
 	if err == io.EOF {
 		return errors.New("the peer closed it and did not accept it")
 	}
 	if err != nil {
 		return err
 	}
-	if binary.LittleEndian.Uint32(ack[:]) != id {
+	if accepted != id {
 		return errors.New("the peer accepted another")
 	}
 	return nil
@@ -215,18 +232,28 @@ func (b *MuxBroker) Run() {
 	}
 }
 
-// receive reads the id that a stream was dialled as, and waits until it is accepted.
+// receive reads the id that a stream was dialled as, and hands the stream to what expects
+// it, or to Accept.
 func (b *MuxBroker) receive(st *stream) {
-	timeout := time.NewTimer(brokerTimeout)
-	defer timeout.Stop()
 	_ = st.SetReadDeadline(time.Now().Add(brokerTimeout))
-	var sent [4]byte
-	if _, err := io.ReadFull(st, sent[:]); err != nil {
+	id, err := readID(st)
+	if err != nil {
 		abort(st)
 		return
 	}
 	_ = st.SetReadDeadline(time.Time{})
-	id := binary.LittleEndian.Uint32(sent[:])
+	handle := b.takeExpected(id)
+	if handle == nil {
+		b.handOver(st, id)
+		return
+	}
+	handle(st)
+}
+
+// handOver waits until a stream that was dialled as id is accepted.
+func (b *MuxBroker) handOver(st *stream, id uint32) {
+	timeout := time.NewTimer(brokerTimeout)
+	defer timeout.Stop()
 	meeting := b.join(id)
 	defer b.leave(id, meeting)
 	select {
@@ -235,6 +262,31 @@ func (b *MuxBroker) receive(st *stream) {
 		abort(st)
 	case <-b.session.ended():
 	}
+}
+
+func readID(st *stream) (uint32, error) {
+	var id [4]byte
+	if _, err := io.ReadFull(st, id[:]); err != nil {
+		return 0, err
+	}
+	return binary.LittleEndian.Uint32(id[:]), nil
+}
+
+// expect lets handle have the stream that the peer dials as id, a new number of this side.
+// It runs in a goroutine of the session. The peer need not wait for an acknowledgement.
+func (b *MuxBroker) expect(id uint32, handle func(*stream)) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.expected[id] = handle
+}
+
+// takeExpected ends what expect has begun, and returns nil if that has ended.
+func (b *MuxBroker) takeExpected(id uint32) func(*stream) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	handle := b.expected[id]
+	delete(b.expected, id)
+	return handle
 }
 
 // rendezvous hands the streams that the peer dials as one id to those that accept it. It
@@ -313,40 +365,52 @@ func (b *MuxBroker) ServeRPC(v any) (id uint32, stop func()) {
 
 // offer is a service, reader or writer that the peer may dial and use.
 type offer struct {
+	broker  *MuxBroker
 	id      uint32
 	ctx     context.Context // ends with the offer
 	cancel  context.CancelCauseFunc
 	service *service
-	uses    *group // the calls of a service, or the Reads or Writes of a stream, that are running
-	reads   bool   // it is a reader
+	uses    *group      // the calls of a service, or the Reads or Writes of a stream, that are running
+	reads   bool        // it is a reader
+	expiry  *time.Timer // of an offer with a limit
 }
 
 // offer offers svc to the peer, which must dial it in time.
 func (b *MuxBroker) offer(svc *service, uses *group, timeout time.Duration) *offer {
-	o := &offer{id: b.NextId(), service: svc, uses: uses}
+	o := &offer{broker: b, id: b.NextId(), service: svc, uses: uses}
 	o.ctx, o.cancel = context.WithCancelCause(b.session.calls)
-	// Ends with the stream or the session, or if the peer does not dial in time.
-	b.session.spawn(func() { b.fulfil(o, timeout) })
+	o.expiry = time.AfterFunc(timeout, o.expire)
+	b.expect(o.id, o.serve)
 	return o
 }
 
-// fulfil accepts the stream of an offer and answers the calls on it.
-func (b *MuxBroker) fulfil(o *offer, timeout time.Duration) {
+// serve accepts the stream of the offer and answers the calls on it.
+func (o *offer) serve(st *stream) {
 	defer o.cancel(nil)
-	dialling, expire := context.WithTimeout(o.ctx, timeout)
-	defer expire()
-	st, err := b.accept(dialling, o.id)
+	o.expiry.Stop()
+	err := acknowledge(st, o.id)
 	if err != nil {
-		b.session.debug("what is served was not dialled", "stream", o.id, "error", err)
+		abort(st)
 		return
 	}
 	o.service.answerCalls(o.ctx, st)
+}
+
+// expire ends an offer that the peer has not dialled in time.
+func (o *offer) expire() {
+	if o.broker.takeExpected(o.id) == nil {
+		return
+	}
+	o.cancel(nil)
+	o.broker.session.debug("what is served was not dialled", "stream", o.id)
 }
 
 // end ends the offer without waiting for uses. None begins any more.
 func (o *offer) end() {
 	o.service.calls.close()
 	o.uses.close()
+	o.expiry.Stop()
+	o.broker.takeExpected(o.id)
 	o.cancel(errStopped)
 }
 
@@ -356,17 +420,57 @@ func (o *offer) stop() {
 	o.uses.Wait()
 }
 
+// dialService returns a client for a service that the peer offers as id.
+func (b *MuxBroker) dialService(ctx context.Context, id uint32) (*rpc.Client, error) {
+	conn, err := b.dialOffered(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return newRPCClient(conn, b.session.spawn), nil
+}
+
+// dialOffered opens a stream as an id that the peer expects. It does not wait for the
+// acknowledgement: that would be a round trip, and the peer accepts the stream at once.
+func (b *MuxBroker) dialOffered(ctx context.Context, id uint32) (*offeredStream, error) {
+	st, err := b.openAs(ctx, id)
+	if err != nil {
+		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
+	}
+	return &offeredStream{stream: st, id: id}, nil
+}
+
+// offeredStream is a stream whose first Read checks the acknowledgement. One goroutine
+// reads.
+type offeredStream struct {
+	*stream
+	id           uint32
+	acknowledged bool
+}
+
+func (st *offeredStream) Read(p []byte) (int, error) {
+	if err := st.waitAcknowledged(); err != nil {
+		return 0, err
+	}
+	return st.stream.Read(p)
+}
+
+// waitAcknowledged reads the acknowledgement, if it has not been read.
+func (st *offeredStream) waitAcknowledged() error {
+	if st.acknowledged {
+		return nil
+	}
+	if err := readAcknowledgement(st.stream, st.id); err != nil {
+		return fmt.Errorf("plugin: dialling stream %d: %w", st.id, err)
+	}
+	st.acknowledged = true
+	return nil
+}
+
 // DialRPC returns a client for the service that the peer serves as id with ServeRPC or
 // AcceptAndServe. Call its methods as "Plugin.Name", and close it when it is no longer
 // needed. The errors are those of [MuxBroker.Dial].
 func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
-	defer cancel()
-	return b.dialRPC(ctx, id)
-}
-
-func (b *MuxBroker) dialRPC(ctx context.Context, id uint32) (*rpc.Client, error) {
-	conn, err := b.DialContext(ctx, id)
+	conn, err := b.Dial(id)
 	if err != nil {
 		return nil, err
 	}

@@ -123,7 +123,7 @@ func (c *RPCClient) Dispense(name string) (v any, err error) {
 	if err := Call(context.Background(), c.control, "Dispenser.Dispense", name, &id); err != nil {
 		return nil, err
 	}
-	client, err := c.broker.DialRPC(id)
+	client, err := c.broker.dialService(context.Background(), id)
 	if err != nil {
 		return nil, err
 	}
@@ -430,20 +430,6 @@ func (d *dispenseService) Dispense(name string, id *uint32) error {
 	if err != nil {
 		return fmt.Errorf("its Server returned what cannot be served: %w", err)
 	}
-	number := d.broker.NextId()
-	*id = number
-	// Ends when the host closes the stream, or with the session.
-	d.broker.session.spawn(func() { d.serve(number, svc) })
+	*id = d.broker.offer(svc, &svc.calls, untilStopped).id
 	return nil
-}
-
-// serve serves an instance to the host, which dials its number at once. It waits for that
-// without a limit, because the host may be stopped.
-func (d *dispenseService) serve(number uint32, svc *service) {
-	st, err := d.broker.accept(context.Background(), number)
-	if err != nil {
-		return // the session has ended
-	}
-	session := d.broker.session
-	svc.answerCalls(session.calls, st)
 }

@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/rpc"
@@ -151,27 +152,43 @@ func (s *servedStream) closeWith(closer func() error) (err error) {
 
 // copy copies to or from the stream that the peer accepts as id. A copy ends early when
 // ctx, the context of the call, ends.
-func (s *servedStream) copy(ctx context.Context, id uint32) (err error) {
+func (s *servedStream) copy(ctx context.Context, id uint32) error {
 	if s.copied.Swap(true) {
 		return errors.New("plugin: the peer uses the stream twice")
 	}
-	conn, err := s.broker.DialContext(ctx, id)
+	conn, err := s.broker.dialOffered(ctx, id)
 	if err != nil {
 		return err
 	}
-	defer recoverTo(&err) // a Read or Write of the caller's may panic
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { abort(conn) })
 	defer stop()
-	// Neither conn nor s has a ReadFrom or WriteTo, so all bytes go through Read and Write.
-	buf := make([]byte, 64<<10)
-	if s.reader != nil {
-		_, err = io.CopyBuffer(conn, s, buf)
-	} else {
-		_, err = io.CopyBuffer(s, conn, buf)
+	err = s.copyOver(conn)
+	if err != nil {
+		// The peer takes an error for a refusal while it does not have the stream.
+		_ = conn.waitAcknowledged() // err is what matters
 	}
 	return err
 }
+
+func (s *servedStream) copyOver(conn io.ReadWriter) (err error) {
+	defer recoverTo(&err) // a Read or Write of the caller's may panic
+	buf, isBuffer := s.broker.copyBuffers.Get().(*copyBuffer)
+	if !isBuffer {
+		buf = new(copyBuffer)
+	}
+	defer s.broker.copyBuffers.Put(buf)
+	// Neither conn nor s has a ReadFrom or WriteTo, so all bytes go through Read and Write.
+	if s.reader != nil {
+		_, err = io.CopyBuffer(conn, s, buf[:])
+	} else {
+		_, err = io.CopyBuffer(s, conn, buf[:])
+	}
+	return err
+}
+
+// copyBuffer is used again and again, because most readers and writers are short.
+type copyBuffer [64 << 10]byte
 
 // readerService has the methods by which the peer uses a reader.
 type readerService struct{ stream *servedStream }
@@ -197,76 +214,106 @@ func (s *writerService) Close(struct{}, *struct{}) error { return s.stream.close
 
 // dialledStream is a reader or writer of the peer.
 type dialledStream struct {
-	client *rpc.Client
-	conn   net.Conn      // the bytes
-	owned  bool          // Close closes the reader or writer of the peer
-	copied chan struct{} // closed when the peer has copied, or cannot any more
-	err    error         // the error of that; may be read when copied is closed
-	closed atomic.Bool   // Close has been called, or is about to return
+	method  string // of the service: Read or Write
+	client  *rpc.Client
+	arrived chan *stream  // has room for conn
+	conn    net.Conn      // the bytes
+	owned   bool          // Close closes the reader or writer of the peer
+	copied  chan struct{} // closed when the peer has copied, or cannot any more
+	err     error         // the error of that; may be read when copied is closed
+	closed  atomic.Bool   // Close has been called, or is about to return
 }
 
 // dialReader dials the reader that the peer serves as id. If owned, its Close closes that
 // reader.
 func (b *MuxBroker) dialReader(ctx context.Context, id uint32, owned bool) (*dialledReader, error) {
-	s, err := b.dialStream(ctx, id, "Plugin.Read")
-	if err != nil {
+	s := &dialledStream{method: "Read", owned: owned}
+	if err := s.dial(ctx, b, id); err != nil {
 		return nil, err
 	}
-	s.owned = owned
 	return &dialledReader{dialledStream: s}, nil
 }
 
 // dialWriter dials the writer that the peer serves as id, like dialReader.
 func (b *MuxBroker) dialWriter(ctx context.Context, id uint32, owned bool) (*dialledWriter, error) {
-	s, err := b.dialStream(ctx, id, "Plugin.Write")
-	if err != nil {
+	s := &dialledStream{method: "Write", owned: owned}
+	if err := s.dial(ctx, b, id); err != nil {
 		return nil, err
 	}
-	s.owned = owned
-	// Ends when the peer has copied, or with the session.
-	b.session.spawn(s.abortWhenCopied)
 	return &dialledWriter{dialledStream: s}, nil
 }
 
-// dialStream dials what the peer serves as id, and lets the peer copy by calling method.
-func (b *MuxBroker) dialStream(ctx context.Context, id uint32, method string) (*dialledStream, error) {
-	client, err := b.dialRPC(ctx, id)
+// dial dials what the peer serves as id, and lets the peer copy.
+func (s *dialledStream) dial(ctx context.Context, b *MuxBroker, id uint32) error {
+	client, err := b.dialService(ctx, id)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	s := &dialledStream{client: client, copied: make(chan struct{})}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	s.client = client
+	s.copied = make(chan struct{})
+	s.arrived = make(chan *stream, 1)
 	data := b.NextId()
+	b.expect(data, s.arrive)
 	// Ends with the copying, or when the client or the connection is closed.
-	go func() {
-		s.copy(method, data)
-		cancel()
-	}()
-	s.conn, err = b.AcceptContext(ctx, data)
+	go s.copy(data)
+	st, err := s.await(ctx)
 	if err == nil {
-		return s, nil
+		err = acknowledge(st, data)
 	}
-	if isClosed(s.copied) {
-		err = s.err
-		if err == nil {
-			err = errors.New("plugin: the peer does not serve a reader or writer")
-		}
+	if err == nil {
+		s.conn = st
+		return nil
 	}
 	_ = client.Close() // err says why
-	return nil, err
+	if b.takeExpected(data) == nil && st == nil {
+		st = <-s.arrived // too late
+	}
+	if st != nil {
+		abort(st)
+	}
+	if ctx.Err() != nil {
+		err = fmt.Errorf("plugin: dialling stream %d: the peer has not accepted it: %w", id, contextError(ctx))
+	}
+	return err
 }
 
-// copy lets the peer copy to or from the stream that this side accepts as id.
-func (s *dialledStream) copy(method string, id uint32) {
-	s.err = Call(context.Background(), s.client, method, id, nil)
+// copy lets the peer copy to or from the stream that it dials as data.
+func (s *dialledStream) copy(data uint32) {
+	s.err = Call(context.Background(), s.client, "Plugin."+s.method, data, nil)
 	close(s.copied)
 }
 
-// abortWhenCopied ends a Write that waits for a peer that copies no more.
-func (s *dialledStream) abortWhenCopied() {
-	<-s.copied
-	abort(s.conn)
+// arrive has the stream of the bytes. When the peer has copied, it reads no more, which
+// ends a Write that waits for it.
+func (s *dialledStream) arrive(st *stream) {
+	s.arrived <- st
+	if s.method == "Write" {
+		<-s.copied // at the latest when the session ends
+		abort(st)
+	}
+}
+
+// await waits for the stream of the bytes.
+func (s *dialledStream) await(ctx context.Context) (*stream, error) {
+	select {
+	case st := <-s.arrived:
+		return st, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-s.copied:
+	}
+	if s.err != nil {
+		return nil, s.err
+	}
+	// The peer has dialled before it answered.
+	select {
+	case st := <-s.arrived:
+		return st, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-time.After(brokerTimeout):
+		return nil, errors.New("plugin: the peer does not serve a reader or writer")
+	}
 }
 
 // release closes the reader or writer of the peer, if owned, and the client.
