@@ -235,8 +235,7 @@ func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 	resp.Error = c.head.Error
 	c.mu.Lock()
 	wasMade := resp.Seq < c.nextSeq
-	if call := c.calls[resp.Seq]; call != nil && resp.Error != "" {
-		delete(c.calls, resp.Seq)
+	if call := c.calls[resp.Seq]; call != nil {
 		call.names = c.head.Is
 	}
 	c.mu.Unlock()
@@ -250,21 +249,27 @@ func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 // ReadResponseBody reads the body of a response. It is nil if the response is an error or
 // nothing waits for it.
 func (c *clientCodec) ReadResponseBody(body any) error {
-	call, isCall := body.(*pendingCall)
-	if isCall {
+	if body == nil {
+		c.skipBody()
+		return nil
+	}
+	if call, isCall := body.(*pendingCall); isCall {
 		c.readReply(call)
 		return nil
 	}
-	var err error
-	if body == nil {
-		err = c.w.skip()
-	} else {
-		err = c.w.decode(body)
-	}
-	if err != nil {
+	if err := c.w.decode(body); err != nil {
 		return c.end(cutShort(err)) // net/rpc does not read on after an error
 	}
 	return nil
+}
+
+// skipBody skips the body of an error. Until that has been read, net/rpc does not end the
+// call, and so it can be abandoned.
+func (c *clientCodec) skipBody() {
+	_ = c.w.skip() // if the stream has ended, the next header cannot be read
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.calls, c.head.Seq)
 }
 
 // readReply reads the reply of a call.
