@@ -11,9 +11,11 @@ import (
 	"maps"
 	"net"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 )
 
 // CoreProtocolVersion is the version of the handshake and of the connection. It is
@@ -77,16 +79,40 @@ func (h handshake) String() string {
 	return line
 }
 
-// isHandshake reports whether a line is a handshake: it begins with digits and a bar.
-func isHandshake(line []byte) bool {
+// handshakeStart matches the beginning of a handshake, wherever it is in a line. It is
+// compiled when it is needed, because plugins do not need it.
+var handshakeStart = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`\d\|\d+\|(?:unix|tcp)\|`)
+})
+
+// cutHandshake finds the handshake in a line of stdout. Before it may be what the plugin
+// has printed without a line end. Other lines that begin with a number and a bar are taken
+// for handshakes as well, for the error.
+func cutHandshake(line []byte) (before, handshake []byte, found bool) {
+	if at := handshakeStart().FindIndex(line); at != nil {
+		return line[:at[0]], line[at[0]:], true
+	}
 	rest := bytes.TrimLeft(line, "0123456789")
-	return len(rest) < len(line) && bytes.HasPrefix(rest, []byte{'|'})
+	if len(rest) < len(line) && bytes.HasPrefix(rest, []byte{'|'}) {
+		return nil, line, true
+	}
+	return line, nil, false
 }
 
-// parseHandshake parses the handshake of a plugin. It ignores unknown fields at the
-// end.
-func parseHandshake(line string) (h handshake, err error) {
-	fields := strings.Split(strings.TrimSpace(line), "|")
+// maxShown is how many bytes of a handshake are shown in an error.
+const maxShown = 300
+
+// parseHandshake parses the handshake of a plugin.
+func parseHandshake(line string) (handshake, error) {
+	h, err := parseFields(strings.Split(strings.TrimSpace(line), "|"))
+	if err != nil {
+		return handshake{}, fmt.Errorf("%w; the handshake is %q", err, line[:min(len(line), maxShown)])
+	}
+	return h, nil
+}
+
+// parseFields parses the fields of a handshake. It ignores unknown fields at the end.
+func parseFields(fields []string) (h handshake, err error) {
 	if fields[0] != strconv.Itoa(CoreProtocolVersion) {
 		return h, fmt.Errorf("it speaks version %q of the core protocol, and this host version %d: "+
 			"rebuild it with a current version of the library", fields[0], CoreProtocolVersion)

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -33,6 +34,10 @@ var handshakeLines = []struct{ line, says string }{
 	{"1|3|unix|/s|netrpc||true", "3 unix:/s netrpc"},
 	{"1|3|unix|/s|netrpc|+/8BAg|false|more", "3 unix:/s netrpc fbff0102"},
 	{"1|1|tcp|[::1]:80|netrpc|\r\n", "1 tcp:[::1]:80 netrpc"},
+
+	// Without a host, and with the usual name of this one.
+	{"1|1|tcp|:80|netrpc|", "1 tcp:127.0.0.1:80 netrpc"},
+	{"1|1|tcp|localhost:80|netrpc|", "1 tcp:127.0.0.1:80 netrpc"},
 }
 
 // badHandshakes are lines by a word of their errors.
@@ -41,7 +46,7 @@ var badHandshakes = map[string][]string{
 	"fields":      {"1", "1|3|unix"},
 	"version":     {"1||unix|/s", "1|x|unix|/s", "1|99999999999999999999|unix|/s"},
 	"network":     {"1|3|udp|127.0.0.1:1", "1|3||/s"},
-	"address":     {"1|3|tcp|", "1|3|tcp|127.0.0.1", "1|3|tcp|127.0.0.1:http", "1|3|tcp|127.0.0.1:65536", "1|3|tcp|localhost:80"},
+	"address":     {"1|3|tcp|", "1|3|tcp|127.0.0.1", "1|3|tcp|127.0.0.1:http", "1|3|tcp|127.0.0.1:65536", "1|3|tcp|example.com:80"},
 	"certificate": {"1|3|unix|/s|netrpc|false", "1|3|unix|/s|netrpc|" + strings.Repeat("*", 80)},
 }
 
@@ -59,7 +64,41 @@ func TestHandshakeLine(t *testing.T) {
 	for word, lines := range badHandshakes {
 		for _, line := range lines {
 			_, err := parseHandshake(line)
-			errorSays(t, err, word)
+			errorSays(t, err, word, strconv.Quote(line))
+		}
+	}
+	long := "1|3|" + strings.Repeat("x", maxHandshake)
+	_, err := parseHandshake(long)
+	errorSays(t, err, strconv.Quote(long[:maxShown]))
+	if n := len(err.Error()); n > 2*maxShown {
+		t.Errorf("the error about a long line has %d bytes", n)
+	}
+}
+
+// A handshake is found behind text without a line end.
+func TestCutHandshake(t *testing.T) {
+	const good = "1|3|unix|/s|netrpc|"
+	for _, test := range []struct{ line, before, handshake string }{
+		{good, "", good},
+		{"loading... " + good, "loading... ", good},
+		{"step 10" + good, "step 10", good},
+		{"1|2|3 " + good, "1|2|3 ", good},
+		{"\x1b[0m" + good, "\x1b[0m", good},
+		{"\ufeff1|3|tcp|:1|netrpc|", "\ufeff", "1|3|tcp|:1|netrpc|"},
+		{"loading... 2|3|unix|/s", "loading... ", "2|3|unix|/s"},
+		{"1|x|unix|/s", "", "1|x|unix|/s"},
+		{"1|3|udp|:1", "", "1|3|udp|:1"},
+		{"10|", "", "10|"},
+	} {
+		before, handshake, found := cutHandshake([]byte(test.line))
+		if !found || string(before) != test.before || string(handshake) != test.handshake {
+			t.Errorf("%q is %q and %q, %v", test.line, before, handshake, found)
+		}
+	}
+	for _, line := range []string{"", "1", "|1", "loading...", "a 1|b", "1 |3|unix|/s"} {
+		before, _, found := cutHandshake([]byte(line))
+		if found || string(before) != line {
+			t.Errorf("%q is taken for a handshake", line)
 		}
 	}
 }

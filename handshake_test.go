@@ -14,6 +14,67 @@ import (
 	"github.com/muxplug/plugin"
 )
 
+func init() {
+	// Prints without a line end.
+	modes["mutter"] = func() { fmt.Print(os.Getenv(sayEnv)) }
+	// Serves on a TCP port, with sayEnv as the host of its address.
+	modes["tcp"] = func() {
+		listener := must(net.Listen("tcp", "127.0.0.1:0"))
+		done := make(chan struct{})
+		server := &plugin.RPCServer{Plugins: testPlugins(newTestState()), DoneCh: done}
+		go server.Serve(listener) // ends with the process
+		_, port, _ := net.SplitHostPort(listener.Addr().String())
+		fmt.Printf("1|3|tcp|%s:%s|netrpc|\n", os.Getenv(sayEnv), port)
+		<-done
+	}
+}
+
+// What a plugin prints without a line end before its handshake is logged, and does not
+// keep it from starting.
+func TestTextBeforeHandshake(t *testing.T) {
+	for _, text := range []string{"loading... ", "\x1b[?25l", "\ufeff", "step 10", "one\ntwo 1|"} {
+		t.Run(fmt.Sprintf("%q", text), func(t *testing.T) {
+			t.Parallel()
+			cfg := testConfig("mutter plugin", sayEnv+"="+text)
+			logger, records := recorder()
+			cfg.Logger = logger
+			c, p := startPlugin(t, cfg)
+			dispenseAndEcho(t, p)
+			checkEqual(t, "the version", c.NegotiatedVersion(), 3)
+			var logged []string
+			for _, r := range records.find("before its handshake") {
+				logged = append(logged, r.value("line").(string))
+			}
+			got := strings.Join(logged, "\n")
+			if want := strings.NewReplacer("\x1b", `\x1b`, "\ufeff", `\ufeff`).Replace(text); got != want {
+				t.Errorf("logged %q, and not %q", got, want)
+			}
+		})
+	}
+}
+
+// The error about a handshake shows its line, at once.
+func TestBadHandshake(t *testing.T) {
+	t.Parallel()
+	for _, line := range []string{"2|3|unix|/s|netrpc|", "loading 2|3|unix|/s|netrpc|", "1|x|unix|/s", "50|100"} {
+		c := plugin.NewClient(testConfig("say wait", sayEnv+"="+line))
+		errorSays(t, startError(t, c), strconv.Quote(strings.TrimPrefix(line, "loading ")))
+	}
+}
+
+// The address in a handshake may have no host, or its usual name.
+func TestLocalAddress(t *testing.T) {
+	for _, host := range []string{"", "localhost", "127.0.0.1"} {
+		t.Run(host, func(t *testing.T) {
+			t.Parallel()
+			cfg := testConfig("tcp", sayEnv+"="+host)
+			c, p := startPlugin(t, cfg)
+			dispenseAndEcho(t, p)
+			checkEqual(t, "the host", c.ReattachConfig().Addr.(*net.TCPAddr).IP.String(), "127.0.0.1")
+		})
+	}
+}
+
 // A plugin sends the field that go-plugin's hosts may not expect only to a host
 // of this library, and not if the variable is inherited from one further up.
 // Without the host's variables it serves all the same.

@@ -289,17 +289,20 @@ func (p *child) publish() {
 
 // stdoutLine handles a line of the process's stdout. Lines before the handshake are a
 // mistake in the plugin, but not a fatal one.
-func (p *child) stdoutLine(line []byte, left int) {
-	text := printable(string(line)) + cutMark(left)
-	switch {
-	case p.found:
-		p.log.logger.Debug(text)
-	case isHandshake(line):
-		p.found = true
-		p.handshakes <- string(line)
-	case text != "":
+func (p *child) stdoutLine(line []byte, cut int) {
+	if p.found {
+		p.log.logger.Debug(printable(string(line)) + cutMark(cut))
+		return
+	}
+	before, handshake, found := cutHandshake(line)
+	if len(before) > 0 {
+		text := printable(string(before)) + cutMark(cut)
 		p.log.logger.Warn("the plugin printed to stdout before its handshake", "line", text)
-		_, _ = p.noise.Write(append(line, '\n')) // never fails
+		_, _ = fmt.Fprintf(&p.noise, "%s\n", before) // never fails
+	}
+	if found {
+		p.found = true
+		p.handshakes <- string(handshake) // there is room for it
 	}
 }
 

@@ -39,7 +39,14 @@ func parseAddr(network, address string) (net.Addr, error) {
 	case "unix":
 		return net.ResolveUnixAddr(network, address)
 	case "tcp":
-		addr, err := netip.ParseAddrPort(address)
+		host, port, err := net.SplitHostPort(address)
+		if err != nil {
+			return nil, err
+		}
+		if host == "" || host == "localhost" {
+			host = "127.0.0.1"
+		}
+		addr, err := netip.ParseAddrPort(net.JoinHostPort(host, port))
 		if err != nil {
 			return nil, err
 		}
