@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 
@@ -29,6 +30,7 @@ type Client struct {
 	process   AttachedRunner // constant when launched is closed
 	exit      *ExitError     // constant when exited has happened
 	connector connector
+	writers   []*hostWriter // those in config; closed by Kill
 }
 
 // managed has the clients that CleanupClients kills, as keys.
@@ -63,10 +65,23 @@ func NewClient(config *ClientConfig) *Client {
 		finished:      c.finished,
 		killRequested: c.killRequested,
 	}
+	c.config.SyncStdout = c.closable(config.SyncStdout)
+	c.config.SyncStderr = c.closable(config.SyncStderr)
+	c.config.Stderr = c.closable(config.Stderr)
 	if c.config.Managed && !c.config.testMode() {
 		managed.Store(c, nil)
 	}
 	return c
+}
+
+// closable returns a writer to w that Kill closes, or nil if w is nil.
+func (c *Client) closable(w io.Writer) io.Writer {
+	if w == nil {
+		return nil
+	}
+	closable := newHostWriter(w)
+	c.writers = append(c.writers, closable)
+	return closable
 }
 
 // Start calls [Client.StartContext] with a context that does not end.
@@ -297,8 +312,9 @@ func (c *Client) Client() (ClientProtocol, error) {
 
 // Kill asks the plugin to quit and waits for it to exit. After ClientConfig.KillTimeout
 // it kills the process. It returns at most about two seconds later. When it returns,
-// the output of the plugin has been delivered. It is safe to call Kill more than once and
-// at any time. It interrupts a Start that is running.
+// the output of the plugin has been delivered, and no Write to SyncStdout, SyncStderr or
+// Stderr begins any more. It is safe to call Kill more than once and at any time. It
+// interrupts a Start that is running.
 //
 // A reattached plugin is killed only if ReattachConfig.Pid is certainly its process, or
 // by ReattachConfig.ReattachFunc. In test mode, Kill does nothing.
@@ -323,6 +339,16 @@ func (c *Client) Kill() {
 	rc := c.connector.connection()
 	if rc != nil {
 		rc.closeSession()
+	}
+	c.closeWriters()
+}
+
+// closeWriters makes no Write of the host's writers begin any more.
+func (c *Client) closeWriters() {
+	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/2)
+	defer cancel()
+	for _, w := range c.writers {
+		w.close(ctx)
 	}
 }
 

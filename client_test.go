@@ -23,6 +23,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -490,6 +491,109 @@ func TestKillIsGentle(t *testing.T) {
 		}
 	}
 	within(t, "a second Kill", 0, c.Kill)
+}
+
+// When Kill has returned, no Write of the host's writers begins.
+func TestNoWriteAfterKill(t *testing.T) {
+	left := takeStock(os.TempDir())
+	cfg := testConfig("plugin")
+	cfg.KillTimeout = 500 * time.Millisecond
+	var begun atomic.Int32
+	release := make(chan struct{})
+	slow := writerFunc(func(p []byte) (int, error) {
+		begun.Add(1)
+		<-release
+		return len(p), nil
+	})
+	cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = slow, slow, slow
+	c, p := startPlugin(t, cfg)
+	text := strings.Repeat("x", 60_000) // more than is written at once
+	mustCall[struct{}](t, dispense(t, p).Client, "Print", Output{Stdout: text, Stderr: text, Raw: text})
+	await(t, "output", func() bool { return begun.Load() == 3 })
+	c.Kill()
+	close(release)
+	checkEqual(t, "what is left when all Writes have returned", left(), "")
+	checkEqual(t, "Writes", begun.Load(), 3)
+}
+
+// A Logger that blocks does not hold Kill beyond its bound, and saves no plugin.
+func TestKillPastLogger(t *testing.T) {
+	t.Parallel()
+	for _, when := range []string{"starting", "serving"} {
+		t.Run(when, func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			cfg := l.config("plugin endless")
+			cfg.KillTimeout = 500 * time.Millisecond
+			var blocks atomic.Bool
+			release := make(chan struct{})
+			defer close(release)
+			cfg.Logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: writerFunc(func(p []byte) (int, error) {
+				if blocks.Load() {
+					<-release
+				}
+				return len(p), nil
+			})})
+			c := plugin.NewClient(cfg)
+			if when == "starting" {
+				blocks.Store(true)
+				go c.Start() // ends when the Logger does
+				l.read("plugin")
+			} else {
+				check(t, connect(c))
+				blocks.Store(true)
+			}
+			within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
+			if !c.Exited() || c.Err() != nil {
+				t.Errorf("after Kill, Exited is %v and Err %v", c.Exited(), c.Err())
+			}
+			l.deserted(slack)
+		})
+	}
+}
+
+// The end of the context of a command kills every process that was started with it.
+func TestSharedContext(t *testing.T) {
+	t.Parallel()
+	for _, own := range []bool{false, true} {
+		t.Run(fmt.Sprintf("own Cancel %v", own), func(t *testing.T) {
+			t.Parallel()
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			cfg := newLab(t).config("plugin endless")
+			cmd := exec.CommandContext(ctx, cfg.Cmd.Path)
+			cmd.Env, cmd.WaitDelay = cfg.Cmd.Env, time.Minute
+			cfg.Cmd = cmd
+			var cancelled []string // is not guarded: Cancel is called in turn
+			if own {
+				cmd.Cancel = func() error {
+					cancelled = append(cancelled, strconv.Itoa(cmd.Process.Pid))
+					return cmd.Process.Kill()
+				}
+			}
+			clients := make([]*plugin.Client, 3)
+			concurrently(t, len(clients), func(i int) {
+				clients[i] = plugin.NewClient(cfg)
+				t.Cleanup(clients[i].Kill)
+				err := connect(clients[i])
+				if err != nil {
+					t.Error(err)
+				}
+			})
+			cancel()
+			var pids []string
+			for _, c := range clients {
+				receive(t, "the end of a process", c.Done())
+				errorSays(t, c.Err(), "plugin")
+				pids = append(pids, c.ID())
+			}
+			slices.Sort(pids)
+			slices.Sort(cancelled)
+			if own && !slices.Equal(cancelled, pids) {
+				t.Errorf("Cancel was called for %v and not for %v", cancelled, pids)
+			}
+		})
+	}
 }
 
 // A plugin that does not exit is killed after KillTimeout, by default two

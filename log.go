@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"io"
 	"regexp"
 	"slices"
 	"strconv"
@@ -325,20 +324,4 @@ func (t *tail) String() string {
 		return string(after)
 	}
 	return string(t.buf)
-}
-
-// bestEffortWriter writes to a writer of the host until it fails. A failed writer must
-// not stop the plugin.
-type bestEffortWriter struct{ w io.Writer } // w is nil if there is none, or if it has failed
-
-// Write never fails.
-func (b *bestEffortWriter) Write(p []byte) (int, error) {
-	if b.w == nil {
-		return len(p), nil
-	}
-	_, err := b.w.Write(p)
-	if err != nil {
-		b.w = nil
-	}
-	return len(p), nil
 }

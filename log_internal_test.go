@@ -257,22 +257,3 @@ func TestLogTail(t *testing.T) {
 		t.Errorf("of a long line there are kept %d bytes, from %.20q", len(got), got)
 	}
 }
-
-// shortWriter counts its calls, and fails.
-type shortWriter struct{ calls *int }
-
-func (w shortWriter) Write([]byte) (int, error) {
-	*w.calls++
-	return 2, io.ErrShortWrite
-}
-
-// A writer that fails is not used again, and the output goes on.
-func TestBestEffortWriter(t *testing.T) {
-	calls := 0
-	w := &bestEffortWriter{shortWriter{&calls}}
-	for range 3 {
-		if n, err := w.Write([]byte("output")); n != 6 || err != nil || calls != 1 {
-			t.Errorf("Write returned %d, %v, after %d calls", n, err, calls)
-		}
-	}
-}

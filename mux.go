@@ -99,7 +99,7 @@ func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 // copyOutput copies one output of the plugin to dst until its end.
 func (c *RPCClient) copyOutput(i int, dst io.Writer) {
 	defer close(c.copied[i])
-	_, _ = io.Copy(&bestEffortWriter{dst}, c.output[i]) // an error of the stream is the end of it
+	_, _ = io.Copy(newHostWriter(dst), c.output[i]) // an error of the stream is the end of it
 	if lines, ok := dst.(*lineWriter); ok {
 		_ = lines.Close() // it never fails
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"io"
 	"sync"
+	"sync/atomic"
 )
 
 // output copies one output of the plugin, its stdout or stderr, to the host that connected
@@ -70,5 +71,39 @@ func (o *output) finish(ctx context.Context) {
 	o.mu.Unlock()
 	if host != nil {
 		_ = host.Close() // it never fails
+	}
+}
+
+// hostWriter writes to a writer of the host, one Write at a time, until that fails or the
+// hostWriter is closed. A failed writer must not stop the plugin.
+type hostWriter struct {
+	w       io.Writer
+	writing lock        // serialises Write of w
+	closed  atomic.Bool // there is no Write of w any more
+}
+
+func newHostWriter(w io.Writer) *hostWriter { return &hostWriter{w: w, writing: newLock()} }
+
+// Write never fails.
+func (h *hostWriter) Write(p []byte) (int, error) {
+	_ = h.writing.lock(context.Background()) // fails only if the context ends
+	defer h.writing.unlock()
+	if h.closed.Load() {
+		return len(p), nil
+	}
+	_, err := h.w.Write(p)
+	if err != nil {
+		h.closed.Store(true)
+	}
+	return len(p), nil
+}
+
+// close makes later output be dropped. It waits for a Write that is running, or until ctx
+// ends.
+func (h *hostWriter) close(ctx context.Context) {
+	h.closed.Store(true)
+	err := h.writing.lock(ctx)
+	if err == nil {
+		h.writing.unlock()
 	}
 }

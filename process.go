@@ -231,7 +231,11 @@ func (p *child) redirect() {
 	p.lines[0] = lineWriter{max: max(size, maxHandshake), emit: p.stdoutLine}
 	p.lines[1] = lineWriter{max: size, emit: p.log.line}
 	p.cmd.Stdout = &p.lines[0]
-	p.cmd.Stderr = io.MultiWriter(&p.log.tail, &bestEffortWriter{p.config.Stderr}, &p.lines[1])
+	stderr := []io.Writer{&p.log.tail, &p.lines[1]}
+	if p.config.Stderr != nil {
+		stderr = []io.Writer{&p.log.tail, p.config.Stderr, &p.lines[1]}
+	}
+	p.cmd.Stderr = io.MultiWriter(stderr...)
 	if p.cmd.WaitDelay == 0 {
 		p.cmd.WaitDelay = 2 * drainTimeout
 	}

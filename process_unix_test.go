@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -58,6 +59,26 @@ func init() {
 	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP, syscall.SIGTERM} {
 		orphanTests = append(orphanTests, orphanTest{"plugin finishing", "host idle ready wait", toBoth(s), false})
 	}
+	// Let the system, or a loop as the first process of a container has it, reap the children.
+	modes["ignoring"] = func() { signal.Ignore(syscall.SIGCHLD) }
+	modes["reaping"] = func() {
+		go func() { // ends with the process
+			for {
+				_, err := syscall.Wait4(-1, nil, 0, nil)
+				if err != nil {
+					time.Sleep(time.Millisecond)
+				}
+			}
+		}()
+	}
+	// Crashes a plugin and prints how it ended. Then it kills another.
+	modes["twice"] = func() {
+		_ = hostedTest().Call("Plugin.Do", "exit3", new(string))
+		<-hosted.client.Done()
+		fmt.Println(hosted.client.Err())
+		hostedTest()
+		hosted.client.Kill()
+	}
 	// Starts and kills a plugin, and prints what failed and what is left.
 	modes["frugal"] = func() {
 		left := takeStock(os.TempDir())
@@ -99,6 +120,49 @@ func TestStartErrorFiles(t *testing.T) {
 	} {
 		t.Run(name, test.run)
 	}
+}
+
+// A plugin that somebody else has reaped has ended, and nothing says how.
+func TestReapedBySomebodyElse(t *testing.T) {
+	t.Parallel()
+	for mode, ends := range map[string][]string{
+		"ignoring": {"exit status is unknown"},
+		"reaping":  {"exit status is unknown", "exit status 3"}, // either may be first
+	} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			host := newLab(t).start("host "+mode+" twice", childEnv+"=plugin")
+			receive(t, "the host's end", host.ended)
+			text := host.output.String()
+			says := func(end string) bool { return strings.Contains(text, end) }
+			if !slices.ContainsFunc(ends, says) || !host.ProcessState.Success() {
+				t.Errorf("the host ended with %v, and printed: %s", host.ProcessState, text)
+			}
+		})
+	}
+}
+
+// A binary that is open for writing is started when it is closed, within a second.
+func TestBusyBinary(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" {
+		return // it can be executed there all the same
+	}
+	cfg := newLab(t).config("plugin")
+	cfg.Cmd.Path = copyBinary(t, "greeter")
+	openForWriting := func() *os.File {
+		f, err := os.OpenFile(cfg.Cmd.Path, os.O_WRONLY, 0)
+		check(t, err)
+		return f
+	}
+	busy := openForWriting()
+	closing := time.AfterFunc(200*time.Millisecond, func() { _ = busy.Close() })
+	defer closing.Stop()
+	c, _ := startPlugin(t, cfg)
+	c.Kill()
+
+	defer openForWriting().Close()
+	errorIs(t, "Start", startError(t, plugin.NewClient(cfg)), syscall.ETXTBSY)
 }
 
 // longDir makes a directory whose path is too long for a socket.
@@ -261,6 +325,15 @@ func TestLongTMPDIR(t *testing.T) {
 	if left, err := os.ReadDir(long); err != nil || len(left) > 0 {
 		t.Errorf("in TMPDIR there is %v, %v", left, err)
 	}
+}
+
+// A TMPDIR that has a mark of the handshake in its path is not used.
+func TestTMPDIRWithBar(t *testing.T) {
+	odd := filepath.Join(t.TempDir(), "a|b")
+	check(t, os.Mkdir(odd, 0o700))
+	t.Setenv("TMPDIR", odd)
+	_, p := startPlugin(t, testConfig("plugin"))
+	dispenseAndEcho(t, p)
 }
 
 // swapHash swaps the file when it has been summed.

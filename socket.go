@@ -31,6 +31,9 @@ const (
 	maxSocketPath = 103       // the shortest limit of any system
 	socketPrefix  = "plugin-" // of sockets and their directories
 	socketNameLen = len("/plugin-4194304-ffffffff")
+
+	// handshakeMarks end the address in a handshake.
+	handshakeMarks = "|\r\n"
 )
 
 // parseAddr parses the address in a handshake. It asks no name server.
@@ -63,7 +66,8 @@ type UnixSocketConfig struct {
 
 	// TempDir is the directory, which must exist, for the private directory (0700)
 	// of the socket. The default is os.TempDir(), or /tmp if the path of the socket
-	// would be too long.
+	// would be too long or have a | or a line feed in it. A host that is killed while
+	// it starts a plugin may leave an empty directory there.
 	TempDir string
 }
 
@@ -72,6 +76,10 @@ func (u *UnixSocketConfig) makeDir() (string, error) {
 	base, err := filepath.Abs(u.tempDir())
 	if err != nil {
 		return "", err
+	}
+	if strings.ContainsAny(base, handshakeMarks) {
+		return "", fmt.Errorf("no socket can be made in %q: "+
+			"set UnixSocketConfig.TempDir or TMPDIR to a path without | and line feeds", base)
 	}
 	dir, err := os.MkdirTemp(base, socketPrefix+"*")
 	if err != nil {
@@ -101,7 +109,8 @@ func (u *UnixSocketConfig) tempDir() string {
 		return u.TempDir
 	}
 	dir := os.TempDir()
-	if len(dir)+len("/plugin-4294967295")+socketNameLen > maxSocketPath {
+	tooLong := len(dir)+len("/plugin-4294967295")+socketNameLen > maxSocketPath
+	if tooLong || strings.ContainsAny(dir, handshakeMarks) {
 		return "/tmp"
 	}
 	return dir
