@@ -28,7 +28,7 @@ func (s *signature) invoke(
 	defer stopOffers(ctx, b, offers)
 	reply := reflect.New(s.result.sent)
 	into := reply.Interface()
-	if s.result.Type == typeOfNothing {
+	if s.result.sent == typeOfNothing {
 		into = nil // accepts any reply
 	}
 	if err := Call(ctx, c, "Plugin."+method, sent.Interface(), into); err != nil {
@@ -46,7 +46,7 @@ func (s *signature) setPlain(sent reflect.Value, method string, args []any) erro
 		}
 		arg := reflect.ValueOf(args[i])
 		if args[i] == nil || !arg.Type().AssignableTo(param.Type) {
-			return fmt.Errorf("plugin: Invoke: argument %d of %s is a %T and not a %v",
+			return fmt.Errorf("plugin: argument %d of %s is a %T and not a %v",
 				i+1, method, args[i], param)
 		}
 		switch param.kind {
@@ -54,7 +54,7 @@ func (s *signature) setPlain(sent reflect.Value, method string, args []any) erro
 			s.param(sent, i).Set(arg)
 		case readerValue, writerValue:
 			if isNilPointer(arg) {
-				return fmt.Errorf("plugin: Invoke: argument %d of %s is an %v with a nil %T in it",
+				return fmt.Errorf("plugin: argument %d of %s is an %v with a nil %T in it",
 					i+1, method, param, args[i])
 			}
 		}
@@ -72,7 +72,7 @@ func isNilPointer(v reflect.Value) bool {
 func (s *signature) serveArguments(b *MuxBroker, sent reflect.Value, args []any) (offers []*offer) {
 	for i, param := range s.params {
 		arg := reflect.ValueOf(args[i])
-		if param.kind == plainValue || args[i] == nil || param.kind == functionValue && arg.IsNil() {
+		if param.kind == plainValue || args[i] == nil || param.Kind() == reflect.Func && arg.IsNil() {
 			continue
 		}
 		o := param.serveArgument(b, arg)
@@ -89,6 +89,8 @@ func (v value) serveArgument(b *MuxBroker, arg reflect.Value) *offer {
 		return b.offerReader(arg.Interface().(io.Reader), untilStopped, nil)
 	case writerValue:
 		return b.offerWriter(arg.Interface().(io.Writer), untilStopped, nil)
+	case sequenceValue:
+		return b.offerSequence(arg)
 	}
 	svc := &service{methods: map[string]*method{"Call": v.function.method(b, arg)}}
 	return b.offer(svc, &svc.calls, untilStopped)
@@ -129,7 +131,7 @@ func stopOffers(ctx context.Context, b *MuxBroker, offers []*offer) {
 func (v value) dialResult(
 	ctx context.Context, b *MuxBroker, sent reflect.Value,
 ) (none reflect.Value, err error) {
-	if v.kind == plainValue {
+	if v.kind != readerValue && v.kind != writerValue {
 		return sent, nil
 	}
 	id := uint32(sent.Uint())
@@ -169,7 +171,7 @@ func (s *signature) method(b *MuxBroker, function reflect.Value) *method {
 
 // call calls the function with what the peer sent, and sets reply.
 func (f *implementation) call(ctx context.Context, sent, reply reflect.Value) error {
-	if f.result.kind != plainValue {
+	if f.result.kind == readerValue || f.result.kind == writerValue {
 		return f.callForStream(ctx, sent, reply.Elem())
 	}
 	out, err := f.callWith(ctx, sent)
@@ -198,8 +200,26 @@ func (f *implementation) callWith(ctx context.Context, sent reflect.Value) (out 
 			return nil, err
 		}
 	}
+	if f.result.kind == sequenceValue {
+		return f.callForSequence(ctx, args.values)
+	}
 	out = f.function.Call(args.values)
 	err, _ = out[f.returns-1].Interface().(error) // nil is no error
+	return out, err
+}
+
+// callForSequence calls a function that returns a sequence, and writes its values to the
+// last argument.
+func (f *implementation) callForSequence(
+	ctx context.Context, args []reflect.Value,
+) (out []reflect.Value, err error) {
+	last := len(args) - 1
+	w, _ := args[last].Interface().(io.Writer)
+	if w == nil {
+		return nil, errors.New("plugin: the caller passes no writer for the values of the sequence")
+	}
+	out = f.function.Call(args[:last])
+	err = sendSequence(ctx, w, func(w io.Writer) error { return encodeSequence(w, out[0]) })
 	return out, err
 }
 
@@ -256,6 +276,11 @@ func (a *arguments) dial(ctx context.Context, b *MuxBroker, param value, sent re
 		return nil
 	}
 	id := uint32(sent.Uint())
+	if param.kind == sequenceValue { // nil is an empty one
+		q := &remoteSequence{ctx: ctx, broker: b, id: id}
+		a.add(ctx, reflect.MakeFunc(param.Type, q.call), q)
+		return nil
+	}
 	if id == 0 {
 		a.values = append(a.values, reflect.Zero(param.Type))
 		return nil

@@ -2,15 +2,19 @@ package plugin
 
 import (
 	"context"
+	"encoding/gob"
 	"errors"
 	"fmt"
+	"io"
+	"iter"
 	"net/rpc"
 	"reflect"
+	"slices"
 )
 
 // For returns a [Plugin] for the interface T. The plugin passes its
 // implementation; the host passes nil. In the host, client returns the T that
-// Dispense returns. Each of its methods is one call of [Invoke]:
+// Dispense returns. Each of its methods is one call of [Invoke] or [InvokeSeq]:
 //
 //	type Filter interface {
 //		Filter(ctx context.Context, prefix string, in io.Reader, out io.Writer, progress func(done int) error) (Stats, error)
@@ -37,9 +41,9 @@ import (
 // # Methods
 //
 // A method may take a context first. It takes any number of parameters, and returns
-// an error, or one result and an error. The context ends as [Call] describes.
-// Parameters and results have any type that package gob can encode, or one of those
-// in the next two sections.
+// an error, one result and an error, or one sequence. The context ends as [Call]
+// describes. Parameters and results have any type that package gob can encode, or one
+// of those in the next three sections.
 //
 // For panics, with the method's name and the reason, if a method has another form,
 // is variadic or unexported, or has a type that cannot be sent: a context that is
@@ -82,6 +86,39 @@ import (
 // tenth of a second at most. The method's context ends when the stream is closed. A
 // stream that is cut by the end of the connection never returns io.EOF.
 //
+// # Sequences
+//
+// A method whose only result is an [iter.Seq2] of a type and error is called with
+// [InvokeSeq], which describes it. Parameters of that type go with Invoke and InvokeSeq:
+//
+//	type Store interface {
+//		Watch(ctx context.Context, prefix string) iter.Seq2[Event, error]
+//		Import(ctx context.Context, rows iter.Seq2[Row, error]) (Stats, error)
+//	}
+//
+//	func (c client) Watch(ctx context.Context, prefix string) iter.Seq2[Event, error] {
+//		return plugin.InvokeSeq[Event](ctx, c.remote, "Watch", prefix)
+//	}
+//
+// These are the rules:
+//
+//   - The values are encoded with gob. A nil pointer, or another value that cannot be
+//     encoded, is an error that ends its sequence.
+//   - A sequence ends with its first error. If it goes on after that, or after yield has
+//     returned false, what it yields is dropped.
+//   - A parameter can be ranged over once, while the method runs. It begins then, runs in
+//     a goroutine of Invoke's, and is read ahead by about 1 MiB. What the method has not
+//     ranged over is lost.
+//   - When Invoke returns, the sequences of its arguments have ended, or are inside the
+//     caller's own code, for which Invoke waits as for a Read. Then yield returns false.
+//   - A panic in the caller's sequence is an error of that parameter.
+//   - A nil sequence arrives as an empty one.
+//   - A value that is yielded alone arrives at once, so a method that takes and returns a
+//     sequence can converse with its caller. Values that are yielded faster than they can
+//     be sent are sent together.
+//
+// For refuses iter.Seq, which cannot say why it ends, and sequences in callbacks.
+//
 // # What gob does not keep
 //
 //	value                                                arrives as
@@ -108,6 +145,9 @@ import (
 //	io.Writer, io.WriteCloser   a uint32, for MuxBroker.DialWriter
 //	function                    a uint32, for MuxBroker.DialRPC; its method is Plugin.Call
 //	nil in place of these       0
+//	sequence as a parameter     as an io.Reader of its values, as one stream of gob
+//	sequence as the result      as an io.Writer to which its values are written so: one more
+//	                            parameter, the last; the reply is an empty struct
 //
 // So a method with one parameter works with a client or server that was written for
 // net/rpc or go-plugin. A context is not sent: adding one changes nothing. A
@@ -199,6 +239,10 @@ func (r *Remote) invoke(
 	if err != nil {
 		return none, err
 	}
+	if s.result.kind == sequenceValue {
+		return none, fmt.Errorf("plugin: Invoke: the result of %s is a %v: call it with InvokeSeq",
+			method, s.result)
+	}
 	if s.result.Type != result {
 		return none, fmt.Errorf("plugin: Invoke: the result of %s is a %v and not a %v",
 			method, s.result, result)
@@ -206,8 +250,78 @@ func (r *Remote) invoke(
 	return s.invoke(ctx, r.broker, r.client, method, args)
 }
 
+// InvokeSeq calls a method of the remote implementation whose only result is an
+// iter.Seq2[T, error]. The args are those behind the context, as for [Invoke].
+//
+// Each range over what InvokeSeq returns is one call. Nothing is sent before. The loop
+// gets the values in their order. The first error ends it, and comes once, with a zero
+// value: that of the sequence, of ctx, of the connection, or of an argument. It keeps its
+// identity, as those of Invoke do. All values that were yielded before the method
+// returned arrive, unless ctx or the connection has ended. No value comes after ctx has
+// ended.
+//
+// When the loop is left, by break, return or a panic, the method's context ends and its
+// yield returns false. The range ends when Invoke would have returned. A slow loop holds
+// the method back, which is at most about 1 MiB ahead.
+//
+// InvokeSeq may be called concurrently, and so may the ranges be.
+func InvokeSeq[T any](ctx context.Context, r *Remote, method string, args ...any) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		err := r.invokeSeq(ctx, reflect.TypeFor[T](), method, args, yieldOf[T](yield).next)
+		if err != nil {
+			var none T
+			yield(none, err)
+		}
+	}
+}
+
+// yieldOf is the body of a loop over values.
+type yieldOf[T any] func(T, error) bool
+
+func (yield yieldOf[T]) next(values *gob.Decoder) (more bool, err error) {
+	var v T
+	if err := decodeValue(values, &v); err != nil {
+		return false, err
+	}
+	return yield(v, nil), nil
+}
+
+// invokeSeq calls a method whose result is a sequence of element, and next for its values.
+func (r *Remote) invokeSeq(
+	ctx context.Context, element reflect.Type, method string, args []any, next nextValue,
+) error {
+	s, err := r.find(ctx, "InvokeSeq", method, len(args))
+	if err != nil {
+		return err
+	}
+	if s.result.kind != sequenceValue || s.result.element != element {
+		return fmt.Errorf("plugin: InvokeSeq: the result of %s is a %v and not an iter.Seq2[%v, error]",
+			method, s.result, element)
+	}
+	call := func(ctx context.Context, values io.Writer) error {
+		_, err := s.invoke(ctx, r.broker, r.client, method, append(slices.Clone(args), values))
+		return err
+	}
+	return receiveSequence(ctx, call, next)
+}
+
+// Close releases the instance: its stream ends, and what serves it in the plugin. Calls
+// in flight fail, and so do later ones, with an error in which errors.Is finds
+// [rpc.ErrShutdown]. Streams that were results work on. It is safe to call Close more than
+// once, at any time, and for a nil or zero Remote.
+func (r *Remote) Close() error {
+	if r == nil || r.client == nil {
+		return nil
+	}
+	err := r.client.Close()
+	if err == rpc.ErrShutdown { // it is closed already
+		return nil
+	}
+	return err
+}
+
 // find returns the signature of a method that takes so many arguments. An error names
-// the caller, which is Invoke.
+// the caller, which is Invoke or InvokeSeq.
 func (r *Remote) find(ctx context.Context, caller, method string, args int) (*signature, error) {
 	if ctx == nil || r == nil {
 		return nil, fmt.Errorf("plugin: %s was called with a nil context or Remote", caller)
@@ -217,9 +331,9 @@ func (r *Remote) find(ctx context.Context, caller, method string, args int) (*si
 		return nil, fmt.Errorf("plugin: %s: there is no method %q; there are %s",
 			caller, method, nameList(r.methods))
 	}
-	if len(s.params) != args {
+	if s.arguments() != args {
 		return nil, fmt.Errorf("plugin: %s: %s takes %d arguments behind the context and not %d",
-			caller, method, len(s.params), args)
+			caller, method, s.arguments(), args)
 	}
 	return s, nil
 }

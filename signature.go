@@ -24,7 +24,7 @@ var (
 // signature is the form of a method, or of a function that is a parameter.
 type signature struct {
 	takesContext bool         // as the first parameter
-	params       []value      // behind the context
+	params       []value      // behind the context; and a writer, if the result is a sequence
 	result       value        // a struct{} for none
 	returns      int          // how many results there are, with the error
 	sent         reflect.Type // what is sent for params
@@ -37,6 +37,7 @@ type value struct {
 	kind     valueKind
 	sent     reflect.Type // its type if it is plain, or else typeOfNumber
 	function *signature   // if it is a function
+	element  reflect.Type // what a sequence yields
 }
 
 // valueKind says how a value is sent.
@@ -47,6 +48,7 @@ const (
 	readerValue                    // as the number of a reader
 	writerValue                    // as the number of a writer
 	functionValue                  // as the number of a service with the method Call
+	sequenceValue                  // as the number of a reader of its values, or to a writer
 )
 
 // newSignature returns the signature of a function, or an error that says why it cannot
@@ -58,7 +60,7 @@ func newSignature(t reflect.Type, outer ...reflect.Type) (*signature, error) {
 	if err := checkForm(t); err != nil {
 		return nil, err
 	}
-	result, err := newResultValue(t)
+	result, err := newResultValue(t, outer)
 	if err != nil {
 		return nil, err
 	}
@@ -75,9 +77,20 @@ func newSignature(t reflect.Type, outer ...reflect.Type) (*signature, error) {
 		}
 		s.params = append(s.params, param)
 	}
+	if result.kind == sequenceValue {
+		s.params = append(s.params, value{Type: typeOfWriter, kind: writerValue, sent: typeOfNumber})
+	}
 	s.connects = result.kind != plainValue || slices.ContainsFunc(s.params, value.isNumber)
 	s.sent = argumentType(s.params)
 	return s, nil
+}
+
+// arguments returns how many arguments a caller passes behind the context.
+func (s *signature) arguments() int {
+	if s.result.kind == sequenceValue {
+		return len(s.params) - 1
+	}
+	return len(s.params)
 }
 
 // checkForm returns an error if a function cannot be called, whatever its parameters.
@@ -86,6 +99,8 @@ func checkForm(t reflect.Type) error {
 	switch {
 	case t.IsVariadic():
 		return fmt.Errorf("%v is variadic", t)
+	case n == 1 && isIterator(t.Out(0)):
+		return nil
 	case n == 0 || t.Out(n-1) != typeOfError:
 		return fmt.Errorf("the last result of %v is not an error", t)
 	case n > 2:
@@ -94,22 +109,54 @@ func checkForm(t reflect.Type) error {
 	return nil
 }
 
-// newResultValue returns what a function returns beside the error.
-func newResultValue(t reflect.Type) (value, error) {
-	if t.NumOut() == 1 {
+// newResultValue returns what a function returns beside the error, or its sequence.
+func newResultValue(t reflect.Type, outer []reflect.Type) (value, error) {
+	result := t.Out(0)
+	if t.NumOut() == 1 && !isIterator(result) {
 		return value{Type: typeOfNothing, sent: typeOfNothing}, nil
 	}
-	return newStreamOrPlainValue(t.Out(0), typeOfReadCloser, typeOfWriteCloser)
+	if !isIterator(result) {
+		return newStreamOrPlainValue(result, typeOfReadCloser, typeOfWriteCloser)
+	}
+	if t.NumOut() == 2 {
+		return value{}, fmt.Errorf("%v must be the only result: it ends with its own error", result)
+	}
+	v, err := newSequenceValue(result, outer)
+	v.sent = typeOfNothing // the reply; the values go to the last parameter
+	return v, err
 }
 
-// newParamValue returns a parameter of functions of the types outer, or an error that says
-// why it cannot be sent.
+// newParamValue returns a parameter of functions of the types outer, or an error that
+// says why it cannot be sent.
 func newParamValue(t reflect.Type, outer []reflect.Type) (value, error) {
+	if isIterator(t) {
+		return newSequenceValue(t, outer[1:])
+	}
 	if t.Kind() != reflect.Func {
 		return newStreamOrPlainValue(t, typeOfReader, typeOfWriter)
 	}
 	function, err := newSignature(t, outer...)
 	return value{Type: t, kind: functionValue, sent: typeOfNumber, function: function}, err
+}
+
+// isIterator reports whether a type is an iter.Seq or iter.Seq2.
+func isIterator(t reflect.Type) bool {
+	return t.Kind() == reflect.Func && (t.CanSeq() || t.CanSeq2())
+}
+
+// newSequenceValue returns a sequence, or an error that says why it cannot be sent. A
+// function that is a parameter of the types outer has none.
+func newSequenceValue(t reflect.Type, outer []reflect.Type) (value, error) {
+	yield := t.In(0)
+	if yield.NumIn() != 2 || yield.In(1) != typeOfError {
+		return value{}, fmt.Errorf("%v cannot be sent: it must be an iter.Seq2[T, error], to say why it ends", t)
+	}
+	if len(outer) > 0 {
+		return value{}, fmt.Errorf("%v cannot be sent: a callback takes and returns no sequences", t)
+	}
+	element := yield.In(0)
+	v := value{Type: t, kind: sequenceValue, sent: typeOfNumber, element: element}
+	return v, checkPlain(element)
 }
 
 // newStreamOrPlainValue returns a value that may be a reader or writer of these types, or an
