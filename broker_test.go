@@ -26,89 +26,148 @@ import (
 
 // ---- Streams by number ----
 
-// Many streams are open at once. Each who dials a number meets one who accepts
-// it, in any order.
+// meeter dials or accepts a number.
+type meeter func(ctx context.Context, id uint32) (net.Conn, error)
+
+// Many streams are open at once. Each caller that dials a number meets one that
+// accepts it, in any order.
 func TestBrokerMeetings(t *testing.T) {
 	t.Parallel()
 	const pairs, numbers = 2000, 100
-	_, host, guest := joinInProcess(t)
-	leavesNoStreams(t, host.broker, guest.broker)
+	_, client, server := joinInProcess(t)
+	host, guest := client.broker, server.broker
+	leavesNoStreams(t, host)
 	ctx := boundedContext(t)
-	meet := []func(context.Context, uint32) (net.Conn, error){
-		host.broker.AcceptContext, guest.broker.DialContext, guest.broker.AcceptContext, host.broker.DialContext,
+	sides := [][2]meeter{
+		{host.AcceptContext, guest.DialContext},
+		{guest.AcceptContext, host.DialContext},
 	}
-	var met [2 * pairs]int
-	var all sync.WaitGroup
-	all.Add(len(met))
-	concurrently(t, len(met), func(i int) {
-		// Each meets one whose index differs in the lowest bit and, maybe, in how
-		// often numbers goes into it.
-		conn, err := meet[i%4](ctx, uint32(i/4%numbers))
-		all.Done()
+	// Of each number there are callers on both sides and in both roles.
+	type caller struct{ side, role, number, peer int }
+	var all [2 * pairs]caller
+	var open sync.WaitGroup // until all are
+	open.Add(len(all))
+	concurrently(t, len(all), func(i int) {
+		me := &all[i]
+		*me = caller{side: i / 2 % 2, role: i % 2, number: i / 4 % numbers}
+		conn, err := sides[me.side][me.role](ctx, uint32(me.number))
+		open.Done()
 		if err != nil {
 			t.Error(err)
 			return
 		}
 		defer conn.Close()
-		all.Wait()
-		_, _ = conn.Write(binary.LittleEndian.AppendUint32(nil, uint32(i)))
-		var peer uint32
-		if err := binary.Read(conn, binary.LittleEndian, &peer); err != nil {
-			t.Error(err)
-		}
-		met[i] = int(peer)
+		open.Wait()
+		me.peer = swapNumbers(t, conn, i)
 	})
-	for i, peer := range met {
-		if peer == i || met[peer] != i || peer/4%numbers != i/4%numbers {
-			t.Fatalf("%d has met %d, which has met %d", i, peer, met[peer])
+	for i, me := range all {
+		peer := all[me.peer]
+		if peer.peer != i || peer.number != me.number || peer.side != me.side || peer.role == me.role {
+			t.Fatalf("%d, %+v, has met %d, %+v", i, me, me.peer, peer)
 		}
 	}
 }
 
-// What waits for the peer ends with its context, or after five seconds, and
-// nothing is left of it.
-func TestBrokerTimeouts(t *testing.T) {
-	t.Parallel()
-	raw, c, _ := rawPlugin(t)
-	_, host, guest := joinInProcess(t)
-	leavesNoStreams(t, host.broker, guest.broker, c.broker)
-	began := time.Now()
-	waits := make(map[string]<-chan error)
-	cause := errors.New("test: the cause")
-	short, cancel := context.WithTimeoutCause(context.Background(), time.Millisecond, cause)
-	defer cancel()
-	for name, ends := range map[string][2]*plugin.MuxBroker{"host": {host.broker, guest.broker}, "plugin": {guest.broker, host.broker}} {
-		here, there := ends[0], ends[1]
-		for _, meet := range []func(context.Context, uint32) (net.Conn, error){here.AcceptContext, here.DialContext} {
+// swapNumbers sends a number to the peer of a stream, and returns that of the peer.
+func swapNumbers(t testing.TB, conn net.Conn, mine int) int {
+	if err := binary.Write(conn, binary.LittleEndian, uint32(mine)); err != nil {
+		t.Error(err)
+	}
+	var peers uint32
+	if err := binary.Read(conn, binary.LittleEndian, &peers); err != nil {
+		t.Error(err)
+	}
+	return int(peers)
+}
+
+// Accept and Dial end with their contexts, with the cause and the number in the
+// error.
+func TestBrokerContexts(t *testing.T) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
+		leavesNoStreams(t, here)
+		cause := errors.New("test: the cause")
+		short, cancel := context.WithTimeoutCause(context.Background(), time.Millisecond, cause)
+		defer cancel()
+		for name, meet := range map[string]meeter{"accept": here.AcceptContext, "dial": here.DialContext} {
 			conn, err := meet(short, 4711)
-			if conn != nil || !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, cause) {
-				t.Errorf("%v, %v", conn, err)
+			if conn != nil {
+				t.Errorf("%s returned a stream", name)
 			}
+			errorIs(t, name, err, context.DeadlineExceeded)
+			errorIs(t, name, err, cause)
 			errorSays(t, err, "4711")
 		}
-		waits["accepting in the "+name] = async(func() error { _, err := here.Accept(4712); return err })
-		waits["serving in the "+name] = async(func() error { here.AcceptAndServe(4713, newTestServer()); return io.EOF })
-		waits["dialling in the "+name] = async(func() error { _, err := here.Dial(4714); return err })
+	})
+}
+
+// What waits for the peer ends after five seconds.
+func TestBrokerTimeouts(t *testing.T) {
+	t.Parallel()
+	_, client, server := joinInProcess(t)
+	host, guest := client.broker, server.broker
+	leavesNoStreams(t, host)
+	began := time.Now()
+	waits := make(map[string]func() error)
+	for side, ends := range map[string][2]*plugin.MuxBroker{"host": {host, guest}, "plugin": {guest, host}} {
+		here, there := ends[0], ends[1]
+		waits["accepting in the "+side] = func() error { return errorOfConn(here.Accept(4712)) }
+		waits["dialling in the "+side] = func() error { return errorOfConn(here.Dial(4714)) }
+		waits["serving in the "+side] = func() error {
+			here.AcceptAndServe(4713, newTestServer())
+			return errors.New("it has returned")
+		}
 		for _, kind := range servedKinds {
 			kind.serve(here, func() {}) // nothing dials it
 			id, stop := kind.serve(there, func() {})
 			stop()
-			waits["dialling a stopped "+kind.name+" in the "+name] = async(func() error { _, err := kind.dial(here, id); return err })
+			waits["dialling a stopped "+kind.name+" in the "+side] = func() error {
+				_, err := kind.dial(here, id)
+				return err
+			}
 		}
 	}
-	for _, begin := range [][]byte{nil, {7, 0}, {7, 0, 0, 0}} {
+	endAfterTimeout(t, began, waits)
+}
+
+// A stream of a peer that does not say as which number it is dialled, or whose
+// number nothing accepts, is closed after five seconds.
+func TestOddStreamsTimeOut(t *testing.T) {
+	t.Parallel()
+	raw, c, _ := rawPlugin(t)
+	leavesNoStreams(t, c.broker)
+	began := time.Now()
+	waits := make(map[string]func() error)
+	for name, begin := range map[string][]byte{
+		"no number":                nil,
+		"half a number":            {7, 0},
+		"a number that is not met": {7, 0, 0, 0},
+	} {
 		st, err := raw.Open()
 		check(t, err)
 		defer st.Close()
 		_, err = st.Write(begin)
 		check(t, err)
-		waits[fmt.Sprint("an odd stream ", begin)] = async(func() error { _, err := st.Read(make([]byte, 1)); return err })
+		waits[name] = func() error {
+			_, err := st.Read(make([]byte, 1))
+			return err
+		}
 	}
-	concurrently(t, len(waits), func(i int) {
-		name := slices.Sorted(maps.Keys(waits))[i]
-		err := <-waits[name]
-		if took := time.Since(began); took < brokerTimeout || err == nil || errors.Is(err, context.Canceled) {
-			t.Errorf("%s: %v, after %v", name, err, took)
+	endAfterTimeout(t, began, waits)
+}
+
+// errorOfConn is the error of Accept or Dial.
+func errorOfConn(_ net.Conn, err error) error { return err }
+
+// endAfterTimeout checks that all end with an error, and not before the time is up
+// in which a peer must answer.
+func endAfterTimeout(t *testing.T, began time.Time, waits map[string]func() error) {
+	t.Helper()
+	names := slices.Sorted(maps.Keys(waits))
+	concurrently(t, len(names), func(i int) {
+		err := waits[names[i]]()
+		took := time.Since(began)
+		if took < brokerTimeout || err == nil || errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v, after %v", names[i], err, took)
 		}
 	})
 }
@@ -141,15 +200,17 @@ func TestNotAccepted(t *testing.T) {
 	raw, c, _ := rawPlugin(t)
 	for _, answer := range [][]byte{nil, {8, 0}, {8, 0, 0, 0}} {
 		ctx, cancel := context.WithCancel(context.Background())
-		dialling := async(func() error { _, err := c.broker.DialContext(ctx, 9); return err })
+		dialling := async(func() error { return errorOfConn(c.broker.DialContext(ctx, 9)) })
 		st, err := raw.Accept()
 		check(t, err)
 		_, err = st.Write(answer)
 		check(t, err)
-		if len(answer) < 4 {
+		complete := len(answer) == 4
+		if !complete {
 			cancel()
 		}
-		if err := receive(t, "DialContext", dialling); err == nil || len(answer) < 4 && !errors.Is(err, context.Canceled) {
+		err = receive(t, "DialContext", dialling)
+		if err == nil || !complete && !errors.Is(err, context.Canceled) {
 			t.Errorf("a stream that is answered with %v is dialled: %v", answer, err)
 		}
 		cancel()
@@ -189,14 +250,21 @@ func TestBrokerClose(t *testing.T) {
 		ctx := context.Background()
 		begun, block := make(chan bool, 100), make(chan bool)
 		defer close(block)
-		use := func() { begun <- true; <-block }
+		use := func() {
+			begun <- true
+			<-block
+		}
 		waits := make(map[string]<-chan error)
-		for name, ends := range map[string][2]*plugin.MuxBroker{"here": {here, there}, "there": {there, here}} {
-			waits[name+", accepting"] = async(func() error { _, err := ends[0].AcceptContext(ctx, 5); return err })
-			waits[name+", dialling"] = async(func() error { _, err := ends[0].DialContext(ctx, 6); return err })
+		for name, ends := range map[string][2]*plugin.MuxBroker{
+			"here":  {here, there},
+			"there": {there, here},
+		} {
+			near, far := ends[0], ends[1]
+			waits[name+", accepting"] = async(func() error { return errorOfConn(near.AcceptContext(ctx, 5)) })
+			waits[name+", dialling"] = async(func() error { return errorOfConn(near.DialContext(ctx, 6)) })
 			for _, kind := range servedKinds {
-				id, _ := kind.serve(ends[0], use)
-				end, err := kind.dial(ends[1], id)
+				id, _ := kind.serve(near, use)
+				end, err := kind.dial(far, id)
 				check(t, err)
 				waits[name+", "+kind.name] = async(func() error {
 					if kind.name == "writer" { // Close waits, too
@@ -209,10 +277,11 @@ func TestBrokerClose(t *testing.T) {
 		}
 		check(t, here.Close())
 		check(t, here.Close())
-		waits["Accept afterwards"] = async(func() error { _, err := here.Accept(7); return err })
-		waits["Dial afterwards"] = async(func() error { _, err := here.Dial(8); return err })
+		waits["Accept afterwards"] = async(func() error { return errorOfConn(here.Accept(7)) })
+		waits["Dial afterwards"] = async(func() error { return errorOfConn(here.Dial(8)) })
 		for name, done := range waits {
-			if err := receive(t, name, done); err == nil || err == io.EOF || errors.Is(err, context.DeadlineExceeded) {
+			err := receive(t, name, done)
+			if err == nil || err == io.EOF || errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("%s ended with %v", name, err)
 			}
 		}
@@ -330,13 +399,15 @@ func TestWriter(t *testing.T) {
 	})
 }
 
-// A reader is read ahead by no more than a stream holds. Closing it early
-// releases the one that is served.
+// A reader is read ahead by no more than a stream holds.
 func TestReaderIsBounded(t *testing.T) {
 	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 		leavesNoStreams(t, here, there)
 		var ahead atomic.Int64
-		id, _ := there.ServeReader(readerFunc(func(p []byte) (int, error) { ahead.Add(int64(len(p))); return len(p), nil }))
+		id, _ := there.ServeReader(readerFunc(func(p []byte) (int, error) {
+			ahead.Add(int64(len(p)))
+			return len(p), nil
+		}))
 		r, err := here.DialReader(id)
 		check(t, err)
 		await(t, "a full stream", func() bool { return ahead.Load() >= 256<<10 })
@@ -346,22 +417,64 @@ func TestReaderIsBounded(t *testing.T) {
 		if ahead.Load() > 3<<20 {
 			t.Errorf("%d bytes were read ahead", ahead.Load())
 		}
-		// A Read that is under way is left to itself.
+	})
+}
+
+// Closing a reader does not wait for a Read of the one that is served, and does
+// not close that.
+func TestReaderIsClosedEarly(t *testing.T) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
+		leavesNoStreams(t, here)
 		pipe, feed := io.Pipe()
 		defer feed.Close()
 		inside := make(chan bool, 2)
-		id, _ = there.ServeReader(readerFunc(func(p []byte) (int, error) { inside <- true; return pipe.Read(p) }))
-		r, err = here.DialReader(id)
+		id, _ := there.ServeReader(readerFunc(func(p []byte) (int, error) {
+			inside <- true
+			return pipe.Read(p)
+		}))
+		r, err := here.DialReader(id)
 		check(t, err)
 		receive(t, "a Read", inside)
-		reading := async(func() error { _, err := r.Read(make([]byte, 1)); return err })
+		reading := async(func() error {
+			_, err := r.Read(make([]byte, 1))
+			return err
+		})
 		check(t, r.Close())
 		if err := receive(t, "Read", reading); !errors.Is(err, io.ErrClosedPipe) {
 			t.Error("Read during Close returned", err)
 		}
-		_, err = feed.Write([]byte("x")) // what is served is not closed
+		_, err = feed.Write([]byte("x"))
 		check(t, err)
 	})
+}
+
+// Each end of a stream has an error if the other one is of another kind, or has no
+// methods.
+func TestWrongKind(t *testing.T) {
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
+		leavesNoStreams(t, here)
+		began := time.Now()
+		for i, kind := range servedKinds {
+			id, _ := kind.serve(there, func() {})
+			other := servedKinds[(i+1)%len(servedKinds)]
+			errorSays(t, useOnce(other.dial(here, id)), "method")
+			none, _ := there.ServeRPC(struct{}{})
+			errorSays(t, useOnce(other.dial(here, none)), "method")
+		}
+		if took := time.Since(began); took > 2*brokerTimeout {
+			t.Errorf("the errors took %v", took)
+		}
+	})
+}
+
+// useOnce returns the error of dialling, or of the first use: a client learns
+// from its first call that it has dialled something else.
+func useOnce(end peerEnd, err error) error {
+	if err != nil {
+		return err
+	}
+	defer end.Close()
+	return end.next()
 }
 
 // rawStreams serves a reader and a writer as it likes.
@@ -370,78 +483,70 @@ type rawStreams struct{ serve func(id uint32) error }
 func (s rawStreams) Read(id uint32, _ *struct{}) error  { return s.serve(id) }
 func (s rawStreams) Write(id uint32, _ *struct{}) error { return s.serve(id) }
 
-// Each end of a stream has an error if the other is of another kind, or is a
-// peer that does as it likes.
-func TestWrongKind(t *testing.T) {
-	t.Parallel()
-	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
-		leavesNoStreams(t, here, there)
-		began := time.Now()
-		for i, kind := range servedKinds {
-			one, _ := kind.serve(there, func() {})
-			none, _ := there.ServeRPC(struct{}{}) // has no methods
-			for _, id := range []uint32{one, none} {
-				end, err := servedKinds[(i+1)%len(servedKinds)].dial(here, id)
-				if err == nil { // a client learns it from its first call
-					err = end.next()
-					_ = end.Close()
-				}
-				errorSays(t, err, "method")
-			}
-		}
-		if took := time.Since(began); took > 2*brokerTimeout {
-			t.Errorf("the errors took %v", took)
-		}
-	})
-	raw, c, _ := rawPlugin(t)
-	serveRaw := func(st net.Conn, serve func(id uint32) error) {
-		s := rpc.NewServer()
-		_ = s.RegisterName("Plugin", rawStreams{serve})
-		s.ServeConn(st)
-	}
-	peers := []func(st net.Conn, id []byte){
-		func(st net.Conn, id []byte) { st.Close() },
-		func(st net.Conn, id []byte) { _, _ = st.Write(id) },                               // is silent
-		func(st net.Conn, id []byte) { _, _ = st.Write(append(id, make([]byte, 100)...)) }, // speaks no gob
-		func(st net.Conn, id []byte) { // answers at once
-			_, _ = st.Write(id)
-			serveRaw(st, func(uint32) error { return nil })
-		},
-		func(st net.Conn, id []byte) { // never answers
-			_, _ = st.Write(id)
-			serveRaw(st, func(id uint32) error {
-				data := raw.dial(t, id)
-				_, err := io.WriteString(data, "begin")
-				return errors.Join(err, data.Close(), st.Close())
-			})
-		},
-	}
-	dialling := async(func() bool {
-		concurrently(t, 2*len(peers), func(i int) {
-			kind := servedKinds[i%2]
-			end, err := kind.dial(c.broker, uint32(i))
-			if err == nil {
-				_ = end.next()
-				err = end.next()
-				if closeErr := end.Close(); kind.name == "writer" {
-					err = closeErr
-				}
-			}
-			if err == nil || err == io.EOF {
-				t.Errorf("the %s of peer %d ends with %v", kind.name, i/2, err)
-			}
+// serveRaw serves rawStreams with net/rpc.
+func serveRaw(st net.Conn, serve func(id uint32) error) {
+	s := rpc.NewServer()
+	_ = s.RegisterName("Plugin", rawStreams{serve})
+	s.ServeConn(st)
+}
+
+// oddPeers are peers that get the stream of a reader or writer, with its id, and do
+// as they like.
+var oddPeers = map[string]func(t testing.TB, raw *rawPeer, st net.Conn, id []byte){
+	"closes": func(_ testing.TB, _ *rawPeer, st net.Conn, _ []byte) { st.Close() },
+	"is silent": func(_ testing.TB, _ *rawPeer, st net.Conn, id []byte) {
+		_, _ = st.Write(id)
+	},
+	"speaks no gob": func(_ testing.TB, _ *rawPeer, st net.Conn, id []byte) {
+		_, _ = st.Write(append(id, make([]byte, 100)...))
+	},
+	"answers at once": func(_ testing.TB, _ *rawPeer, st net.Conn, id []byte) {
+		_, _ = st.Write(id)
+		serveRaw(st, func(uint32) error { return nil })
+	},
+	"never answers": func(t testing.TB, raw *rawPeer, st net.Conn, id []byte) {
+		_, _ = st.Write(id)
+		serveRaw(st, func(id uint32) error {
+			data := raw.dial(t, id)
+			_, err := io.WriteString(data, "begin")
+			return errors.Join(err, data.Close(), st.Close())
 		})
-		return true
-	})
-	for range 2 * len(peers) {
-		st, err := raw.Accept()
-		check(t, err)
-		id := make([]byte, 4)
-		_, err = io.ReadFull(st, id)
-		check(t, err)
-		go peers[id[0]/2](st, id) // ends with the connection
+	},
+}
+
+// A reader or writer of a peer that does as it likes ends with an error, and not as
+// if it were complete.
+func TestOddPeers(t *testing.T) {
+	t.Parallel()
+	for name, peer := range oddPeers {
+		for _, kind := range servedKinds[:2] { // the reader and the writer
+			t.Run(kind.name+" of a peer that "+name, func(t *testing.T) {
+				t.Parallel()
+				raw, c, _ := rawPlugin(t)
+				dialling := async(func() error {
+					end, err := kind.dial(c.broker, 7)
+					if err != nil {
+						return err
+					}
+					_ = end.next()
+					err = end.next()
+					if closeErr := end.Close(); kind.name == "writer" {
+						err = closeErr
+					}
+					return err
+				})
+				st, err := raw.Accept()
+				check(t, err)
+				id := make([]byte, 4)
+				_, err = io.ReadFull(st, id)
+				check(t, err)
+				go peer(t, raw, st, id) // ends with the connection
+				if err := receive(t, "its end", dialling); err == nil || err == io.EOF {
+					t.Errorf("it ends with %v", err)
+				}
+			})
+		}
 	}
-	receive(t, "dialling", dialling)
 }
 
 // A peer cannot use a reader or writer twice at a time.
@@ -486,24 +591,52 @@ var servedKinds = []struct {
 	serve func(b *plugin.MuxBroker, use func()) (id uint32, stop func())
 	dial  func(b *plugin.MuxBroker, id uint32) (peerEnd, error)
 }{
-	{"reader", func(b *plugin.MuxBroker, use func()) (uint32, func()) {
-		return b.ServeReader(readerFunc(func(p []byte) (int, error) { use(); return len(p), nil }))
-	}, func(b *plugin.MuxBroker, id uint32) (peerEnd, error) {
-		r, err := b.DialReader(id)
-		return peerEnd{r, func() error { _, err := r.Read(make([]byte, 32<<10)); return err }}, err
-	}},
-	{"writer", func(b *plugin.MuxBroker, use func()) (uint32, func()) {
-		return b.ServeWriter(writerFunc(func(p []byte) (int, error) { use(); return len(p), nil }))
-	}, func(b *plugin.MuxBroker, id uint32) (peerEnd, error) {
-		w, err := b.DialWriter(id)
-		return peerEnd{w, func() error { _, err := w.Write(make([]byte, 32<<10)); return err }}, err
-	}},
-	{"client", func(b *plugin.MuxBroker, use func()) (uint32, func()) {
-		return b.ServeRPC(&useService{use})
-	}, func(b *plugin.MuxBroker, id uint32) (peerEnd, error) {
-		c, err := b.DialRPC(id)
-		return peerEnd{c, func() error { return plugin.Call(context.Background(), c, "Plugin.Use", struct{}{}, nil) }}, err
-	}},
+	{"reader", serveUsedReader, dialReader},
+	{"writer", serveUsedWriter, dialWriter},
+	{"client", serveUsedService, dialClient},
+}
+
+// used returns a function that calls use for each Read or Write, which succeeds.
+func used(use func()) func(p []byte) (int, error) {
+	return func(p []byte) (int, error) {
+		use()
+		return len(p), nil
+	}
+}
+
+func serveUsedReader(b *plugin.MuxBroker, use func()) (uint32, func()) {
+	return b.ServeReader(readerFunc(used(use)))
+}
+
+func dialReader(b *plugin.MuxBroker, id uint32) (peerEnd, error) {
+	r, err := b.DialReader(id)
+	return peerEnd{r, func() error {
+		_, err := r.Read(make([]byte, 32<<10))
+		return err
+	}}, err
+}
+
+func serveUsedWriter(b *plugin.MuxBroker, use func()) (uint32, func()) {
+	return b.ServeWriter(writerFunc(used(use)))
+}
+
+func dialWriter(b *plugin.MuxBroker, id uint32) (peerEnd, error) {
+	w, err := b.DialWriter(id)
+	return peerEnd{w, func() error {
+		_, err := w.Write(make([]byte, 32<<10))
+		return err
+	}}, err
+}
+
+func serveUsedService(b *plugin.MuxBroker, use func()) (uint32, func()) {
+	return b.ServeRPC(&useService{use})
+}
+
+func dialClient(b *plugin.MuxBroker, id uint32) (peerEnd, error) {
+	c, err := b.DialRPC(id)
+	return peerEnd{c, func() error {
+		return plugin.Call(context.Background(), c, "Plugin.Use", struct{}{}, nil)
+	}}, err
 }
 
 // untilError calls next until it fails.
@@ -519,7 +652,7 @@ func untilError(next func() error) error {
 func isStopped(t testing.TB, err error) {
 	t.Helper()
 	errorSays(t, err, "stopped")
-	if died := new(plugin.ExitError); errors.Is(err, io.EOF) || errors.As(err, &died) {
+	if errors.Is(err, io.EOF) || isA[*plugin.ExitError](err) {
 		t.Errorf("the peer gets a %T: %v", err, err)
 	}
 }
@@ -575,7 +708,7 @@ func TestStopOfCalls(t *testing.T) {
 		c, err := there.DialRPC(id)
 		check(t, err)
 		call := func(method string) <-chan error {
-			return async(func() error { return plugin.Call(context.Background(), c, "Plugin."+method, "", nil) })
+			return async(func() error { return callIn(context.Background(), c, method) })
 		}
 		waiting, blocked := call("Wait"), call("Block")
 		receive(t, "a call", s.started)
@@ -601,6 +734,7 @@ func TestStopOfCalls(t *testing.T) {
 // ends the rest.
 func TestStopWhileStuck(t *testing.T) {
 	for i, kind := range servedKinds {
+		closeHere := i%2 == 0 // and otherwise there
 		t.Run(kind.name, func(t *testing.T) {
 			leavesNothing(t)
 			a, b := plugin.TestConn(t)
@@ -613,7 +747,12 @@ func TestStopWhileStuck(t *testing.T) {
 			check(t, err)
 			waits := []<-chan error{
 				async(func() error { return untilError(end.next) }),
-				async(func() error { return untilError(func() error { _, err := conn.Write(make([]byte, 1000)); return err }) }),
+				async(func() error {
+					return untilError(func() error {
+						_, err := conn.Write(make([]byte, 1000))
+						return err
+					})
+				}),
 			}
 			await(t, "some use", func() bool { return uses.Load() > 10 })
 			line.left.Store(0)
@@ -625,7 +764,11 @@ func TestStopWhileStuck(t *testing.T) {
 			if _, err := here.DialContext(ctx, 8); !errors.Is(err, context.DeadlineExceeded) {
 				t.Error("DialContext returned", err)
 			}
-			check(t, [2]*plugin.MuxBroker{here, there}[i%2].Close())
+			if closeHere {
+				check(t, here.Close())
+			} else {
+				check(t, there.Close())
+			}
 			for _, done := range waits {
 				receive(t, "the end of the session", done)
 			}
@@ -634,7 +777,7 @@ func TestStopWhileStuck(t *testing.T) {
 }
 
 // The reader and writer of a call whose context has ended are the caller's
-// again once they are stopped. A writer tells how its plugin died.
+// again once they are stopped.
 func TestStreamsOverProcess(t *testing.T) {
 	t.Parallel()
 	_, p := startPlugin(t, testConfig("plugin"))
@@ -655,16 +798,26 @@ func TestStreamsOverProcess(t *testing.T) {
 		stopReader()
 		stopWriter()
 		cancel()
-		if err != nil && !errors.Is(err, context.DeadlineExceeded) || err == nil && out.Len() < len(data) || !bytes.HasPrefix(data, out.Bytes()) {
+		if err == nil && out.Len() < len(data) || !bytes.HasPrefix(data, out.Bytes()) {
 			t.Errorf("of %d bytes, %d were copied: %v", len(data), out.Len(), err)
 		}
+		if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("a call whose context may end returned %v", err)
+		}
 	}
-	w, err := servedKinds[1].dial(c.broker, mustCall[uint32](t, c.Client, "Serve", "writer"))
+}
+
+// A writer tells how its plugin died.
+func TestWriterOfDeadProcess(t *testing.T) {
+	t.Parallel()
+	_, p := startPlugin(t, testConfig("plugin"))
+	c := dispense(t, p)
+	w, err := dialWriter(c.broker, mustCall[uint32](t, c.Client, "Serve", "writer"))
 	check(t, err)
 	check(t, w.next())
 	c.Go("Plugin.Do", "killed", new(string), make(chan *rpc.Call, 1))
 	err = receive(t, "its end", async(func() error { return untilError(w.next) }))
-	if died := new(plugin.ExitError); !errors.As(err, &died) || !errors.Is(err, io.ErrUnexpectedEOF) {
+	if !isA[*plugin.ExitError](err) || !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("%T: %v", err, err)
 	}
 }

@@ -42,8 +42,8 @@ func init() {
 	// Has another certificate than its handshake says.
 	modes["imposter"] = func() {
 		l := announce(must(newCertificate()).Certificate[0])
-		conn := tls.Server(must(l.Accept()), &tls.Config{Certificates: []tls.Certificate{must(newCertificate())}})
-		_ = conn.Handshake()
+		another := &tls.Config{Certificates: []tls.Certificate{must(newCertificate())}}
+		_ = tls.Server(must(l.Accept()), another).Handshake()
 		time.Sleep(forever)
 	}
 	// Has the certificate of testTLS.
@@ -71,52 +71,96 @@ func announce(cert []byte) net.Listener {
 
 // ---- Start ----
 
-// Start says what is wrong with a configuration.
+// badConfigs are configurations of which Start says what is wrong.
+var badConfigs = []struct {
+	name     string
+	edit     func(*plugin.ClientConfig)
+	reattach bool   // there is a process to reattach to, and no command
+	word     string // in the error
+	is       error  // what is returned as it is; nil for any
+}{
+	{name: "no command", word: "Cmd", edit: func(c *plugin.ClientConfig) { c.Cmd = nil }},
+	{name: "a command and a process", word: "Cmd", edit: func(c *plugin.ClientConfig) {
+		c.Reattach = &plugin.ReattachConfig{}
+	}},
+	{name: "no cookie", word: "MagicCookieKey", edit: func(c *plugin.ClientConfig) { c.MagicCookieKey = "" }},
+	{name: "an empty cookie", word: "MagicCookieValue", edit: func(c *plugin.ClientConfig) {
+		c.MagicCookieValue = ""
+	}},
+	{name: "no ports", word: "MaxPort", edit: func(c *plugin.ClientConfig) { c.MinPort, c.MaxPort = 20, 10 }},
+	{name: "stdout of the command", word: "Stdout", edit: func(c *plugin.ClientConfig) {
+		c.Cmd.Stdout = io.Discard
+	}},
+	{name: "stderr of the command", word: "Stderr", edit: func(c *plugin.ClientConfig) {
+		c.Cmd.Stderr = io.Discard
+	}},
+	{name: "only gRPC", word: "netrpc", edit: func(c *plugin.ClientConfig) {
+		c.AllowedProtocols = []plugin.Protocol{plugin.ProtocolGRPC}
+	}},
+	{name: "AutoMTLS", reattach: true, word: "Reattach", edit: func(c *plugin.ClientConfig) {
+		c.AutoMTLS = true
+	}},
+	{name: "no address", reattach: true, word: "Addr", edit: func(c *plugin.ClientConfig) {
+		c.Reattach.Addr = nil
+	}},
+	{name: "a process with gRPC", reattach: true, word: "gRPC", edit: func(c *plugin.ClientConfig) {
+		c.Reattach.Protocol = plugin.ProtocolGRPC
+	}},
+	{name: "another version", reattach: true, word: "[3]", edit: func(c *plugin.ClientConfig) {
+		c.Reattach.ProtocolVersion = 4
+	}},
+	{name: "no plugin", reattach: true, is: plugin.ErrProcessNotFound, edit: func(*plugin.ClientConfig) {}},
+	{name: "a checksum of a process", reattach: true, is: plugin.ErrSecureConfigAndReattach,
+		edit: func(c *plugin.ClientConfig) {
+			c.SecureConfig = &plugin.SecureConfig{Checksum: []byte{1}, Hash: sha256.New()}
+		}},
+	{name: "no checksum", is: plugin.ErrSecureConfigNoChecksum, edit: func(c *plugin.ClientConfig) {
+		c.SecureConfig = &plugin.SecureConfig{Hash: sha256.New()}
+	}},
+	{name: "no hash", is: plugin.ErrSecureConfigNoHash, edit: func(c *plugin.ClientConfig) {
+		c.SecureConfig = &plugin.SecureConfig{Checksum: []byte{1}}
+	}},
+	{name: "another checksum", is: plugin.ErrChecksumsDoNotMatch, edit: func(c *plugin.ClientConfig) {
+		c.SecureConfig = &plugin.SecureConfig{Checksum: []byte{1}, Hash: sha256.New()}
+	}},
+}
+
+// Start says what is wrong with a configuration, each time, and the client is
+// at its end.
 func TestBadConfig(t *testing.T) {
 	t.Parallel()
-	type cfg = *plugin.ClientConfig
-	for _, test := range []struct {
-		word     string
-		is       error // what is returned as it is
-		reattach bool
-		edit     func(cfg)
-	}{
-		{"Cmd", nil, false, func(c cfg) { c.Cmd = nil }},
-		{"Cmd", nil, false, func(c cfg) { c.Reattach = &plugin.ReattachConfig{} }},
-		{"MagicCookieKey", nil, false, func(c cfg) { c.MagicCookieKey = "" }},
-		{"MagicCookieValue", nil, false, func(c cfg) { c.MagicCookieValue = "" }},
-		{"MaxPort", nil, false, func(c cfg) { c.MinPort, c.MaxPort = 20, 10 }},
-		{"Stdout", nil, false, func(c cfg) { c.Cmd.Stdout = io.Discard }},
-		{"Stderr", nil, false, func(c cfg) { c.Cmd.Stderr = io.Discard }},
-		{"netrpc", nil, false, func(c cfg) { c.AllowedProtocols = []plugin.Protocol{plugin.ProtocolGRPC} }},
-		{"Reattach", nil, true, func(c cfg) { c.AutoMTLS = true }},
-		{"Addr", nil, true, func(c cfg) { c.Reattach.Addr = nil }},
-		{"gRPC", nil, true, func(c cfg) { c.Reattach.Protocol = plugin.ProtocolGRPC }},
-		{"[3]", nil, true, func(c cfg) { c.Reattach.ProtocolVersion = 4 }},
-		{"", plugin.ErrProcessNotFound, true, func(cfg) {}},
-		{"", plugin.ErrSecureConfigAndReattach, true, func(c cfg) { c.SecureConfig = &plugin.SecureConfig{[]byte{1}, sha256.New()} }},
-		{"", plugin.ErrSecureConfigNoChecksum, false, func(c cfg) { c.SecureConfig = &plugin.SecureConfig{nil, sha256.New()} }},
-		{"", plugin.ErrSecureConfigNoHash, false, func(c cfg) { c.SecureConfig = &plugin.SecureConfig{[]byte{1}, nil} }},
-		{"", plugin.ErrChecksumsDoNotMatch, false, func(c cfg) { c.SecureConfig = &plugin.SecureConfig{[]byte{1}, sha256.New()} }},
-	} {
-		config := newLab(t).config("plugin")
-		if test.reattach {
-			config = attachTo(&plugin.ReattachConfig{ProtocolVersion: 3, Pid: os.Getpid(), Addr: parseAddr("127.0.0.1:1")})
-		}
-		test.edit(config)
-		c := plugin.NewClient(config)
-		_, err := c.Start()
-		errorSays(t, err, "plugin", test.word)
-		_, again := c.Start()
-		p, connecting := c.Client()
-		if test.is != nil && err != test.is || again != err || connecting != err || p != nil {
-			t.Errorf("%s %v: Start returned %v, and then %v, and Client %v, %v", test.word, test.is, err, again, p, connecting)
-		}
-		receive(t, "Done", c.Done())
-		if c.Err() != nil || !c.Exited() || c.Protocol() != plugin.ProtocolInvalid || c.NegotiatedVersion() != 0 || c.ReattachConfig() != nil {
-			t.Errorf("%s %v: it is not over", test.word, test.is)
-		}
-		c.Kill()
+	for _, test := range badConfigs {
+		t.Run(test.name, func(t *testing.T) {
+			config := newLab(t).config("plugin")
+			if test.reattach {
+				config = attachTo(&plugin.ReattachConfig{
+					ProtocolVersion: 3,
+					Pid:             os.Getpid(),
+					Addr:            parseAddr("127.0.0.1:1"),
+				})
+			}
+			test.edit(config)
+			c := plugin.NewClient(config)
+			defer c.Kill()
+			_, err := c.Start()
+			errorSays(t, err, "plugin", test.word)
+			if test.is != nil && err != test.is {
+				t.Errorf("Start returned %v and not %v", err, test.is)
+			}
+			if _, again := c.Start(); again != err {
+				t.Errorf("Start returned %v, and then %v", err, again)
+			}
+			if p, connecting := c.Client(); connecting != err || p != nil {
+				t.Errorf("Start returned %v, and Client %v, %v", err, p, connecting)
+			}
+			receive(t, "Done", c.Done())
+			if c.Err() != nil || !c.Exited() {
+				t.Errorf("it is not over: %v, %v", c.Err(), c.Exited())
+			}
+			checkEqual(t, "Protocol", c.Protocol(), plugin.ProtocolInvalid)
+			checkEqual(t, "NegotiatedVersion", c.NegotiatedVersion(), 0)
+			checkEqual(t, "ReattachConfig", c.ReattachConfig(), nil)
+		})
 	}
 }
 
@@ -138,11 +182,17 @@ func (f startFailure) run(t *testing.T) {
 	c := plugin.NewClient(cfg)
 	err := startError(t, c)
 	errorSays(t, err, pluginName(cfg.Cmd.Path), f.word, f.state)
-	if (err.State == nil) != (f.state == "") || err.State != nil && err.State.String() != f.state {
-		t.Errorf("it ended with %v: %v", err.State, err)
+	if f.state == "" && err.State != nil {
+		t.Errorf("it exited by itself, with %v: %v", err.State, err)
 	}
-	if err.Path != cfg.Cmd.Path || f.is != nil && !errors.Is(err, f.is) {
-		t.Errorf("with Path %s, the error is not %v: %v", err.Path, f.is, err)
+	if f.state != "" && (err.State == nil || err.State.String() != f.state) {
+		t.Errorf("it exited with %v and not %s: %v", err.State, f.state, err)
+	}
+	if err.Path != cfg.Cmd.Path {
+		t.Errorf("the error has the Path %s", err.Path)
+	}
+	if f.is != nil && !errors.Is(err, f.is) {
+		t.Errorf("the error is not %v: %v", f.is, err)
 	}
 	receive(t, "Done", c.Done())
 	if c.Err() != nil || cfg.Cmd.Process != nil && cfg.Cmd.ProcessState == nil {
@@ -156,65 +206,89 @@ func TestStartError(t *testing.T) {
 	runs := func(path string) func(testing.TB, *plugin.ClientConfig) {
 		return func(_ testing.TB, c *plugin.ClientConfig) { c.Cmd = exec.Command(path) }
 	}
-	soon := func(_ testing.TB, c *plugin.ClientConfig) { c.StartTimeout = 2 * time.Second }
+	impatient := func(_ testing.TB, c *plugin.ClientConfig) { c.StartTimeout = 2 * time.Second }
 	mtls := func(_ testing.TB, c *plugin.ClientConfig) { c.AutoMTLS = true }
-	noFile := map[bool]error{true: exec.ErrNotFound, false: fs.ErrNotExist}[runtime.GOOS == "windows"]
+	ownCertificate := func(t testing.TB, c *plugin.ClientConfig) {
+		testTLS(t, c)
+		c.AutoMTLS = true
+	}
+	nowhere := func(_ testing.TB, c *plugin.ClientConfig) { c.Cmd.Dir = "/no/such/dir" }
+	noFile := fs.ErrNotExist
+	if runtime.GOOS == "windows" {
+		noFile = exec.ErrNotFound
+	}
+	badCertificate := "1|3|unix|/s|netrpc|AAAA"
+	endless := "1|" + strings.Repeat("x", 100_000) + "|unix|/s"
+	late := context.DeadlineExceeded
 	for name, test := range map[string]startFailure{
 		"exits":               {mode: "exit3", state: "exit status 3", word: "Serve"},
 		"panics":              {mode: "panic", state: "exit status 2", word: "panic: boom"},
 		"stdout, and exits":   {mode: "say exit0", say: "jungle", state: "exit status 0", word: "jungle"},
 		"stderr, and exits":   {mode: "cry exit3", say: "jungle", state: "exit status 3", word: "jungle"},
-		"stdout, and stays":   {mode: "say wait", say: "jungle", edit: soon, word: "jungle", is: context.DeadlineExceeded},
-		"stays":               {mode: "wait", edit: soon, word: "Serve", is: context.DeadlineExceeded},
+		"stdout, and stays":   {mode: "say wait", say: "jungle", edit: impatient, word: "jungle", is: late},
+		"stays":               {mode: "wait", edit: impatient, word: "Serve", is: late},
 		"gRPC":                {mode: "say wait", say: "1|3|unix|/s|grpc|", word: "gRPC"},
 		"gibberish":           {mode: "say wait", say: "1|three|unix|/s", word: "three"},
-		"a long handshake":    {mode: "say wait", say: "1|" + strings.Repeat("x", 100_000) + "|unix|/s", word: "handshake"},
+		"a long handshake":    {mode: "say wait", say: endless, word: "handshake"},
 		"no certificate":      {mode: "say wait", say: "1|3|unix|/s|netrpc|", edit: mtls, word: "AutoMTLS"},
-		"a bad certificate":   {mode: "say wait", say: "1|3|unix|/s|netrpc|AAAA", edit: mtls, word: "certificate"},
-		"its own certificate": {mode: "tls", edit: func(t testing.TB, c *plugin.ClientConfig) { testTLS(t, c); c.AutoMTLS = true }, word: "TLSProvider"},
+		"a bad certificate":   {mode: "say wait", say: badCertificate, edit: mtls, word: "certificate"},
+		"its own certificate": {mode: "tls", edit: ownCertificate, word: "TLSProvider"},
 		"no file":             {edit: runs("/no/such/file"), word: "/no/such/file", is: noFile},
 		"not in PATH":         {edit: runs("no-such-program"), word: "PATH", is: exec.ErrNotFound},
-		"nowhere to run":      {edit: func(_ testing.TB, c *plugin.ClientConfig) { c.Cmd.Dir = "/no/such/dir" }, is: fs.ErrNotExist},
+		"nowhere to run":      {edit: nowhere, is: fs.ErrNotExist},
 	} {
 		t.Run(name, test.run)
 	}
 }
 
-// The end of its context ends a start, and nothing later. Who waits for the
-// start of another caller leaves when its own context ends.
+// startIn starts a client in a context and returns the error.
+func startIn(t testing.TB, c *plugin.Client, ctx context.Context) error {
+	t.Cleanup(c.Kill)
+	_, err := c.StartContext(ctx)
+	return err
+}
+
+// The end of its context ends a start, with the cause. A caller that waits for the
+// start of another one leaves when its own context ends.
 func TestStartContext(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
-	startIn := func(c *plugin.Client, ctx context.Context) error {
-		t.Cleanup(c.Kill)
-		_, err := c.StartContext(ctx)
-		return err
-	}
 	c := plugin.NewClient(l.config("wait"))
 	reason := errors.New("the user has changed her mind")
 	ctx, cancel := context.WithCancelCause(context.Background())
-	first := async(func() error { return startIn(c, ctx) })
+	first := async(func() error { return startIn(t, c, ctx) })
 	l.read("plugin")
 	ended, leave := context.WithCancel(context.Background())
-	second := async(func() error { return startIn(c, ended) })
+	second := async(func() error { return startIn(t, c, ended) })
 	leave()
-	if err := receive(t, "the second start", second); !errors.Is(err, context.Canceled) || len(first) > 0 || c.Exited() {
-		t.Errorf("the second start returned %v, and the first ended: %v", err, c.Exited())
+	if err := receive(t, "the second start", second); !errors.Is(err, context.Canceled) {
+		t.Errorf("the second start returned %v", err)
+	}
+	if len(first) > 0 || c.Exited() {
+		t.Error("the first start has ended with the context of the second")
 	}
 	cancel(reason)
 	err := receive(t, "the first start", first)
-	if !errors.Is(err, context.Canceled) || !errors.Is(err, reason) || !errors.As(err, new(*plugin.StartError)) {
-		t.Errorf("the first start returned %v", err)
+	errorIs(t, "the first start", err, context.Canceled)
+	errorIs(t, "the first start", err, reason)
+	if !isA[*plugin.StartError](err) {
+		t.Errorf("the first start returned a %T", err)
 	}
 	l.deserted(slack)
-	if err := startIn(plugin.NewClient(l.config("plugin")), ended); !errors.Is(err, context.Canceled) {
-		t.Errorf("a start with an ended context returned %v", err)
-	}
-	ctx, cancel = context.WithCancelCause(context.Background())
-	c = plugin.NewClient(l.config("plugin"))
-	check(t, startIn(c, ctx))
-	cancel(nil)
+}
+
+// A start with a context that has ended fails. A context that ends after the
+// start ends nothing.
+func TestStartContextThatEndsBeforeOrAfter(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	c := plugin.NewClient(l.config("plugin"))
+	check(t, startIn(t, c, ctx))
+	cancel()
 	check(t, connect(c))
+	err := startIn(t, plugin.NewClient(l.config("plugin")), ctx)
+	errorIs(t, "a start with an ended context", err, context.Canceled)
 }
 
 // Without plugins, the host requires its ProtocolVersion, and Dispense fails.
@@ -228,8 +302,9 @@ func TestNoPlugins(t *testing.T) {
 		_, err := p.Dispense("test")
 		errorSays(t, err, "ClientConfig")
 		cfg.ProtocolVersion = 4
+		err = startError(t, plugin.NewClient(cfg))
 		var version *plugin.VersionError
-		if err := startError(t, plugin.NewClient(cfg)); !errors.As(err, &version) || version.Plugin != 3 || !slices.Equal(version.Host, []int{4}) {
+		if !errors.As(err, &version) || version.Plugin != 3 || !slices.Equal(version.Host, []int{4}) {
 			t.Errorf("another version: %v", err)
 		}
 	}
@@ -251,13 +326,14 @@ func TestConfigIsKept(t *testing.T) {
 	}
 	cfg.VersionedPlugins = map[int]plugin.PluginSet{1: testPlugins(nil)}
 	cfg.AllowedProtocols = append(make([]plugin.Protocol, 0, 9), plugin.ProtocolGRPC, plugin.ProtocolNetRPC)
-	cfg.SecureConfig = &plugin.SecureConfig{sumOf(t, cmd.Path), sha256.New()}
+	cfg.SecureConfig = &plugin.SecureConfig{Checksum: sumOf(t, cmd.Path), Hash: sha256.New()}
 	cfg.AutoMTLS = true
 	// state describes all that must not change.
 	state := func() string {
 		kept, command := *cfg, *cmd
 		kept.Cmd, command.Process, command.ProcessState = nil, nil, nil
-		return fmt.Sprintf("%+v %+v %+v %x %q %q %v %q", kept, command, cfg.UnixSocketConfig, cfg.SecureConfig.Checksum,
+		return fmt.Sprintf("%+v %+v %+v %x %q %q %v %q",
+			kept, command, cfg.UnixSocketConfig, cfg.SecureConfig.Checksum,
 			cmd.Env[:cap(cmd.Env)], cmd.Args[:9], cmd.ExtraFiles[:9], cfg.AllowedProtocols[:9])
 	}
 	before := state()
@@ -298,21 +374,32 @@ func TestEnvironment(t *testing.T) {
 	for _, skip := range []bool{false, true} {
 		cfg := newLab(t).config("plugin", env...)
 		cfg.SkipHostEnv, cfg.MinPort, cfg.MaxPort = skip, 10000, 60000
-		host := map[bool][]string{false: {"host"}}[skip]
+		host := []string{"host"}
+		if skip {
+			host = nil
+		}
 		_, p := startPlugin(t, cfg)
 		self := mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{})
 		for name, want := range map[string][]string{
-			"TEST_HOST": host, "PLUGIN_OTHER": host, "TEST_CMD": {"cmd"}, "TEST_BOTH": {"cmd"},
+			"TEST_HOST":                  host,
+			"PLUGIN_OTHER":               host,
+			"TEST_CMD":                   {"cmd"},
+			"TEST_BOTH":                  {"cmd"},
 			testHandshake.MagicCookieKey: {testHandshake.MagicCookieValue},
-			versionsVariable:             {"3"}, portMinVariable: {"10000"}, portMaxVariable: {"60000"},
-			certVariable: nil, multiplexVariable: nil, plugin.EnvUnixSocketGroup: nil,
+			versionsVariable:             {"3"},
+			portMinVariable:              {"10000"},
+			portMaxVariable:              {"60000"},
+			certVariable:                 nil,
+			multiplexVariable:            nil,
+			plugin.EnvUnixSocketGroup:    nil,
 		} {
 			if got := envValues(self.Began, name); !slices.Equal(got, want) {
 				t.Errorf("SkipHostEnv %v: %s is %q and not %q", skip, name, got, want)
 			}
 		}
 		for _, name := range protocol {
-			if got := envValues(self.Began, name); len(got) > 1 || slices.Contains(got, "cmd") || slices.Contains(got, "host") {
+			got := envValues(self.Began, name)
+			if len(got) > 1 || slices.Contains(got, "cmd") || slices.Contains(got, "host") {
 				t.Errorf("SkipHostEnv %v: %s is %q", skip, name, got)
 			}
 			if got := envValues(self.Env, name); len(got) > 0 {
@@ -332,7 +419,10 @@ func TestStdin(t *testing.T) {
 	os.Stdin = r
 	_, err = w.WriteString("the host's")
 	check(t, err)
-	for want, stdin := range map[string]io.Reader{"the host's": nil, "the command's": strings.NewReader("the command's")} {
+	for want, stdin := range map[string]io.Reader{
+		"the host's":    nil,
+		"the command's": strings.NewReader("the command's"),
+	} {
 		cfg := newLab(t).config("plugin")
 		cfg.Cmd.Stdin = stdin
 		_, p := startPlugin(t, cfg)
@@ -355,7 +445,10 @@ func TestQuiet(t *testing.T) {
 // Writers of the host's that fail or block stop neither the plugin nor Kill.
 func TestBadWriters(t *testing.T) {
 	t.Parallel()
-	for name, size := range map[string]int{"failing": 3 * streamWindow, "blocking": 1} { // as more would fill what is between
+	for name, size := range map[string]int{
+		"failing":  3 * streamWindow,
+		"blocking": 1, // as more would fill what is between
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			cfg := newLab(t).config("plugin")
@@ -384,50 +477,38 @@ func TestBadWriters(t *testing.T) {
 
 // ---- Kill ----
 
-// stop stops a process, where that is possible.
-var stop func(t testing.TB, pid int)
+// killMoment is a moment at which Kill is called.
+type killMoment struct {
+	mode       string
+	tls        bool
+	reached    func(testing.TB, *plugin.Client, *lab) bool // reports whether it has come
+	interrupts bool                                        // Kill is the error of connecting
+}
+
+var killMoments = map[string]killMoment{
+	"starting":      {mode: "wait", reached: noted("plugin"), interrupts: true},
+	"TLS":           {mode: "deaf", tls: true, reached: noted("connected"), interrupts: true},
+	"dispensing":    {mode: "deaf", reached: noted("connected"), interrupts: true},
+	"at any moment": {mode: "plugin", reached: hasID},
+	"stubborn":      {mode: "plugin endless", reached: connected},
+}
+
+// noted is the moment at which a plugin has left a note.
+func noted(name string) func(testing.TB, *plugin.Client, *lab) bool {
+	return func(_ testing.TB, _ *plugin.Client, l *lab) bool { return l.noted(name) }
+}
+
+// hasID is the moment at which the process of a client runs.
+func hasID(_ testing.TB, c *plugin.Client, _ *lab) bool { return c.ID() != "" }
+
+// connected is the moment at which a client has dispensed a plugin.
+func connected(_ testing.TB, c *plugin.Client, _ *lab) bool { return connect(c) == nil }
 
 // Kill may be called at any time, by several callers, and has a bound. What it
 // interrupts says so.
 func TestKill(t *testing.T) {
 	t.Parallel()
-	noted := func(name string) func(*plugin.Client, *lab) bool {
-		return func(_ *plugin.Client, l *lab) bool { return l.noted(name) }
-	}
-	stopped := func(busy bool) func(*plugin.Client, *lab) bool {
-		return func(c *plugin.Client, l *lab) bool {
-			p, err := c.Client()
-			check(t, err)
-			test := dispense(t, p)
-			pid, _ := strconv.Atoi(c.ID())
-			if busy {
-				test.block(t, 4)
-			}
-			stop(t, pid)
-			if busy { // so that its stream is full
-				go test.Call("Plugin.Echo", string(noise(8<<20, 1)), new(string)) // ends with Kill
-			}
-			return true
-		}
-	}
-	for name, test := range map[string]struct {
-		mode       string
-		tls        bool
-		at         func(*plugin.Client, *lab) bool // Kill is called when it returns true; nil for before Start
-		interrupts bool
-	}{
-		"before Start":     {"plugin", false, nil, true},
-		"starting":         {"wait", false, noted("plugin"), true},
-		"TLS":              {"deaf", true, noted("connected"), true},
-		"dispensing":       {"deaf", false, noted("connected"), true},
-		"at any moment":    {"plugin", false, func(c *plugin.Client, _ *lab) bool { return c.ID() != "" }, false},
-		"stubborn":         {"plugin endless", false, func(c *plugin.Client, _ *lab) bool { return connect(c) == nil }, false},
-		"stopped":          {"plugin", false, stopped(false), false},
-		"stopped and busy": {"plugin", false, stopped(true), false},
-	} {
-		if stop == nil && strings.HasPrefix(name, "stopped") {
-			continue
-		}
+	for name, test := range killMoments {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
@@ -437,31 +518,41 @@ func TestKill(t *testing.T) {
 				cfg.TLSConfig = &tls.Config{InsecureSkipVerify: true}
 			}
 			c := plugin.NewClient(cfg)
-			connecting := func() error { return connect(c) }
-			var connected <-chan error
-			if test.at != nil {
-				connected = async(connecting)
-				await(t, name, func() bool { return test.at(c, l) })
-			}
-			concurrently(t, 4, func(int) {
-				within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
-				if !isClosed(c.Done()) || !c.Exited() || c.Err() != nil {
-					t.Errorf("Kill has returned: %v, %v", c.Exited(), c.Err())
-				}
-			})
-			if test.at == nil {
-				connected = async(connecting)
-			}
-			if err := receive(t, "Dispense", connected); test.interrupts {
+			connecting := async(func() error { return connect(c) })
+			await(t, name, func() bool { return test.reached(t, c, l) })
+			killByMany(t, c, cfg.KillTimeout)
+			err := receive(t, "connecting", connecting)
+			if test.interrupts {
 				errorSays(t, err, "Kill")
 			}
-			if p, err := c.Client(); err == nil || p != nil {
-				t.Error("Client returned a connection after Kill")
-			}
-			if test.at == nil && (l.noted("plugin") || c.ID() != "") {
-				t.Error("it was started all the same")
-			}
 		})
+	}
+}
+
+// A client that was killed before its start does not start a process.
+func TestKillBeforeStart(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	c := plugin.NewClient(l.config("plugin"))
+	killByMany(t, c, 0)
+	errorSays(t, connect(c), "Kill")
+	if l.noted("plugin") || c.ID() != "" {
+		t.Error("it was started all the same")
+	}
+}
+
+// killByMany calls Kill several times at once. When it has returned, the client is at
+// its end.
+func killByMany(t *testing.T, c *plugin.Client, killTimeout time.Duration) {
+	t.Helper()
+	concurrently(t, 4, func(int) {
+		within(t, "Kill", killTimeout+2*time.Second, c.Kill)
+		if !isClosed(c.Done()) || !c.Exited() || c.Err() != nil {
+			t.Errorf("Kill has returned: %v, %v", c.Exited(), c.Err())
+		}
+	})
+	if p, err := c.Client(); err == nil || p != nil {
+		t.Error("Client returned a connection after Kill")
 	}
 }
 
@@ -656,30 +747,31 @@ func TestEndIsLogged(t *testing.T) {
 	t.Parallel()
 	do := func(how string) func(*plugin.Client, plugin.ClientProtocol) {
 		return func(_ *plugin.Client, p plugin.ClientProtocol) {
-			_ = dispense(t, p).Call("Plugin.Do", how, new(string))
+			if test, err := plugin.Dispense[*testClient](p, "test"); err == nil {
+				_ = test.Call("Plugin.Do", how, new(string))
+			}
 		}
 	}
+	kill := func(c *plugin.Client, _ plugin.ClientProtocol) { c.Kill() }
+	closeIt := func(_ *plugin.Client, p plugin.ClientProtocol) { _ = p.Close() }
 	for name, test := range map[string]struct {
-		end   func(*plugin.Client, plugin.ClientProtocol) // nil for a start that fails
+		mode  string
+		end   func(*plugin.Client, plugin.ClientProtocol)
 		level hclog.Level
 		word  string
 	}{
-		"panic":  {do("panic"), hclog.Error, "panic: boom"},
-		"exit3":  {do("exit3"), hclog.Error, "exit status 3"},
-		"killed": {do("killed"), hclog.Error, map[bool]string{true: "exit status 1", false: "killed"}[runtime.GOOS == "windows"]},
-		"exit0":  {do("exit0"), hclog.Info, "exit status 0"},
-		"Kill":   {func(c *plugin.Client, _ plugin.ClientProtocol) { c.Kill() }, hclog.Debug, ""},
-		"Close":  {func(_ *plugin.Client, p plugin.ClientProtocol) { _ = p.Close() }, hclog.Debug, ""},
-		"start":  {nil, hclog.Debug, ""},
+		"panic":  {"say plugin", do("panic"), hclog.Error, "panic: boom"},
+		"exit3":  {"say plugin", do("exit3"), hclog.Error, "exit status 3"},
+		"killed": {"say plugin", do("killed"), hclog.Error, killedState},
+		"exit0":  {"say plugin", do("exit0"), hclog.Info, "exit status 0"},
+		"Kill":   {"say plugin", kill, hclog.Debug, ""},
+		"Close":  {"say plugin", closeIt, hclog.Debug, ""},
+		"start":  {"say exit3", nil, hclog.Debug, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			logger, log := recorder()
-			mode := "say plugin"
-			if test.end == nil {
-				mode = "say exit3"
-			}
-			cfg := newLab(t).config(mode, sayEnv+"=a banner | of a library\n") // and an empty line
+			cfg := newLab(t).config(test.mode, sayEnv+"=a banner | of a library\n") // and an empty line
 			cfg.Logger = logger
 			c := plugin.NewClient(cfg)
 			t.Cleanup(c.Kill)
@@ -688,10 +780,7 @@ func TestEndIsLogged(t *testing.T) {
 			}
 			receive(t, "Done", c.Done())
 			c.Kill()
-			// ofProcess returns the records with its pid: of its start and its end.
-			ofProcess := func() []logRecord {
-				return slices.DeleteFunc(log.find(""), func(r logRecord) bool { return !strings.Contains(r.String(), "pid="+strconv.Quote(c.ID())) })
-			}
+			ofProcess := func() []logRecord { return log.findText("pid=" + strconv.Quote(c.ID())) }
 			await(t, "the records of start and end", func() bool { return len(ofProcess()) >= 2 })
 			end := ofProcess()[1]
 			if len(ofProcess()) != 2 || end.level != test.level {
@@ -702,8 +791,12 @@ func TestEndIsLogged(t *testing.T) {
 					t.Errorf("%q is not in the record %v", word, end)
 				}
 			}
-			if banner := log.find("handshake"); len(banner) != 1 || banner[0].level != hclog.Warn || !strings.Contains(banner[0].String(), "a banner") {
-				t.Errorf("the line before the handshake is logged as %v", banner)
+			banner := log.find("handshake")
+			if len(banner) != 1 || banner[0].level != hclog.Warn {
+				t.Fatalf("the line before the handshake is logged as %v", banner)
+			}
+			if !strings.Contains(banner[0].String(), "a banner") {
+				t.Errorf("the line before the handshake is not in %v", banner[0])
 			}
 		})
 	}
@@ -719,9 +812,9 @@ func TestExitedAfterCrash(t *testing.T) {
 		test := dispense(t, p)
 		calls := []func() error{
 			func() error { return test.Call("Plugin.Echo", "x", new(string)) },
-			func() error { return plugin.Call(context.Background(), test.Client, "Plugin.Echo", "x", new(string)) },
-			func() error { _, err := p.Dispense("test"); return err },
-			func() error { return p.Ping() },
+			func() error { return callIn(context.Background(), test.Client, "Echo") },
+			func() error { return dispensing(p) },
+			p.Ping,
 		}
 		crash := time.AfterFunc(20*time.Millisecond, func() { _ = cfg.Cmd.Process.Kill() })
 		defer crash.Stop()
@@ -799,7 +892,10 @@ func testTLS(t testing.TB, cfg *plugin.ClientConfig) {
 	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
 	check(t, err)
 	pool := x509.NewCertPool()
-	for name, block := range map[string]*pem.Block{"cert": {Type: "CERTIFICATE", Bytes: cert.Certificate[0]}, "key": {Type: "PRIVATE KEY", Bytes: key}} {
+	for name, block := range map[string]*pem.Block{
+		"cert": {Type: "CERTIFICATE", Bytes: cert.Certificate[0]},
+		"key":  {Type: "PRIVATE KEY", Bytes: key},
+	} {
 		text := pem.EncodeToMemory(block)
 		pool.AppendCertsFromPEM(text)
 		check(t, os.WriteFile(filepath.Join(envValues(cfg.Cmd.Env, notesEnv)[0], name), text, 0o600))
@@ -811,17 +907,22 @@ func testTLS(t testing.TB, cfg *plugin.ClientConfig) {
 // says so.
 func TestTLS(t *testing.T) {
 	t.Parallel()
+	noEdit := func(*plugin.ClientConfig) {}
+	otherRoots := func(c *plugin.ClientConfig) { c.TLSConfig.RootCAs = x509.NewCertPool() }
+	noTLS := func(c *plugin.ClientConfig) { c.TLSConfig = nil }
+	mtls := func(c *plugin.ClientConfig) { c.AutoMTLS = true }
+	impatient := func(c *plugin.ClientConfig) { c.StartTimeout = 2 * time.Second }
 	for name, test := range map[string]struct {
 		mode string
 		edit func(*plugin.ClientConfig)
 		word string // in the error; "" for none
 	}{
-		"both":                {"tls", func(*plugin.ClientConfig) {}, ""},
-		"another certificate": {"tls", func(c *plugin.ClientConfig) { c.TLSConfig.RootCAs = x509.NewCertPool() }, "certificate"},
-		"host only":           {"plugin", func(*plugin.ClientConfig) {}, "TLS"},
-		"plugin only":         {"tls", func(c *plugin.ClientConfig) { c.TLSConfig = nil }, "TLS"},
-		"imposter":            {"imposter", func(c *plugin.ClientConfig) { c.AutoMTLS = true }, "certificate"},
-		"deaf":                {"deaf", func(c *plugin.ClientConfig) { c.StartTimeout = 2 * time.Second }, "deadline"},
+		"both":                {"tls", noEdit, ""},
+		"another certificate": {"tls", otherRoots, "certificate"},
+		"host only":           {"plugin", noEdit, "TLS"},
+		"plugin only":         {"tls", noTLS, "TLS"},
+		"imposter":            {"imposter", mtls, "certificate"},
+		"deaf":                {"deaf", impatient, "deadline"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -39,7 +39,9 @@ func init() {
 }
 
 // nested has registered types in an interface in an interface.
-var nested = Box{[]any{Box{[]any{Pair{"x", 1}, map[string]any{"x": Pair{}}, [2]any{1, 2}, time.Unix(1, 0).UTC()}}}}
+var nested = Box{[]any{
+	Box{[]any{Pair{"x", 1}, map[string]any{"x": Pair{}}, [2]any{1, 2}, time.Unix(1, 0).UTC()}},
+}}
 
 // notGob are beginnings of a stream that claim more than comes, or are no gob.
 var notGob = [][]byte{
@@ -81,8 +83,13 @@ func (ending) Box(in Box, out *Box) error {
 	*out = in
 	return nil
 }
-func (ending) Wait(ctx context.Context, _ string, _ *string) error { <-ctx.Done(); return ctx.Err() }
 
+func (ending) Wait(ctx context.Context, _ string, _ *string) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// A server ends, with a reason, whatever its caller sends.
 func FuzzRPCServer(f *testing.F) {
 	for _, method := range []string{"Plugin.Box", "Plugin.Wait", "Plugin.Missing"} {
 		addStreams(f, rpc.Request{ServiceMethod: method, Seq: 1})
@@ -91,13 +98,15 @@ func FuzzRPCServer(f *testing.F) {
 	f.Fuzz(func(t *testing.T, sent []byte) {
 		svc, err := newService(ending{})
 		check(t, err)
-		s := newRPCServer(script{bytes.NewReader(sent)}, map[string]*service{"Plugin": svc}, hclog.NewNullLogger(), true)
+		services := map[string]*service{"Plugin": svc}
+		s := newRPCServer(script{bytes.NewReader(sent)}, services, hclog.NewNullLogger(), true)
 		if s.answerCalls(context.Background()) == nil {
 			t.Error("the end has no reason")
 		}
 	})
 }
 
+// The calls of a client end, whatever its peer sends.
 func FuzzRPCClient(f *testing.F) {
 	addStreams(f, response{Seq: 1})
 	addStreams(f, response{Seq: 1, Error: "failed", Is: "io.EOF\nunknown"})
@@ -203,17 +212,32 @@ func (p picky) GobEncode() ([]byte, error) {
 	return []byte{byte(p.V)}, nil
 }
 
-func (p *picky) GobDecode(data []byte) error { p.V = int(data[0]); return nil }
+func (p *picky) GobDecode(data []byte) error {
+	p.V = int(data[0])
+	return nil
+}
 
 // Point is a plain struct.
 type Point struct{ X, Y int }
 
 func init() { gob.Register(Point{}) }
 
+// shapeTypes are the types of which others are made.
 var shapeTypes = []reflect.Type{
-	reflect.TypeFor[any](), reflect.TypeFor[*holder](), reflect.TypeFor[Point](), reflect.TypeFor[picky](), reflect.TypeFor[struct{}](),
-	reflect.TypeFor[bool](), reflect.TypeFor[int](), reflect.TypeFor[int8](), reflect.TypeFor[uint32](), reflect.TypeFor[float64](),
-	reflect.TypeFor[complex128](), reflect.TypeFor[string](), reflect.TypeFor[[]byte](), reflect.TypeFor[map[int]string](),
+	reflect.TypeFor[any](),
+	reflect.TypeFor[*holder](),
+	reflect.TypeFor[Point](),
+	reflect.TypeFor[picky](),
+	reflect.TypeFor[struct{}](),
+	reflect.TypeFor[bool](),
+	reflect.TypeFor[int](),
+	reflect.TypeFor[int8](),
+	reflect.TypeFor[uint32](),
+	reflect.TypeFor[float64](),
+	reflect.TypeFor[complex128](),
+	reflect.TypeFor[string](),
+	reflect.TypeFor[[]byte](),
+	reflect.TypeFor[map[int]string](),
 }
 
 // fuzzType returns a type that gob can encode.
@@ -232,7 +256,10 @@ func fuzzType(r *rand.Rand, depth int) reflect.Type {
 	case 6:
 		return reflect.ArrayOf(r.Intn(3), fuzzType(r, depth-1))
 	case 5:
-		return reflect.StructOf([]reflect.StructField{{Name: "F", Type: fuzzType(r, depth-1)}, {Name: "G", Type: fuzzType(r, depth-1)}})
+		return reflect.StructOf([]reflect.StructField{
+			{Name: "F", Type: fuzzType(r, depth-1)},
+			{Name: "G", Type: fuzzType(r, depth-1)},
+		})
 	}
 	return shapeTypes[r.Intn(len(shapeTypes))]
 }
@@ -299,110 +326,159 @@ func (*rpcEcho) Echo(in string, out *string) error {
 	return nil
 }
 
-func fuzzInvoke(t *testing.T, here, there *MuxBroker, r *rand.Rand) {
+// fuzzMethod is a method with random parameters, and what a call of it has seen.
+type fuzzMethod struct {
+	typ      reflect.Type
+	context  bool // its first parameter is a context
+	returned int  // which argument it returns; -1 for none
+	seen     []reflect.Value
+}
+
+// fuzzCallback is the type of a function that is an argument.
+type fuzzCallback = func(int) (int, error)
+
+// newFuzzMethod returns a method that returns one of its arguments, or nothing.
+func newFuzzMethod(r *rand.Rand) *fuzzMethod {
+	m := &fuzzMethod{context: r.Intn(2) == 1, returned: -1}
 	var in []reflect.Type
 	out := []reflect.Type{typeOfError}
-	withContext := r.Intn(2)
-	if withContext == 1 {
+	if m.context {
 		in = append(in, typeOfContext)
 	}
-	callback := func(n int) (int, error) { return n + 1, nil }
-	passed := []reflect.Type{typeOfReader, typeOfWriter, reflect.TypeOf(callback)}
-	returned := -1
+	served := []reflect.Type{typeOfReader, typeOfWriter, reflect.TypeFor[fuzzCallback]()}
 	for i := range r.Intn(5) {
-		if n := r.Intn(9); n < len(passed) {
-			in = append(in, passed[n])
+		if n := r.Intn(9); n < len(served) {
+			in = append(in, served[n])
 			continue
 		}
 		in = append(in, fuzzType(r, 3))
 		if r.Intn(2) == 1 {
-			returned = i
+			m.returned = i
 			out = []reflect.Type{in[len(in)-1], typeOfError}
 		}
 	}
-	typ := reflect.FuncOf(in, out, false)
-	s, err := newSignature(typ)
-	if err != nil {
-		t.Fatalf("%v: %v", typ, err)
-	}
+	m.typ = reflect.FuncOf(in, out, false)
+	return m
+}
 
-	// The method uses its arguments and returns one of them.
-	var seen []reflect.Value
-	f := reflect.MakeFunc(typ, func(in []reflect.Value) []reflect.Value {
-		seen = in[withContext:]
-		for _, v := range seen {
-			var err error
-			switch arg := v.Interface().(type) {
-			case io.Reader:
-				_, err = io.Copy(io.Discard, arg)
-			case io.Writer:
-				_, err = io.WriteString(arg, "written")
-			case func(int) (int, error):
-				if arg != nil {
-					_, err = arg(1)
-				}
-			}
-			if err != nil {
-				t.Errorf("using a %v: %v", v.Type(), err)
-			}
+// call is the method. It uses its arguments.
+func (m *fuzzMethod) call(t *testing.T, in []reflect.Value) []reflect.Value {
+	m.seen = in
+	if m.context {
+		m.seen = in[1:]
+	}
+	for _, v := range m.seen {
+		if err := useArgument(v.Interface()); err != nil {
+			t.Errorf("using a %v: %v", v.Type(), err)
 		}
-		result := []reflect.Value{reflect.Zero(typeOfError)}
-		if returned >= 0 {
-			result = []reflect.Value{seen[returned], result[0]}
+	}
+	result := []reflect.Value{reflect.Zero(typeOfError)}
+	if m.returned >= 0 {
+		result = []reflect.Value{m.seen[m.returned], result[0]}
+	}
+	return result
+}
+
+// useArgument reads, writes or calls an argument that can be.
+func useArgument(v any) error {
+	var err error
+	switch arg := v.(type) {
+	case io.Reader:
+		_, err = io.Copy(io.Discard, arg)
+	case io.Writer:
+		_, err = io.WriteString(arg, "written")
+	case fuzzCallback:
+		if arg != nil {
+			_, err = arg(1)
 		}
-		return result
-	})
+	}
+	return err
+}
+
+// fuzzServed returns an argument that is served, and not sent.
+func fuzzServed(t reflect.Type) any {
+	switch t {
+	case reflect.TypeFor[io.Reader]():
+		return strings.NewReader("x")
+	case reflect.TypeFor[io.Writer]():
+		return io.Discard
+	}
+	return fuzzCallback(func(n int) (int, error) { return n + 1, nil })
+}
+
+// fuzzArguments returns arguments for a signature, and the struct that is sent with a
+// number for each of those that are served.
+func fuzzArguments(s *signature, r *rand.Rand) (args []any, sent reflect.Value) {
+	sent = reflect.New(s.sent).Elem()
+	for i, p := range s.params {
+		switch {
+		case p.sent == p.Type:
+			v := fuzzValue(p.Type, r)
+			s.param(sent, i).Set(v)
+			args = append(args, v.Interface())
+		case r.Intn(2) == 1:
+			s.param(sent, i).SetUint(1)
+			args = append(args, fuzzServed(p.Type))
+		default:
+			args = append(args, reflect.Zero(p.Type).Interface())
+		}
+	}
+	return args, sent
+}
+
+// fuzzInvoke calls a random method with random arguments, and compares the result
+// with what gob alone makes of them.
+func fuzzInvoke(t *testing.T, here, there *MuxBroker, r *rand.Rand) {
+	m := newFuzzMethod(r)
+	s, err := newSignature(m.typ)
+	if err != nil {
+		t.Fatalf("%v: %v", m.typ, err)
+	}
+	f := reflect.MakeFunc(m.typ, func(in []reflect.Value) []reflect.Value { return m.call(t, in) })
 	id, stop := there.ServeRPC(&service{methods: map[string]*method{"Call": s.method(there, f)}})
 	defer stop()
 	c, err := here.DialRPC(id)
 	check(t, err)
 	defer c.Close()
-
-	var args []any
-	sent := reflect.New(s.sent).Elem()
-	for i, p := range s.params {
-		if p.sent == p.Type {
-			v := fuzzValue(p.Type, r)
-			s.param(sent, i).Set(v)
-			args = append(args, v.Interface())
-		} else if r.Intn(2) == 1 {
-			s.param(sent, i).SetUint(1)
-			args = append(args, map[reflect.Type]any{passed[0]: strings.NewReader("x"), passed[1]: io.Discard, passed[2]: callback}[p.Type])
-		} else {
-			args = append(args, reflect.Zero(p.Type).Interface())
-		}
-	}
+	args, sent := fuzzArguments(s, r)
 	ctx, cancel := context.WithTimeout(context.Background(), hangs)
 	defer cancel()
 	got, err := s.invoke(ctx, here, c, "Call", args)
 
 	arrives, lost := throughGob(sent)
-	for i, p := range s.params {
-		if lost != nil || len(seen) == 0 {
-			break
-		}
-		want := s.param(arrives, i)
-		if p.sent != p.Type {
-			if seen[i].IsNil() != want.IsZero() {
-				t.Errorf("%v: argument %d is nil: %v", typ, i, seen[i].IsNil())
-			}
-		} else if !reflect.DeepEqual(seen[i].Interface(), want.Interface()) {
-			t.Errorf("%v: argument %d, %#v, arrives as %#v and not %#v", typ, i, args[i], seen[i], want)
-		}
+	if called := m.seen != nil; called != (lost == nil) {
+		t.Errorf("%v: called: %v; what gob says: %v; the error: %v", m.typ, called, lost, err)
 	}
-	if called := seen != nil; called != (lost == nil) {
-		t.Errorf("%v: called: %v; what gob says: %v; the error: %v", typ, called, lost, err)
+	if lost == nil {
+		m.checkSeen(t, s, args, arrives)
 	}
-	if lost == nil && returned >= 0 {
-		arrives, lost = throughGob(seen[returned])
+	if lost == nil && m.returned >= 0 {
+		result := m.seen[m.returned]
+		arrives, lost = throughGob(result)
 		if err == nil && lost == nil && !reflect.DeepEqual(got.Interface(), arrives.Interface()) {
-			t.Errorf("%v: the result %#v arrives as %#v and not %#v", typ, seen[returned], got, arrives)
+			t.Errorf("%v: the result %#v arrives as %#v and not %#v", m.typ, result, got, arrives)
 		}
 	}
 	if (err == nil) != (lost == nil) || errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("%v: the error is %v; what gob says: %v", typ, err, lost)
+		t.Errorf("%v: the error is %v; what gob says: %v", m.typ, err, lost)
 	}
 	if err := c.Call("Plugin.Nothing", 1, nil); !errors.As(err, new(rpc.ServerError)) {
-		t.Errorf("%v: afterwards: %v", typ, err)
+		t.Errorf("%v: afterwards: %v", m.typ, err)
+	}
+}
+
+// checkSeen compares the arguments that the method has seen with the struct as it
+// arrives.
+func (m *fuzzMethod) checkSeen(t *testing.T, s *signature, args []any, arrives reflect.Value) {
+	t.Helper()
+	for i, got := range m.seen {
+		want := s.param(arrives, i)
+		served := s.params[i].sent != s.params[i].Type
+		if served && got.IsNil() != want.IsZero() {
+			t.Errorf("%v: argument %d is nil: %v", m.typ, i, got.IsNil())
+		}
+		if !served && !reflect.DeepEqual(got.Interface(), want.Interface()) {
+			t.Errorf("%v: argument %d, %#v, arrives as %#v and not %#v", m.typ, i, args[i], got, want)
+		}
 	}
 }

@@ -30,7 +30,7 @@ func addSessions(f *testing.F, end int) {
 	var ends [2]io.ReadWriteCloser
 	ends[0], ends[1] = plugin.TestConn(f)
 	ends[end] = readWriteCloser{ends[end], io.MultiWriter(&sent, ends[end]), ends[end]}
-	go (&plugin.RPCServer{Plugins: testPlugins(newTestState())}).ServeConn(ends[1]) // ends with the connection
+	serve(ends[1], testPlugins(newTestState()))
 	c, err := plugin.NewRPCClient(ends[0], testPlugins(nil))
 	check(f, err)
 	dispenseAndEcho(f, c)

@@ -98,15 +98,21 @@ var padding atomic.Int32
 func (p Padded) GobEncode() ([]byte, error) {
 	return []byte(p.Text + strings.Repeat(" ", int(padding.Add(7)%16))), nil
 }
-func (p *Padded) GobDecode(b []byte) error { p.Text = strings.TrimRight(string(b), " "); return nil }
+
+func (p *Padded) GobDecode(b []byte) error {
+	p.Text = strings.TrimRight(string(b), " ")
+	return nil
+}
 
 // notRegistered cannot be encoded in an interface.
 type notRegistered struct{ N int }
 
 // registeredValues are values of all types that can be in an interface.
 var registeredValues = []any{
-	Pair{"x", 1}, Tree{Leaf: 1}, Moody{Text: "x"}, newRing("x"), Padded{"x"}, map[string]any{}, [2]any{1, 2}, time.Unix(1, 0).UTC(),
-	Holder[int]{1}, Holder[string]{"x"}, Holder[any]{1}, Holder[[]Pair]{}, Holder[map[int]any]{}, Holder[*Tree]{}, Holder[Holder[any]]{},
+	Pair{"x", 1}, Tree{Leaf: 1}, Moody{Text: "x"}, newRing("x"), Padded{"x"},
+	map[string]any{}, [2]any{1, 2}, time.Unix(1, 0).UTC(),
+	Holder[int]{1}, Holder[string]{"x"}, Holder[any]{1}, Holder[[]Pair]{},
+	Holder[map[int]any]{}, Holder[*Tree]{}, Holder[Holder[any]]{},
 }
 
 // allTypes has them in an interface in an interface.
@@ -163,14 +169,16 @@ func (s source) mapped(depth int) map[string]any {
 // any returns a value for an interface.
 func (s source) any(depth int) any {
 	values := []any{
-		s.IntN(1000), s.text(), Pair{s.text(), s.IntN(5)}, Holder[int]{s.IntN(3)}, Holder[string]{s.text()},
-		Holder[[]Pair]{make([]Pair, s.IntN(3))}, s.moody(), Padded{s.text()}, newRing(s.text()), time.Unix(s.Int64N(1e9), 0).UTC(),
+		s.IntN(1000), s.text(), Pair{s.text(), s.IntN(5)}, Holder[int]{s.IntN(3)},
+		Holder[string]{s.text()}, Holder[[]Pair]{make([]Pair, s.IntN(3))},
+		s.moody(), Padded{s.text()}, newRing(s.text()), time.Unix(s.Int64N(1e9), 0).UTC(),
 	}
 	if depth > 0 && s.IntN(2) == 0 {
 		v := s.any(depth - 1)
 		values = []any{
-			Holder[any]{v}, Holder[map[int]any]{map[int]any{s.IntN(9): v}}, Holder[Holder[any]]{Holder[any]{v}}, Box{v},
-			[2]any{v, s.any(depth - 1)}, Holder[*Tree]{s.tree(depth - 1)}, s.list(depth), s.mapped(depth),
+			Holder[any]{v}, Holder[map[int]any]{map[int]any{s.IntN(9): v}},
+			Holder[Holder[any]]{Holder[any]{v}}, Box{v}, [2]any{v, s.any(depth - 1)},
+			Holder[*Tree]{s.tree(depth - 1)}, s.list(depth), s.mapped(depth),
 		}
 	}
 	if s.nils {
@@ -285,71 +293,113 @@ func (m *model) call(method string, arg, reply any) (failed int, panics bool) {
 	return 0, false
 }
 
-// call makes a random call and compares it with the model. host and plugin say
-// which ends are this package's.
-func (s source) call(t testing.TB, c *rpc.Client, host, guest bool) {
+// randomCall is a call of mirror with random values.
+type randomCall struct {
+	source
+	host, plugin bool // which ends are this package's
+
+	method  string
+	arg     any
+	reply   any  // what the reply is decoded into, and
+	want    any  // what it should be
+	missing bool // the method does not exist
+	dropped bool // the caller does not want the reply
+	failed  int  // the step that fails, or 0
+	panics  bool // it panics
+}
+
+// newCall returns a random call, and what should become of it.
+func (s source) newCall(host, plugin bool) *randomCall {
 	names := slices.Sorted(maps.Keys(forms))
-	other := func(name string, one int) string {
-		if s.IntN(one) == 0 {
+	// otherThan returns another name in one of n cases.
+	otherThan := func(name string, n int) string {
+		if s.IntN(n) == 0 {
 			return names[s.IntN(len(names))]
 		}
 		return name
 	}
-	method := names[s.IntN(len(names))]
-	from, into := other(method, 4), other(method, 8)
-	missing, dropped := s.IntN(20) == 0, s.IntN(20) == 0
+	c := &randomCall{host: host, plugin: plugin}
+	c.method = names[s.IntN(len(names))]
+	from, into := otherThan(c.method, 4), otherThan(c.method, 8)
+	c.missing, c.dropped = s.IntN(20) == 0, s.IntN(20) == 0
 	// gob does not find the end of a nil interface that it skips.
-	s.nils = from == method && into == method && (guest || !missing) && (host || !dropped)
+	skips := from != c.method || into != c.method || c.missing && !plugin || c.dropped && !host
+	s.nils = !skips
 	s.bad = s.IntN(2) == 0
+	c.source = s
 
-	arg := forms[from](s)
-	_, reply := parameters(into)
-	_, want := parameters(into)
-	failed, panics := s.model.call(method, arg, want)
-	if missing && failed != encodeArgument {
-		method, failed, panics = "Nowhere", decodeArgument, false
+	c.arg = forms[from](s)
+	_, c.reply = parameters(into)
+	_, c.want = parameters(into)
+	c.failed, c.panics = s.model.call(c.method, c.arg, c.want)
+	if c.missing && c.failed != encodeArgument {
+		c.method, c.failed, c.panics = "Nowhere", decodeArgument, false
 	}
-	if dropped && failed == decodeReply {
-		failed = 0 // the reply is skipped
+	if c.dropped {
+		c.reply = nil
 	}
-	ours := map[int]bool{encodeArgument: host, decodeArgument: guest, encodeReply: guest, decodeReply: host}
-	if failed != 0 && !ours[failed] && (failed != decodeArgument || panics) {
-		return // ends a net/rpc connection, or the process
+	if c.dropped && c.failed == decodeReply {
+		c.failed = 0 // the reply is skipped
 	}
+	c.method = "Plugin." + c.method
+	return c
+}
 
-	if dropped {
-		reply = nil
+// isOurs reports whether this package does the step that fails.
+func (c *randomCall) isOurs() bool {
+	switch c.failed {
+	case encodeArgument, decodeReply:
+		return c.host
+	case decodeArgument, encodeReply:
+		return c.plugin
 	}
-	method = "Plugin." + method
-	how := s.IntN(4)
-	var err error
+	return false
+}
+
+// endsPeer reports whether the failure ends a connection or process of net/rpc alone.
+func (c *randomCall) endsPeer() bool {
+	return c.failed != 0 && !c.isOurs() && (c.failed != decodeArgument || c.panics)
+}
+
+// do makes the call in one of several ways. If it returns canceled, the call was
+// cancelled before it was answered.
+func (c *randomCall) do(client *rpc.Client) (err error, canceled bool) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	switch c.IntN(4) {
+	case 0:
+		if c.failed != decodeReply { // would end the client
+			return client.Call(c.method, c.arg, c.reply), false
+		}
+	case 1:
+		return plugin.Call(context.Background(), client, c.method, c.arg, c.reply), false
+	case 2:
+		go cancel()
+	}
+	err = plugin.Call(ctx, client, c.method, c.arg, c.reply)
+	return err, errors.Is(err, context.Canceled)
+}
+
+// check makes the call and compares what comes of it with the model. A call that was
+// cancelled must not have changed its reply.
+func (c *randomCall) check(t testing.TB, client *rpc.Client) {
+	err, canceled := c.do(client)
+	if canceled {
+		if c.reply != nil && !reflect.ValueOf(c.reply).Elem().IsZero() {
+			t.Errorf("%s was cancelled, and replied %+v", c.method, c.reply)
+		}
+		return
+	}
+	remote := c.failed == decodeArgument || c.failed == encodeReply
 	switch {
-	case how == 0 && failed != decodeReply: // would end the client
-		err = c.Call(method, arg, reply)
-	case how == 1:
-		err = plugin.Call(context.Background(), c, method, arg, reply)
-	default:
-		ctx, cancel := context.WithCancel(context.Background())
-		defer cancel()
-		if how == 2 {
-			go cancel()
-		}
-		err = plugin.Call(ctx, c, method, arg, reply)
-		if errors.Is(err, context.Canceled) {
-			err, failed = nil, 0
-			_, want = parameters(into)
-		}
-	}
-	var remote rpc.ServerError
-	switch isRemote := errors.As(err, &remote); {
-	case failed == 0 && err != nil, failed != 0 && err == nil:
-		t.Errorf("%s of %+v returned %v; gob alone fails at step %d", method, arg, err, failed)
-	case failed == 0 && !dropped && !reflect.DeepEqual(reply, want):
-		t.Errorf("%s of %+v replied %+v and not %+v", method, arg, reply, want)
-	case failed != 0 && isRemote != (failed == decodeArgument || failed == encodeReply):
-		t.Errorf("%s of %+v returned %T: %v", method, arg, err, err)
-	case ours[failed]:
-		errorSays(t, err, method)
+	case (err == nil) != (c.failed == 0):
+		t.Errorf("%s of %+v returned %v; gob alone fails at step %d", c.method, c.arg, err, c.failed)
+	case err == nil && !c.dropped && !reflect.DeepEqual(c.reply, c.want):
+		t.Errorf("%s of %+v replied %+v and not %+v", c.method, c.arg, c.reply, c.want)
+	case err != nil && isA[rpc.ServerError](err) != remote:
+		t.Errorf("%s of %+v returned %T: %v", c.method, c.arg, err, err)
+	case c.isOurs():
+		errorSays(t, err, c.method)
 	}
 }
 
@@ -379,7 +429,9 @@ func TestRandomCalls(t *testing.T) {
 				concurrently(t, 8, func(i int) {
 					s := source{Rand: rand.New(rand.NewPCG(seed, uint64(i))), model: newModel(t)}
 					for range 25 {
-						s.call(t, c, wire.host, wire.plugin)
+						if call := s.newCall(wire.host, wire.plugin); !call.endsPeer() {
+							call.check(t, c)
+						}
 					}
 				})
 				exchange(t, c)
@@ -442,7 +494,8 @@ func TestStuckCaller(t *testing.T) {
 	sent := async(func() error {
 		enc := gob.NewEncoder(st)
 		for i := range calls {
-			if err := errors.Join(enc.Encode(rpc.Request{ServiceMethod: "Plugin.Echo", Seq: uint64(i)}), enc.Encode(large)); err != nil {
+			req := rpc.Request{ServiceMethod: "Plugin.Echo", Seq: uint64(i)}
+			if err := errors.Join(enc.Encode(req), enc.Encode(large)); err != nil {
 				return err
 			}
 		}
@@ -486,7 +539,8 @@ func TestNotGob(t *testing.T) {
 		_, err1 := st.Read(make([]byte, 1))
 		_, err2 := st.Write(sent)
 		check(t, errors.Join(err1, err2, st.Close()))
-		if receive(t, "the call", call.Done); call.Error == nil {
+		receive(t, "the call", call.Done)
+		if call.Error == nil {
 			t.Errorf("%x is taken for a reply", sent)
 		}
 		_, err := raw.Ping()
@@ -533,7 +587,10 @@ func TestKillStuckGob(t *testing.T) {
 		c, p := startPlugin(t, testConfig("sticky"))
 		test := dispense(t, p)
 		inside, release := make(chan bool), make(chan bool)
-		stuck := Stuck{func() { inside <- true; <-release }}
+		stuck := Stuck{func() {
+			inside <- true
+			<-release
+		}}
 		call := async(func() error {
 			if decode {
 				return test.Call("Plugin.Get", "", &stuck)

@@ -40,25 +40,47 @@ var handshakeLines = []struct{ line, says string }{
 	{"1|1|tcp|localhost:80|netrpc|", "1 tcp:127.0.0.1:80 netrpc"},
 }
 
+// writtenHandshakes are lines as this library writes them.
+var writtenHandshakes = []string{
+	"1|3|unix|/tmp/plugin123|netrpc|",
+	"1|3|unix|/tmp/plugin123|netrpc||flushes",
+	"1|0|tcp|127.0.0.1:10000|netrpc|+/8BAg",
+	"1|3|unix|/s|netrpc|+/8BAg|flushes",
+	"1|3|unix|/tmp/with a space|grpc|",
+}
+
 // badHandshakes are lines by a word of their errors.
 var badHandshakes = map[string][]string{
-	"core":        {"2|3|unix|/s|netrpc|", "01|3|unix|/s|netrpc|", "99999999999999999999|3|unix|/s", ""},
-	"fields":      {"1", "1|3|unix"},
-	"version":     {"1||unix|/s", "1|x|unix|/s", "1|99999999999999999999|unix|/s"},
-	"network":     {"1|3|udp|127.0.0.1:1", "1|3||/s"},
-	"address":     {"1|3|tcp|", "1|3|tcp|127.0.0.1", "1|3|tcp|127.0.0.1:http", "1|3|tcp|127.0.0.1:65536", "1|3|tcp|example.com:80"},
+	"core":    {"2|3|unix|/s|netrpc|", "01|3|unix|/s|netrpc|", "99999999999999999999|3|unix|/s", ""},
+	"fields":  {"1", "1|3|unix"},
+	"version": {"1||unix|/s", "1|x|unix|/s", "1|99999999999999999999|unix|/s"},
+	"network": {"1|3|udp|127.0.0.1:1", "1|3||/s"},
+	"address": {
+		"1|3|tcp|", "1|3|tcp|127.0.0.1", "1|3|tcp|127.0.0.1:http", "1|3|tcp|127.0.0.1:65536",
+		"1|3|tcp|example.com:80",
+	},
 	"certificate": {"1|3|unix|/s|netrpc|false", "1|3|unix|/s|netrpc|" + strings.Repeat("*", 80)},
 }
 
 // A handshake line is read as it is meant, or the error says what is wrong.
 func TestHandshakeLine(t *testing.T) {
-	for i, test := range handshakeLines {
+	for _, test := range handshakeLines {
 		h, err := parseHandshake(test.line)
-		if check(t, err); describe(h) != test.says {
+		check(t, err)
+		if describe(h) != test.says {
 			t.Errorf("%q is read as %q, and should be as %q", test.line, describe(h), test.says)
 		}
-		if i < 5 && h.String() != test.line {
+		again, err := parseHandshake(h.String())
+		check(t, err)
+		if describe(again) != test.says {
 			t.Errorf("%q is written as %q", test.line, h)
+		}
+	}
+	for _, line := range writtenHandshakes {
+		h, err := parseHandshake(line)
+		check(t, err)
+		if h.String() != line {
+			t.Errorf("%q is written as %q", line, h)
 		}
 	}
 	for word, lines := range badHandshakes {
@@ -111,7 +133,9 @@ func TestHostInfo(t *testing.T) {
 			t.Errorf("%v is read as %v", h, got)
 		}
 	}
-	for _, text := range []string{"", "1", "1 2", "x 2 pipe", "1 x pipe", "pipe 1 2", "99999999999999999999 1 pipe"} {
+	for _, text := range []string{
+		"", "1", "1 2", "x 2 pipe", "1 x pipe", "pipe 1 2", "99999999999999999999 1 pipe",
+	} {
 		if got := parseHostInfo(text); got != (hostInfo{}) {
 			t.Errorf("%q is read as %v", text, got)
 		}

@@ -93,7 +93,8 @@ func TestHandshakeFields(t *testing.T) {
 			l := newLab(t)
 			dir := filepath.Join(l.tmp, "plugin-dir")
 			check(t, os.Mkdir(dir, 0o700))
-			guest := l.start("plugin", testCookie, lifelineVariable+"="+test.host, plugin.EnvUnixSocketDir+"="+dir)
+			lifeline, socketDir := lifelineVariable+"="+test.host, plugin.EnvUnixSocketDir+"="+dir
+			guest := l.start("plugin", testCookie, lifeline, socketDir)
 			var line string
 			await(t, "the handshake", func() (ok bool) {
 				line, _, ok = strings.Cut(guest.output.String(), "\n")
@@ -176,15 +177,20 @@ func TestVersions(t *testing.T) {
 			cfg.ProtocolVersion, cfg.Plugins, cfg.VersionedPlugins = versions(test.host)
 			if test.want < 0 {
 				var err *plugin.VersionError
-				if failed := startError(t, plugin.NewClient(cfg)); !errors.As(failed, &err) || err.Plugin != test.offers || !slices.Equal(err.Host, test.has) {
+				failed := startError(t, plugin.NewClient(cfg))
+				if !errors.As(failed, &err) {
 					t.Fatalf("the error is %v", failed)
+				}
+				if err.Plugin != test.offers || !slices.Equal(err.Host, test.has) {
+					t.Errorf("the error has %d, and %v of the host", err.Plugin, err.Host)
 				}
 				errorSays(t, err, fmt.Sprint(test.has), fmt.Sprint(test.offers), "ProtocolVersion")
 				return
 			}
 			c, p := startPlugin(t, cfg)
 			client, err := plugin.Dispense[*testClient](p, strconv.Itoa(test.want))
-			if check(t, err); c.NegotiatedVersion() != test.want {
+			check(t, err)
+			if c.NegotiatedVersion() != test.want {
 				t.Errorf("version %d was negotiated", c.NegotiatedVersion())
 			}
 			echo(t, client.Client)

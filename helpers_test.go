@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -69,7 +70,12 @@ func pluginName(path string) string { return strings.TrimSuffix(filepath.Base(pa
 func testConfig(mode string, env ...string) *plugin.ClientConfig {
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append([]string{modeEnv + "=" + mode}, env...)
-	return &plugin.ClientConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(nil), Cmd: cmd, Logger: hclog.NewNullLogger()}
+	return &plugin.ClientConfig{
+		HandshakeConfig: testHandshake,
+		Plugins:         testPlugins(nil),
+		Cmd:             cmd,
+		Logger:          hclog.NewNullLogger(),
+	}
 }
 
 // attachTo returns a configuration that reattaches to a running plugin.
@@ -104,9 +110,15 @@ func startError(t testing.TB, c *plugin.Client) *plugin.StartError {
 // connect starts a plugin and dispenses "test".
 func connect(c *plugin.Client) error {
 	p, err := c.Client()
-	if err == nil {
-		_, err = p.Dispense("test")
+	if err != nil {
+		return err
 	}
+	return dispensing(p)
+}
+
+// dispensing returns the error of dispensing the plugin "test".
+func dispensing(p plugin.ClientProtocol) error {
+	_, err := p.Dispense("test")
 	return err
 }
 
@@ -146,6 +158,12 @@ func dialled(t testing.TB, here, there *plugin.MuxBroker, v any) *rpc.Client {
 	check(t, err)
 	t.Cleanup(func() { c.Close() })
 	return c
+}
+
+// callIn calls a method of the plugin that takes and returns a string, in a
+// context.
+func callIn(ctx context.Context, c *rpc.Client, method string) error {
+	return plugin.Call(ctx, c, "Plugin."+method, "", new(string))
 }
 
 // mustCall calls a method of the plugin and returns the reply. It fails the test
@@ -369,6 +387,12 @@ func checkEqual[T comparable](t testing.TB, what string, got, want T) {
 	}
 }
 
+// isA reports whether an error is or wraps an E.
+func isA[E error](err error) bool {
+	var target E
+	return errors.As(err, &target)
+}
+
 // logRecord is one record of a logger.
 type logRecord struct {
 	name  string
@@ -380,13 +404,14 @@ type logRecord struct {
 // String returns a record as "level: message | key=value key=value". Strings
 // have quotes.
 func (r logRecord) String() string {
-	text := r.level.String() + ": " + r.msg
+	text, separator := r.level.String()+": "+r.msg, " | "
 	for i := 0; i+1 < len(r.args); i += 2 {
-		format := map[bool]string{true: " | ", false: " "}[i == 0] + "%v=%v"
-		if _, ok := r.args[i+1].(string); ok {
-			format = strings.TrimSuffix(format, "v") + "q"
+		value := fmt.Sprint(r.args[i+1])
+		if s, ok := r.args[i+1].(string); ok {
+			value = strconv.Quote(s)
 		}
-		text += fmt.Sprintf(format, r.args[i], r.args[i+1])
+		text += fmt.Sprintf("%s%v=%s", separator, r.args[i], value)
+		separator = " "
 	}
 	return text
 }
@@ -415,7 +440,16 @@ func (r *logRecords) Accept(name string, level hclog.Level, msg string, args ...
 func (r *logRecords) find(text string) []logRecord {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(r.all), func(r logRecord) bool { return !strings.Contains(r.msg, text) })
+	return slices.DeleteFunc(slices.Clone(r.all), func(r logRecord) bool {
+		return !strings.Contains(r.msg, text)
+	})
+}
+
+// findText is find for any text of the record.
+func (r *logRecords) findText(text string) []logRecord {
+	return slices.DeleteFunc(r.find(""), func(r logRecord) bool {
+		return !strings.Contains(r.String(), text)
+	})
 }
 
 // syncBuffer is a buffer for concurrent use.
@@ -507,6 +541,15 @@ func (c *faultyConn) Close() error {
 
 // ---- Brokers and streams ----
 
+// serve serves plugins on one end of a connection. It ends with the connection.
+func serve(end io.ReadWriteCloser, plugins plugin.PluginSet) (served <-chan bool) {
+	return async(func() bool {
+		server := &plugin.RPCServer{Plugins: plugins}
+		server.ServeConn(end)
+		return true
+	})
+}
+
 // joinBrokers makes a connection of its two ends, dispenses the plugin "test" over
 // it, and returns the brokers of the host and of the plugin.
 func joinBrokers(t testing.TB, hostEnd, pluginEnd io.ReadWriteCloser) (host, guest *plugin.MuxBroker) {
@@ -516,15 +559,16 @@ func joinBrokers(t testing.TB, hostEnd, pluginEnd io.ReadWriteCloser) (host, gue
 }
 
 // joinEnds is joinBrokers, and returns the dispensed client and its server.
-func joinEnds(t testing.TB, hostEnd, pluginEnd io.ReadWriteCloser) (*plugin.RPCClient, *testClient, *testServer) {
+func joinEnds(
+	t testing.TB, hostEnd, pluginEnd io.ReadWriteCloser,
+) (*plugin.RPCClient, *testClient, *testServer) {
 	t.Helper()
 	state, dispensed := newTestState(), make(chan *testServer, 100)
-	server := &plugin.RPCServer{Plugins: plugin.PluginSet{"test": testPlugin(func(b *plugin.MuxBroker) (any, error) {
+	serve(pluginEnd, plugin.PluginSet{"test": testPlugin(func(b *plugin.MuxBroker) (any, error) {
 		s := &testServer{state, b}
 		dispensed <- s
 		return s, nil
-	})}}
-	go server.ServeConn(pluginEnd) // ends with the connection
+	})})
 	var counter streamCounter
 	host, err := plugin.NewRPCClient(counter.over(hostEnd), testPlugins(nil))
 	check(t, err)
@@ -540,7 +584,10 @@ func joinEnds(t testing.TB, hostEnd, pluginEnd io.ReadWriteCloser) (*plugin.RPCC
 func joined(t testing.TB, dial, accept func(id uint32) (net.Conn, error)) (dialled, accepted net.Conn) {
 	t.Helper()
 	id := rand.Uint32()
-	dialling := async(func() error { var err error; dialled, err = dial(id); return err })
+	dialling := async(func() (err error) {
+		dialled, err = dial(id)
+		return err
+	})
 	accepted, err := accept(id)
 	check(t, errors.Join(err, receive(t, "the dialled end", dialling)))
 	return dialled, accepted
@@ -759,11 +806,11 @@ func rawHost(t testing.TB, v any) (*rawPeer, *plugin.MuxBroker, net.Conn) {
 	brokers := make(chan *plugin.MuxBroker, 1)
 	a, end := plugin.TestConn(t)
 	var counter streamCounter
-	go (&plugin.RPCServer{Plugins: plugin.PluginSet{"test": testPlugin(func(b *plugin.MuxBroker) (any, error) {
+	serve(counter.over(end), plugin.PluginSet{"test": testPlugin(func(b *plugin.MuxBroker) (any, error) {
 		counter.is(t, b)
 		brokers <- b
 		return v, nil
-	})}}).ServeConn(counter.over(end)) // ends with the connection
+	})})
 	raw := newRawPeer(t, a, true)
 	var id uint32
 	check(t, rpc.NewClient(raw.control).Call("Dispenser.Dispense", "test", &id))

@@ -49,7 +49,10 @@ type Echoer[T any] interface{ Echo(T) (T, error) }
 type Point struct{ X, Y int }
 
 // Nested is a function of functions and streams.
-type Nested func(ctx context.Context, in io.Reader, back func(text string) (io.ReadCloser, error)) (io.WriteCloser, error)
+type Nested func(ctx context.Context, in io.Reader, back OpenText) (io.WriteCloser, error)
+
+// OpenText returns a reader of a text.
+type OpenText func(text string) (io.ReadCloser, error)
 
 // kit implements Kit. Its events tell a test what has happened in the plugin.
 type kit struct {
@@ -75,8 +78,13 @@ func (k *kit) Await(ctx context.Context, event string) error {
 	}
 }
 
-func (k *kit) Close() error          { k.event("closed") <- struct{}{}; return nil }
+func (k *kit) Close() error {
+	k.event("closed") <- struct{}{}
+	return nil
+}
+
 func (*kit) Echo(v any) (any, error) { return v, nil }
+
 func (*kit) Point(p *Point) (*Point, error) {
 	if p.X < 0 {
 		p = nil
@@ -126,14 +134,15 @@ func (*kit) Call(f func(context.Context, int) (string, error), n int) (string, e
 }
 
 func (*kit) Nest(f Nested) (string, error) {
-	w, err := f(context.Background(), strings.NewReader("from the plugin"), func(text string) (io.ReadCloser, error) {
+	open := func(text string) (io.ReadCloser, error) {
 		return io.NopCloser(strings.NewReader(text)), nil
-	})
-	if err == nil {
-		_, err = io.WriteString(w, "the end")
-		err = errors.Join(err, w.Close())
 	}
-	return "nested", err
+	w, err := f(context.Background(), strings.NewReader("from the plugin"), open)
+	if err != nil {
+		return "", err
+	}
+	_, err = io.WriteString(w, "the end")
+	return "nested", errors.Join(err, w.Close())
 }
 
 func (k *kit) Which(r io.Reader, w io.Writer, f func() error) (string, error) {
@@ -158,10 +167,11 @@ func (k *kit) stream(ctx context.Context, how string) closing {
 	if how == "endless" {
 		reader = readerFunc(func(p []byte) (int, error) { return len(p), nil })
 	}
-	return closing{reader, writerFunc(func(p []byte) (int, error) {
+	writer := writerFunc(func(p []byte) (int, error) {
 		k.event("written " + string(p)) <- struct{}{}
 		return len(p), nil
-	}), func() error {
+	})
+	return closing{reader, writer, func() error {
 		k.event("closed " + how) <- struct{}{}
 		if how == "bad" {
 			return fmt.Errorf("closing: %w", fs.ErrExist)
@@ -284,6 +294,7 @@ func forPanics[T any]() (text string) {
 	return ""
 }
 
+// For panics if a method cannot cross the connection, and says which one and why.
 func TestForPanics(t *testing.T) {
 	for _, test := range [][]string{
 		{forPanics[*kit](), "interface"},
@@ -319,10 +330,12 @@ func TestForPanics(t *testing.T) {
 	}
 }
 
+// Invoke sends nothing if the method, its arguments or its result are not those of
+// the interface.
 func TestInvokeChecks(t *testing.T) {
 	host, _, r := localKit(t)
-	check(t, host.Close()) // so what is sent fails with rpc.ErrShutdown
-	var noContext context.Context
+	check(t, host.Close())        // so what is sent fails with rpc.ErrShutdown
+	var noContext context.Context // nil
 	_, errContext := plugin.Invoke[int](noContext, r, "Add", 1, 2)
 	for what, err := range map[string]error{
 		"a nil context":          errContext,
@@ -349,6 +362,8 @@ func TestInvokeChecks(t *testing.T) {
 
 // ---- Values ----
 
+// Methods of an interface are called with values and contexts, and return values and
+// errors that keep their identity. Another call fails after the end of the plugin.
 func TestInterface(t *testing.T) {
 	leavesNothing(t)
 	c, p, r := startKit(t)
@@ -367,8 +382,9 @@ func TestInterface(t *testing.T) {
 		errorIs(t, how, err, want)
 		checkEqual(t, "the result with an error", got, "")
 	}
+	err = errorOf[string](t, r, "Fail", "panic")
 	var exit *plugin.ExitError
-	if err := errorOf[string](t, r, "Fail", "panic"); !errors.As(err, &exit) || !strings.Contains(exit.Panic, "boom") {
+	if !errors.As(err, &exit) || !strings.Contains(exit.Panic, "boom") {
 		t.Errorf("a panic in a method: %v", err)
 	}
 	<-c.Done()
@@ -400,33 +416,42 @@ func TestNils(t *testing.T) {
 	} {
 		checkEqual(t, "several parameters", invoke[string](t, r, "Several", test.args...), test.want)
 	}
-	checkEqual(t, "nil", invoke[string](t, r, "Which", nil, nil, nil), "true true true")
-	checkEqual(t, "typed nil", invoke[string](t, r, "Which", io.Reader(nil), nil, (func() error)(nil)), "true true true")
-	checkEqual(t, "not nil", invoke[string](t, r, "Which", strings.NewReader(""), io.Discard, func() error { return nil }), "false false false")
+	for _, test := range []struct {
+		args []any
+		want string
+	}{
+		{[]any{nil, nil, nil}, "true true true"},
+		{[]any{io.Reader(nil), nil, (func() error)(nil)}, "true true true"},
+		{[]any{strings.NewReader(""), io.Discard, func() error { return nil }}, "false false false"},
+	} {
+		checkEqual(t, "which are nil", invoke[string](t, r, "Which", test.args...), test.want)
+	}
 	checkEqual(t, "a nil result", invoke[io.ReadCloser](t, r, "Open", "nil"), nil)
 }
 
 // ---- Readers, writers and callbacks ----
 
+// Calls, their streams and callbacks are concurrent, and a callback calls the plugin
+// again.
 func TestArguments(t *testing.T) {
 	leavesNothing(t)
 	_, _, r := startKit(t)
-	// Calls, their streams and callbacks are concurrent.
 	concurrently(t, 20, func(i int) {
 		data := noise(100_000*i, uint64(i))
 		var back bytes.Buffer
-		checkEqual(t, "bytes copied", invoke[int64](t, r, "Copy", bytes.NewReader(data), &back, int64(1<<40)), int64(len(data)))
+		n := invoke[int64](t, r, "Copy", bytes.NewReader(data), &back, int64(1<<40))
+		checkEqual(t, "bytes copied", n, int64(len(data)))
 		if !bytes.Equal(back.Bytes(), data) {
 			t.Errorf("caller %d got other bytes", i)
 		}
 		got := invoke[string](t, r, "Call", func(_ context.Context, n int) (string, error) {
-			return fmt.Sprint(n, invoke[int](t, r, "Add", n, n)), nil // calls the plugin again
+			return fmt.Sprint(n, invoke[int](t, r, "Add", n, n)), nil
 		}, i)
 		checkEqual(t, "the callback's result", got, fmt.Sprint(i, 2*i))
 	})
-	failing := func([]byte) (int, error) { return 0, fs.ErrPermission }
+	failing := readerFunc(func([]byte) (int, error) { return 0, fs.ErrPermission })
 	callback := func(context.Context, int) (string, error) { return "x", fs.ErrPermission }
-	errorIs(t, "a reader", errorOf[int64](t, r, "Copy", readerFunc(failing), io.Discard, int64(9)), fs.ErrPermission)
+	errorIs(t, "a reader", errorOf[int64](t, r, "Copy", failing, io.Discard, int64(9)), fs.ErrPermission)
 	errorIs(t, "a callback", errorOf[string](t, r, "Call", callback, 1), fs.ErrPermission)
 }
 
@@ -436,14 +461,16 @@ func TestNestedFunctions(t *testing.T) {
 	_, _, r := startKit(t)
 	var written, read syncBuffer
 	over := make(chan struct{})
-	got := invoke[string](t, r, "Nest", Nested(func(ctx context.Context, in io.Reader, back func(string) (io.ReadCloser, error)) (io.WriteCloser, error) {
+	nested := func(ctx context.Context, in io.Reader, back OpenText) (io.WriteCloser, error) {
 		more, err := back(" and back")
-		if err == nil {
-			_, err = io.Copy(&read, io.MultiReader(in, more))
+		if err != nil {
+			return nil, err
 		}
+		_, err = io.Copy(&read, io.MultiReader(in, more))
 		context.AfterFunc(ctx, func() { close(over) })
 		return closing{nil, &written, func() error { return nil }}, errors.Join(err, more.Close())
-	}))
+	}
+	got := invoke[string](t, r, "Nest", Nested(nested))
 	checkEqual(t, "the result", got, "nested")
 	checkEqual(t, "read", read.String(), "from the plugin and back")
 	checkEqual(t, "written", written.String(), "the end")
@@ -455,13 +482,20 @@ func TestBrokenArguments(t *testing.T) {
 	t.Parallel()
 	_, _, r := startKit(t)
 	for what, broken := range map[string]func(){"panic": func() { panic("boom") }, "exit": runtime.Goexit} {
-		use := func([]byte) (int, error) { broken(); return 0, nil }
+		use := func([]byte) (int, error) {
+			broken()
+			return 0, nil
+		}
+		callback := func(context.Context, int) (string, error) {
+			broken()
+			return "", nil
+		}
 		for _, err := range []error{
-			errorOf[string](t, r, "Call", func(context.Context, int) (string, error) { broken(); return "", nil }, 1),
+			errorOf[string](t, r, "Call", callback, 1),
 			errorOf[int64](t, r, "Copy", readerFunc(use), io.Discard, int64(9)),
 			errorOf[int64](t, r, "Copy", strings.NewReader("some"), writerFunc(use), int64(9)),
 		} {
-			if !errors.As(err, new(rpc.ServerError)) {
+			if !isA[rpc.ServerError](err) {
 				t.Errorf("%s: %v", what, err)
 			}
 		}
@@ -475,7 +509,10 @@ func TestWriterOfCall(t *testing.T) {
 	t.Parallel()
 	_, _, r := startKit(t)
 	var back syncBuffer
-	slow := writerFunc(func(p []byte) (int, error) { time.Sleep(time.Millisecond); return back.Write(p) })
+	slow := writerFunc(func(p []byte) (int, error) {
+		time.Sleep(time.Millisecond)
+		return back.Write(p)
+	})
 	invoke[struct{}](t, r, "Ignore", slow, strings.Repeat("x", 1000), 100)
 	checkEqual(t, "bytes", len(back.String()), 100_000)
 	failing := writerFunc(func(p []byte) (int, error) { return 0, fs.ErrNotExist })
@@ -489,7 +526,10 @@ func TestReadAhead(t *testing.T) {
 	t.Parallel()
 	_, _, r := startKit(t)
 	var read atomic.Int64
-	endless := readerFunc(func(p []byte) (int, error) { read.Add(int64(len(p))); return len(p), nil })
+	endless := readerFunc(func(p []byte) (int, error) {
+		read.Add(int64(len(p)))
+		return len(p), nil
+	})
 	checkEqual(t, "bytes copied", invoke[int64](t, r, "Copy", endless, io.Discard, int64(10)), 10)
 	n := read.Load()
 	if n > 1<<20+64<<10 {
@@ -503,8 +543,15 @@ func TestReadAhead(t *testing.T) {
 func TestKeptArguments(t *testing.T) {
 	_, k, r := localKit(t)
 	var uses atomic.Int64
-	use := func([]byte) (int, error) { uses.Add(1); return 0, io.EOF }
-	invoke[string](t, r, "Which", readerFunc(use), writerFunc(use), func() error { uses.Add(1); return nil })
+	use := func([]byte) (int, error) {
+		uses.Add(1)
+		return 0, io.EOF
+	}
+	callback := func() error {
+		uses.Add(1)
+		return nil
+	}
+	invoke[string](t, r, "Which", readerFunc(use), writerFunc(use), callback)
 	before := uses.Load()
 	_, errRead := k.r.Read(make([]byte, 1))
 	_, errWrite := k.w.Write([]byte("late"))
@@ -516,38 +563,75 @@ func TestKeptArguments(t *testing.T) {
 	checkEqual(t, "uses", uses.Load(), before)
 }
 
-// Invoke waits for a Write and a callback, and none begins when it has returned.
+// uses counts the calls of a writer or callback, which last until they are released.
+type uses struct {
+	began    chan struct{} // gets something when one begins
+	release  chan struct{}
+	running  atomic.Int64
+	finished atomic.Int64
+}
+
+func newUses() *uses {
+	return &uses{began: make(chan struct{}, 1000), release: make(chan struct{})}
+}
+
+func (u *uses) use() {
+	u.running.Add(1)
+	u.began <- struct{}{}
+	<-u.release
+	u.running.Add(-1)
+	u.finished.Add(1)
+}
+
+func (u *uses) Write(p []byte) (int, error) {
+	u.use()
+	return len(p), nil
+}
+
+func (u *uses) callback(context.Context, int) (string, error) {
+	u.use()
+	return "", nil
+}
+
+// Invoke waits for a Write and a callback although its context has ended, and none
+// begins when it has returned.
 func TestEndOfCall(t *testing.T) {
 	leavesNothing(t)
 	_, _, r := startKit(t)
-	for _, what := range []string{"Write", "callback"} {
+	for what, call := range map[string]func(ctx context.Context, u *uses) error{
+		"Write": func(ctx context.Context, u *uses) error {
+			in := bytes.NewReader(noise(1<<20, 1))
+			_, err := plugin.Invoke[int64](ctx, r, "Copy", in, u, int64(1<<20))
+			return err
+		},
+		"callback": func(ctx context.Context, u *uses) error {
+			_, err := plugin.Invoke[string](ctx, r, "Call", u.callback, 1)
+			return err
+		},
+	} {
 		ctx, cancel := context.WithCancel(context.Background())
-		began, release := make(chan struct{}, 100), make(chan struct{})
-		var done atomic.Int64
-		use := func() {
-			began <- struct{}{}
-			<-release
-			done.Add(1)
-		}
-		returned := async(func() (err error) {
-			if what == "Write" {
-				w := writerFunc(func(p []byte) (int, error) { use(); return len(p), nil })
-				_, err = plugin.Invoke[int64](ctx, r, "Copy", bytes.NewReader(noise(1<<20, 1)), w, int64(1<<20))
-			} else {
-				_, err = plugin.Invoke[string](ctx, r, "Call", func(context.Context, int) (string, error) { use(); return "", nil }, 1)
-			}
-			checkEqual(t, what+" before Invoke returns", done.Load(), 1)
+		u := newUses()
+		returned := async(func() error {
+			err := call(ctx, u)
+			checkEqual(t, what+"s that run when Invoke returns", u.running.Load(), 0)
 			return err
 		})
-		receive(t, "a "+what, began)
+		receive(t, "a "+what, u.began)
 		cancel()
 		invoke[int](t, r, "Add", 1, 2) // time for it to return too early
-		close(release)
+		checkEqual(t, what+": Invoke has returned", len(returned), 0)
+		close(u.release)
 		errorIs(t, what, receive(t, "the end of Invoke", returned), context.Canceled)
+		finished := u.finished.Load()
 		invoke[int](t, r, "Add", 1, 2) // time for another one to begin
-		checkEqual(t, what+" too many", len(began), 0)
+		checkEqual(t, what+"s in the end", u.finished.Load(), finished)
 	}
-	// A callback learns that the call is cancelled.
+}
+
+// A callback learns that the call is cancelled.
+func TestCallbackIsCancelled(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	_, err := plugin.Invoke[string](ctx, r, "Call", func(ctx context.Context, _ int) (string, error) {
 		cancel()
@@ -567,7 +651,11 @@ func TestBlockedRead(t *testing.T) {
 		defer cancel()
 		release := make(chan struct{})
 		var reads atomic.Int64
-		blocked := readerFunc(func(p []byte) (int, error) { reads.Add(1); <-release; return 0, nil })
+		blocked := readerFunc(func(p []byte) (int, error) {
+			reads.Add(1)
+			<-release
+			return 0, nil
+		})
 		within(t, "Invoke with a Read that blocks", readTimeout, func() {
 			_, err := plugin.Invoke[int64](ctx, r, "Copy", blocked, io.Discard, limit)
 			checkEqual(t, "cancelled", errors.Is(err, context.DeadlineExceeded), limit > 0)
@@ -582,6 +670,8 @@ func TestBlockedRead(t *testing.T) {
 
 // ---- Results that are streams ----
 
+// A result that is a stream works after its call, also if the context of that has
+// ended, and is closed in the plugin when it is closed here.
 func TestResults(t *testing.T) {
 	leavesNothing(t)
 	_, _, r := startKit(t)
@@ -591,7 +681,7 @@ func TestResults(t *testing.T) {
 		check(t, err)
 		out, err := plugin.Invoke[io.WriteCloser](ctx, r, "Create", how)
 		check(t, err)
-		cancel() // does not touch them
+		cancel()
 		data, err := io.ReadAll(in)
 		checkEqual(t, "read", string(data), "content")
 		check(t, err)
@@ -602,31 +692,46 @@ func TestResults(t *testing.T) {
 			err := s.Close()
 			checkEqual(t, how+": Close fails", err != nil, how == "bad")
 			checkEqual(t, how+": with its error", errors.Is(err, fs.ErrExist), how == "bad")
-			invoke[struct{}](t, r, "Await", "closed "+how)
-			invoke[struct{}](t, r, "Await", "context of "+how)
+			awaitClosed(t, r, how)
 		}
 	}
-	// One that is not read to its end.
+}
+
+// awaitClosed waits until a stream is closed in the plugin, and its context ends.
+func awaitClosed(t testing.TB, r *plugin.Remote, how string) {
+	t.Helper()
+	invoke[struct{}](t, r, "Await", "closed "+how)
+	invoke[struct{}](t, r, "Await", "context of "+how)
+}
+
+// A stream may be closed before its end.
+func TestResultIsClosedEarly(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
 	s := invoke[io.ReadCloser](t, r, "Open", "endless")
 	_, err := io.ReadFull(s, make([]byte, 1<<20))
 	check(t, err)
 	within(t, "closing early", 0, func() { check(t, s.Close()) })
-	invoke[struct{}](t, r, "Await", "closed endless")
+	awaitClosed(t, r, "endless")
 	_, err = s.Read(make([]byte, 1))
 	errorIs(t, "Read after Close", err, io.ErrClosedPipe)
-	// One with an error.
-	s, err = plugin.Invoke[io.ReadCloser](boundedContext(t), r, "Open", "failing")
+}
+
+// A stream that is returned with an error is closed in the plugin.
+func TestResultWithError(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	s, err := plugin.Invoke[io.ReadCloser](boundedContext(t), r, "Open", "failing")
 	checkEqual(t, "a stream with an error", s, nil)
 	errorIs(t, "a stream with an error", err, fs.ErrPermission)
-	invoke[struct{}](t, r, "Await", "closed failing")
-	invoke[struct{}](t, r, "Await", "context of failing")
+	awaitClosed(t, r, "failing")
 }
 
 // A stream that is not taken is closed, and so is one whose connection ends.
 func TestForgottenResults(t *testing.T) {
 	t.Parallel()
 	host, k, r := localKit(t)
-	check(t, plugin.Call(boundedContext(t), dispenseKit(t, host).hand.Client, "Plugin.Open", "forgotten", new(uint32)))
+	mustCall[uint32](t, dispenseKit(t, host).hand.Client, "Open", "forgotten")
 	invoke[io.WriteCloser](t, r, "Create", "cut")
 	check(t, k.Await(boundedContext(t), "closed forgotten"))
 	check(t, k.Await(boundedContext(t), "context of forgotten"))
@@ -665,10 +770,10 @@ type (
 	whichArgs = struct{ A0, A1, A2 uint32 }
 )
 
-func (handKit) Add(args addArgs, sum *int) error          { *sum = args.A0 + args.A1; return nil }
-func (handKit) Greet(name string, greeting *string) error { *greeting = "Hello, " + name; return nil }
-func (handKit) Point(p *Point, reply *Point) error        { *reply = *p; return nil }
-func (handKit) Echo(v any, reply *any) error              { *reply = v; return nil }
+func (handKit) Add(args addArgs, sum *int) error          { return mirrored(args.A0+args.A1, sum) }
+func (handKit) Greet(name string, greeting *string) error { return mirrored("Hello, "+name, greeting) }
+func (handKit) Point(p *Point, reply *Point) error        { return mirrored(*p, reply) }
+func (handKit) Echo(v any, reply *any) error              { return mirrored(v, reply) }
 func (handKit) Close(struct{}, *struct{}) error           { return nil }
 
 // Ignore has the reply of go-plugin's examples.
@@ -699,70 +804,94 @@ func (k handKit) Open(how string, id *uint32) error {
 // the message that gob makes of the argument and the reply.
 func TestInterfaceOnWire(t *testing.T) {
 	t.Parallel()
-	type tapped struct {
-		io.Reader
-		io.WriteCloser
-	}
 	none, text := any(nil), any("text")
 	for _, test := range []struct {
 		method string
 		invoke invokeFunc
+		into   func() any
 		args   []any
 		sent   any
 		reply  any
 	}{
-		{"Add", invokeFor[int], []any{1, 2}, addArgs{1, 2}, 3},
-		{"Add", invokeFor[int], []any{0, 0}, addArgs{}, 0},
-		{"Greet", invokeFor[string], []any{"Gopher"}, "Gopher", "Hello, Gopher"},
-		{"Point", invokeFor[*Point], []any{&Point{1, 2}}, Point{1, 2}, &Point{1, 2}},
-		{"Point", invokeFor[*Point], []any{&Point{}}, &Point{}, &Point{}},
-		{"Echo", invokeFor[any], []any{"text"}, &text, &text},
-		{"Echo", invokeFor[any], []any{nil}, &none, &none},
-		{"Close", invokeFor[struct{}], nil, struct{}{}, struct{}{}},
-		{"Which", invokeFor[string], []any{nil, nil, nil}, whichArgs{}, "true true true"},
+		{"Add", invokeFor[int], into[int], []any{1, 2}, addArgs{1, 2}, 3},
+		{"Add", invokeFor[int], into[int], []any{0, 0}, addArgs{}, 0},
+		{"Greet", invokeFor[string], into[string], []any{"Gopher"}, "Gopher", "Hello, Gopher"},
+		{"Point", invokeFor[*Point], into[*Point], []any{&Point{1, 2}}, Point{1, 2}, &Point{1, 2}},
+		{"Point", invokeFor[*Point], into[*Point], []any{&Point{}}, &Point{}, &Point{}},
+		{"Echo", invokeFor[any], into[any], []any{"text"}, &text, &text},
+		{"Echo", invokeFor[any], into[any], []any{nil}, &none, &none},
+		{"Close", invokeFor[struct{}], into[struct{}], nil, struct{}{}, struct{}{}},
+		{"Which", invokeFor[string], into[string], []any{nil, nil, nil}, whichArgs{}, "true true true"},
 	} {
-		// net/rpc is the plugin.
-		_, c, st := rawPlugin(t)
-		var request, response syncBuffer
-		server := rpc.NewServer()
-		check(t, server.RegisterName("Plugin", handKit{}))
-		go server.ServeConn(tapped{io.TeeReader(st, &request), st}) // ends with the connection
-		k, err := newKitPlugin(nil).Client(c.broker, c.Client)
-		check(t, err)
-		got, result, err := test.invoke(boundedContext(t), k.(kitClient).remote, test.method, test.args...)
-		check(t, err)
-		checkEqual(t, test.method, got, reflect.Indirect(reflect.ValueOf(test.reply)).Interface())
-		// net/rpc is the host.
-		svc, err := newKitPlugin(new(kit)).Server(nil)
-		check(t, err)
-		_, _, st = rawHost(t, svc)
-		check(t, rpc.NewClient(tapped{io.TeeReader(st, &response), st}).Call("Plugin."+test.method, test.sent, result))
-
+		result, request := invokeAtStock(t, test.invoke, test.method, test.args)
+		checkEqual(t, test.method, result, reflect.Indirect(reflect.ValueOf(test.reply)).Interface())
+		response := callFromStock(t, test.method, test.sent, test.into())
 		for what, pair := range map[string][2]string{
-			"request": {request.String(), lastMessage(t, test.sent)},
-			"reply":   {response.String(), lastMessage(t, test.reply)},
+			"request": {request, lastMessage(t, test.sent)},
+			"reply":   {response, lastMessage(t, test.reply)},
 		} {
-			if !strings.HasSuffix(pair[0], pair[1]) {
-				t.Errorf("the %s of %s(%v) is %x and not %x", what, test.method, test.args, pair[0], pair[1])
+			if got, want := pair[0], pair[1]; !strings.HasSuffix(got, want) {
+				t.Errorf("the %s of %s(%v) is %x and not %x", what, test.method, test.args, got, want)
 			}
 		}
 	}
 }
 
-// invokeFunc calls a method, and returns what its result is or points to, and what
-// net/rpc may decode the result into.
-type invokeFunc func(ctx context.Context, r *plugin.Remote, method string, args ...any) (got, into any, err error)
+// tapped is a stream whose bytes are kept as they are read.
+type tapped struct {
+	io.Reader
+	io.WriteCloser
+}
+
+// invokeAtStock calls a method of a plugin that is net/rpc, and returns the result and
+// what the plugin has got.
+func invokeAtStock(t testing.TB, invoke invokeFunc, method string, args []any) (result any, sent string) {
+	t.Helper()
+	_, c, st := rawPlugin(t)
+	var request syncBuffer
+	server := rpc.NewServer()
+	check(t, server.RegisterName("Plugin", handKit{}))
+	go server.ServeConn(tapped{io.TeeReader(st, &request), st}) // ends with the connection
+	k, err := newKitPlugin(nil).Client(c.broker, c.Client)
+	check(t, err)
+	result, err = invoke(boundedContext(t), k.(kitClient).remote, method, args...)
+	check(t, err)
+	return result, request.String()
+}
+
+// callFromStock calls a method from a host that is net/rpc, and returns what the host
+// has got.
+func callFromStock(t testing.TB, method string, arg, into any) (got string) {
+	t.Helper()
+	svc, err := newKitPlugin(new(kit)).Server(nil)
+	check(t, err)
+	_, _, st := rawHost(t, svc)
+	var response syncBuffer
+	client := rpc.NewClient(tapped{io.TeeReader(st, &response), st})
+	check(t, client.Call("Plugin."+method, arg, into))
+	return response.String()
+}
+
+// invokeFunc calls a method, and returns what its result is or points to.
+type invokeFunc func(ctx context.Context, r *plugin.Remote, method string, args ...any) (any, error)
 
 // invokeFor is the invokeFunc of methods that return an R.
-func invokeFor[R any](ctx context.Context, r *plugin.Remote, method string, args ...any) (got, into any, err error) {
+func invokeFor[R any](ctx context.Context, r *plugin.Remote, method string, args ...any) (any, error) {
 	v, err := plugin.Invoke[R](ctx, r, method, args...)
-	return reflect.Indirect(reflect.ValueOf(&v).Elem()).Interface(), new(R), err
+	return reflect.Indirect(reflect.ValueOf(&v).Elem()).Interface(), err
 }
+
+// into returns what net/rpc may decode an R into.
+func into[R any]() any { return new(R) }
 
 // lastMessage returns v as gob writes it, without definitions of types.
 func lastMessage(t testing.TB, v any) (last string) {
 	t.Helper()
-	check(t, gob.NewEncoder(writerFunc(func(p []byte) (int, error) { last = string(p); return len(p), nil })).Encode(v))
+	enc := gob.NewEncoder(writerFunc(func(p []byte) (int, error) {
+		last = string(p)
+		return len(p), nil
+	}))
+	check(t, enc.Encode(v))
 	return last
 }
 
@@ -772,7 +901,11 @@ func TestInvokeOfHandWritten(t *testing.T) {
 	r := dispenseKit(t, host).remote
 	var back bytes.Buffer
 	called := false
-	invoke[string](t, r, "Which", strings.NewReader("content"), &back, func() error { called = true; return nil })
+	callback := func() error {
+		called = true
+		return nil
+	}
+	invoke[string](t, r, "Which", strings.NewReader("content"), &back, callback)
 	checkEqual(t, "copied", back.String(), "content")
 	checkEqual(t, "called", called, true)
 	s := invoke[io.ReadCloser](t, r, "Open", "content")
@@ -796,7 +929,9 @@ func TestHandWrittenCalls(t *testing.T) {
 	hand := dispenseKit(t, p).hand
 	checkEqual(t, "without the last parameter", mustCall[int](t, hand.Client, "Add", struct{ A0 int }{5}), 5)
 	checkEqual(t, "with one more", mustCall[int](t, hand.Client, "Add", struct{ A2, A1, A0 int }{7, 2, 1}), 3)
-	for _, args := range []any{new(any), struct{}{}, true, "text", []any{nil}, map[string]any{"x": nil}, Point{}} {
+	for _, args := range []any{
+		new(any), struct{}{}, true, "text", []any{nil}, map[string]any{"x": nil}, Point{},
+	} {
 		check(t, hand.Client.Call("Plugin.Close", args, nil))
 	}
 	var back bytes.Buffer
@@ -829,7 +964,9 @@ func TestHandWrittenCalls(t *testing.T) {
 	for _, args := range []copyArgs{{7, 7, 1}, {out, in, 1}} {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
-		checkEqual(t, "a wrong number works", plugin.Call(ctx, hand.Client, "Plugin.Copy", args, new(int64)) == nil, false)
+		if plugin.Call(ctx, hand.Client, "Plugin.Copy", args, new(int64)) == nil {
+			t.Errorf("%+v are served", args)
+		}
 	}
 	invoke[int](t, r, "Add", 1, 2)
 }

@@ -68,9 +68,11 @@ func held(tmp string) []string {
 	}
 	fds, _ := filepath.Glob("/proc/self/fd/*")
 	for _, fd := range fds {
-		// The runtime has descriptors of other kinds.
 		to, _ := os.Readlink(fd)
-		if strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "/") && !strings.HasPrefix(to, "/dev/") {
+		device := strings.HasPrefix(to, "/dev/")
+		switch { // the runtime has descriptors of other kinds
+		case strings.HasPrefix(to, "pipe:"), strings.HasPrefix(to, "socket:"),
+			strings.HasPrefix(to, "/") && !device:
 			held = append(held, "descriptor of "+to)
 		}
 	}
@@ -288,7 +290,7 @@ func (p *testProcess) kill(t testing.TB) {
 }
 
 // exe ends the names of programs.
-var exe = map[bool]string{true: ".exe"}[runtime.GOOS == "windows"]
+var exe = onWindows(".exe", "")
 
 // writeProgram writes a file to execute. A process forked meanwhile would hold
 // it open for writing, and it could not be executed.

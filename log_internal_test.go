@@ -53,21 +53,32 @@ func (r *recordTexts) Accept(_ string, level hclog.Level, msg string, args ...an
 // records.
 var stderrLines = []struct{ line, record string }{
 	// hclog
-	{`{"@level":"info","@message":"hello","@module":"m","@timestamp":"2024-05-06T07:08:09.123456Z","zebra":1,"apple":"two","mango":true}`,
+	{`{"@level":"info","@message":"hello","@module":"m","@timestamp":"2024-05-06T07:08:09.123456Z",` +
+		`"zebra":1,"apple":"two","mango":true}`,
 		`info: hello | module="m" zebra=1 apple="two" mango=true timestamp=2024-05-06T07:08:09.123Z`},
-	{`{"@level":"trace","@message":"x"}`, `trace: x`}, {`{"@level":"debug","@message":"x"}`, `debug: x`}, {`{"@message":"x","@level":"warn"}`, `warn: x`},
+	{`{"@level":"trace","@message":"x"}`, `trace: x`},
+	{`{"@level":"debug","@message":"x"}`, `debug: x`},
+	{`{"@message":"x","@level":"warn"}`, `warn: x`},
 	{`{"@level":"error","@message":"x","id":12345678901234567890}`, `error: x | id=12345678901234567890`},
-	{`{"@level":"info","@message":"x","list":["a", 1],"o":{"p":{}},"null":null}`, `info: x | list=["a", 1] o={"p":{}} null=null`},
+	{`{"@level":"info","@message":"x","list":["a", 1],"o":{"p":{}},"null":null}`,
+		`info: x | list=["a", 1] o={"p":{}} null=null`},
 	{`{"@level":"info","@message":"x","@timestamp":"noon"}`, `info: x | timestamp="noon"`},
-	{`{"1st":1,"@level":"info","@message":"x","level":"error","msg":"y","time":"noon"}`, `info: x | 1st=1 level="error" msg="y" time="noon"`},
+	{`{"1st":1,"@level":"info","@message":"x","level":"error","msg":"y","time":"noon"}`,
+		`info: x | 1st=1 level="error" msg="y" time="noon"`},
 
 	// slog's JSON and its levels
 	{`{"time":"2024-05-06T07:08:09.123456789+02:00","level":"WARN","msg":"careful","z":"1","a":"2"}`,
 		`warn: careful | z="1" a="2" timestamp=2024-05-06T07:08:09.123+0200`},
-	{`{"level":"DEBUG-4","msg":"x"}`, `trace: x`}, {`{"level":"DEBUG","msg":"x"}`, `debug: x`}, {`{"level":"INFO-1","msg":"x"}`, `debug: x`},
-	{`{"level":"INFO","msg":"x"}`, `info: x`}, {`{"level":"INFO+2","msg":"x"}`, `info: x`}, {`{"level":"ERROR","msg":"x"}`, `error: x`},
-	{`{"level":"ERROR+8","msg":"x"}`, `error: x`}, {`{"level":"ERROR-4","msg":"x"}`, `warn: x`},
-	{`{"level":"INFO+17179869180","msg":"x"}`, `error: x`}, {`{"level":"ERROR-17179869180","msg":"x"}`, `trace: x`},
+	{`{"level":"DEBUG-4","msg":"x"}`, `trace: x`},
+	{`{"level":"DEBUG","msg":"x"}`, `debug: x`},
+	{`{"level":"INFO-1","msg":"x"}`, `debug: x`},
+	{`{"level":"INFO","msg":"x"}`, `info: x`},
+	{`{"level":"INFO+2","msg":"x"}`, `info: x`},
+	{`{"level":"ERROR","msg":"x"}`, `error: x`},
+	{`{"level":"ERROR+8","msg":"x"}`, `error: x`},
+	{`{"level":"ERROR-4","msg":"x"}`, `warn: x`},
+	{`{"level":"INFO+17179869180","msg":"x"}`, `error: x`},
+	{`{"level":"ERROR-17179869180","msg":"x"}`, `trace: x`},
 	{`{"level":"ERROR+9223372036854775807","msg":"x"}`, `error: x`},
 	{`{"level":"INFO+99999999999999999999","msg":"x"}`, `error: x`},
 
@@ -81,42 +92,65 @@ var stderrLines = []struct{ line, record string }{
 	// logrus, zap and zerolog
 	{`{"level":"warning","msg":"x","time":"noon"}`, `warn: x | timestamp="noon"`},
 	{`{"level":"fatal","ts":1700000000.5,"msg":"x"}`, `error: x | ts=1700000000.5`},
-	{`{"level":"panic","msg":"x"}`, `error: x`}, {`{"level":"dpanic","msg":"x"}`, `error: x`},
-	{`{"level":"info","a":1,"time":"2024-05-06T07:08:09Z","message":"x"}`, `info: x | a=1 timestamp=2024-05-06T07:08:09.000Z`},
+	{`{"level":"panic","msg":"x"}`, `error: x`},
+	{`{"level":"dpanic","msg":"x"}`, `error: x`},
+	{`{"level":"info","a":1,"time":"2024-05-06T07:08:09Z","message":"x"}`,
+		`info: x | a=1 timestamp=2024-05-06T07:08:09.000Z`},
 	{`{"level":"info","message":"an attribute","msg":"x"}`, `info: x | message="an attribute"`},
-	{`time="2024-05-06T07:08:09Z" level=warning msg=x`, `warn: time="2024-05-06T07:08:09Z" level=warning msg=x`},
+	{`time="2024-05-06T07:08:09Z" level=warning msg=x`,
+		`warn: time="2024-05-06T07:08:09Z" level=warning msg=x`},
 
 	// package log, and slog's default handler
-	{`[TRACE] x`, `trace: x`}, {`[DEBUG] x`, `debug: x`}, {`[INFO] x`, `info: x`}, {`[WARN]x`, `warn: x`}, {`[ERROR] [x]`, `error: [x]`},
-	{`2024/05/06 07:08:09 [WARN] x`, `warn: x`}, {`2024/05/06 07:08:09.123456 [ERROR] x`, `error: x`},
-	{`07:08:09 [INFO] x`, `info: x`}, {`2024/05/06 [INFO] x`, `info: x`},
-	{`2026/11/25 00:05:20 INFO counting who=count`, `info: counting who=count`}, {`2026/11/25 00:05:20.123 WARN+1 x`, `warn: x`},
-	{`2026/11/25 00:05:20 DEBUG-4 x`, `trace: x`}, {`2026/11/25 00:05:20 ERROR x`, `error: x`},
+	{`[TRACE] x`, `trace: x`},
+	{`[DEBUG] x`, `debug: x`},
+	{`[INFO] x`, `info: x`},
+	{`[WARN]x`, `warn: x`},
+	{`[ERROR] [x]`, `error: [x]`},
+	{`2024/05/06 07:08:09 [WARN] x`, `warn: x`},
+	{`2024/05/06 07:08:09.123456 [ERROR] x`, `error: x`},
+	{`07:08:09 [INFO] x`, `info: x`},
+	{`2024/05/06 [INFO] x`, `info: x`},
+	{`2026/11/25 00:05:20 INFO counting who=count`, `info: counting who=count`},
+	{`2026/11/25 00:05:20.123 WARN+1 x`, `warn: x`},
+	{`2026/11/25 00:05:20 DEBUG-4 x`, `trace: x`},
+	{`2026/11/25 00:05:20 ERROR x`, `error: x`},
 
 	// slog's TextHandler
-	{`time=2026-11-25T00:05:20.123Z level=INFO msg=counting who=count`, `info: time=2026-11-25T00:05:20.123Z level=INFO msg=counting who=count`},
-	{`level=ERROR+1 msg="x y"`, `error: level=ERROR+1 msg="x y"`}, {`level=WARN source=/a/b.go:1 msg=x`, `warn: level=WARN source=/a/b.go:1 msg=x`},
+	{`time=2026-11-25T00:05:20.123Z level=INFO msg=counting who=count`,
+		`info: time=2026-11-25T00:05:20.123Z level=INFO msg=counting who=count`},
+	{`level=ERROR+1 msg="x y"`, `error: level=ERROR+1 msg="x y"`},
+	{`level=WARN source=/a/b.go:1 msg=x`, `warn: level=WARN source=/a/b.go:1 msg=x`},
 
 	// what a terminal would obey, or a reader of the log would take for a record
-	{"hello\r", `debug: hello`}, {"hidden\rshown", `debug: hidden\rshown`}, {"a\x00b\xff\xfe", `debug: a\x00b\xff\xfe`}, {"\x1b[31mred", `debug: \x1b[31mred`},
+	{"hello\r", `debug: hello`},
+	{"hidden\rshown", `debug: hidden\rshown`},
+	{"a\x00b\xff\xfe", `debug: a\x00b\xff\xfe`},
+	{"\x1b[31mred", `debug: \x1b[31mred`},
 	// and letters that a terminal shows
 	{"1\u00a0000 \u3000 \u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f469 \ufffd \"q\"",
 		"debug: 1\u00a0000 \u3000 \u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f469 \ufffd \"q\""},
 	{"1\u00a0000 \"q\" \u202e\u2028\x1b", "debug: 1\u00a0000 \"q\" " + `\u202e\u2028\x1b`},
 	{`{"@level":"info","@message":"\u001b[2J","a\u0007":"b"}`, `info: \x1b[2J | a\a="b"`},
 	{`{"@level":"info","@message":"x","a":[["\u001b"]]}`, `info: x | a=[["\u001b"]]`},
-	{`{"@level":"info","@message":"x\n2026-01-01T00:00:00.000Z [ERROR] y"}`, `info: x\n2026-01-01T00:00:00.000Z [ERROR] y`},
-	{`{"@level":"info","@message":"x","k\n2026-01-01T00:00:00.000Z [ERROR] y":1}`, `info: x | k\n2026-01-01T00:00:00.000Z [ERROR] y=1`},
-	{`{"@level":"info","@message":"x","k":"v\n2026-01-01T00:00:00.000Z [ERROR] y"}`, `info: x | k="v\n2026-01-01T00:00:00.000Z [ERROR] y"`},
+	{`{"@level":"info","@message":"x\n2026-01-01T00:00:00.000Z [ERROR] y"}`,
+		`info: x\n2026-01-01T00:00:00.000Z [ERROR] y`},
+	{`{"@level":"info","@message":"x","k\n2026-01-01T00:00:00.000Z [ERROR] y":1}`,
+		`info: x | k\n2026-01-01T00:00:00.000Z [ERROR] y=1`},
+	{`{"@level":"info","@message":"x","k":"v\n2026-01-01T00:00:00.000Z [ERROR] y"}`,
+		`info: x | k="v\n2026-01-01T00:00:00.000Z [ERROR] y"`},
 }
 
 func init() {
 	// These are logged at Debug as they are.
 	for _, line := range []string{
-		`hello`, ``, "a\tb", `größer 日本`, `a line with [ERROR] in it`, `[error] x`, `[FATAL] x`, `recovered panic: boom`,
-		`INFO x`, `2026/11/25 00:05:20 INFORMED x`, `2026/11/25 00:05:20 x`, `level=LOUD msg=x`, `the level=ERROR msg=x`,
-		`{"@message":1}`, `{"@level":3,"@message":"x"}`, `{"@message":"x"}`, `{"@level":"info"}`, `{"@level":"off","@message":"x"}`,
-		`{"@level":"error","@message":"half a record"`, `{"@level":"error","@message":"x"} and more`, `{"@level":"error","@message":"x"}{}`,
+		`hello`, ``, "a\tb", `größer 日本`, `a line with [ERROR] in it`, `[error] x`, `[FATAL] x`,
+		`recovered panic: boom`,
+		`INFO x`, `2026/11/25 00:05:20 INFORMED x`, `2026/11/25 00:05:20 x`, `level=LOUD msg=x`,
+		`the level=ERROR msg=x`,
+		`{"@message":1}`, `{"@level":3,"@message":"x"}`, `{"@message":"x"}`, `{"@level":"info"}`,
+		`{"@level":"off","@message":"x"}`,
+		`{"@level":"error","@message":"half a record"`, `{"@level":"error","@message":"x"} and more`,
+		`{"@level":"error","@message":"x"}{}`,
 		`{"a":1,"b":[2]}`, `null`, `{}`, `{`, `{"a":` + strings.Repeat(`[`, 20000),
 	} {
 		stderrLines = append(stderrLines, struct{ line, record string }{line, "debug: " + line})
@@ -140,7 +174,8 @@ func checkLogIsSafe(t testing.TB, text string, n int) {
 	if got := len(regexp.MustCompile(`(?m)^\d{4}-\d\d-\d\dT`).FindAllString(text, -1)); got != n {
 		t.Errorf("%d records look like %d:\n%q", n, got, text)
 	}
-	if i := strings.IndexFunc(text, func(r rune) bool { return r < ' ' && r != '\n' && r != '\t' || r == 0x7f }); i >= 0 {
+	isControl := func(r rune) bool { return r < ' ' && r != '\n' && r != '\t' || r == 0x7f }
+	if i := strings.IndexFunc(text, isControl); i >= 0 {
 		t.Errorf("the log has %q in it:\n%q", text[i], text)
 	}
 }
@@ -175,6 +210,7 @@ func TestLongLogLine(t *testing.T) {
 	}
 }
 
+// testTrace is what the runtime prints behind the message of a panic.
 const testTrace = `goroutine 1 [running]:
 main.run(0x1, {0xc000012345, 0x2})
 	/src/main.go:12 +0x1d
@@ -186,6 +222,7 @@ main.wait(...)
 	/src/main.go:30
 `
 
+// testCrashes are panics and fatal errors as the runtime prints them.
 var testCrashes = map[string]string{
 	"panic":       "panic: boom\n\n" + testTrace,
 	"long":        "panic: boom\n\n" + strings.Repeat(testTrace, 20),
@@ -194,7 +231,8 @@ var testCrashes = map[string]string{
 	"long text":   "panic: many\n" + strings.Repeat("lines\n", 100) + "\n" + testTrace,
 	"deadlock":    "fatal error: all goroutines are asleep - deadlock!\n\n" + testTrace,
 	"nil pointer": "panic: runtime error: nil pointer dereference\n[signal SIGSEGV: code=0x1]\n\n" + testTrace,
-	"registers":   "fatal error: unexpected signal\n\nruntime.throw({0x1?})\n\n" + testTrace + "\nrax    0x0\nrip    0x4b\n",
+	"registers": "fatal error: unexpected signal\n\nruntime.throw({0x1?})\n\n" + testTrace +
+		"\nrax    0x0\nrip    0x4b\n",
 }
 
 // crashOf returns what is kept of a panic that a process prints.
@@ -216,7 +254,8 @@ func TestLogOfPanics(t *testing.T) {
 				t.Errorf("%s: %q is logged as %q", name, line, records[i])
 			}
 		}
-		if got := crashOf("before\n", "panic: the one before\n\n", testTrace, crash); got != strings.TrimSpace(crash) {
+		got := crashOf("before\n", "panic: the one before\n\n", testTrace, crash)
+		if got != strings.TrimSpace(crash) {
 			t.Errorf("%s: of a crash there is kept %q", name, got)
 		}
 		long := crashOf(crash, strings.Repeat("more of it\n", crashSize/8))
@@ -249,7 +288,10 @@ func TestLogTail(t *testing.T) {
 		fmt.Fprintln(&kept, "line", i)
 	}
 	got := kept.String()
-	if !strings.HasPrefix(got, "line ") || !strings.HasSuffix(got, "line 9998\nline 9999\n") || len(got) > tailSize || len(got) < tailSize-20 {
+	if !strings.HasPrefix(got, "line ") || !strings.HasSuffix(got, "line 9998\nline 9999\n") {
+		t.Errorf("there are kept %.20q to %q", got, got[max(0, len(got)-20):])
+	}
+	if len(got) > tailSize || len(got) < tailSize-20 {
 		t.Errorf("there are kept %d bytes, from %.20q", len(got), got)
 	}
 	fmt.Fprint(&kept, strings.Repeat("x", 10*tailSize))

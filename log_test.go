@@ -37,7 +37,8 @@ func TestLogOfPanic(t *testing.T) {
 			_ = dispense(t, p).Call("Plugin.Do", mode, new(string))
 			receive(t, "Done", c.Done())
 
-			atError := slices.DeleteFunc(records.find(""), func(r logRecord) bool { return r.level < hclog.Warn })
+			below := func(r logRecord) bool { return r.level < hclog.Warn }
+			atError := slices.DeleteFunc(records.find(""), below)
 			if len(atError) != 1 || atError[0].msg != "the process has ended" {
 				t.Fatalf("logged above Info: %.1000q", atError)
 			}
@@ -115,7 +116,7 @@ func TestLogOfPlugin(t *testing.T) {
 				t.Errorf("logged:\n%.200q\nand not:\n%.200q", got, want)
 			}
 			if !strings.Contains(raw.String(), printed) {
-				t.Errorf("Stderr has %d bytes, and not the %d that were printed", len(raw.String()), len(printed))
+				t.Errorf("of %d bytes, Stderr has %d", len(printed), len(raw.String()))
 			}
 		})
 	}

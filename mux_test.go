@@ -69,7 +69,11 @@ func TestWireOfOutput(t *testing.T) {
 	connect := func() (net.Conn, <-chan struct{}) {
 		a, b := plugin.TestConn(t)
 		done := make(chan struct{})
-		server := &plugin.RPCServer{Stdout: bytes.NewReader(stdout), Stderr: bytes.NewReader(stderr), DoneCh: done}
+		server := &plugin.RPCServer{
+			Stdout: bytes.NewReader(stdout),
+			Stderr: bytes.NewReader(stderr),
+			DoneCh: done,
+		}
 		go server.ServeConn(b) // ends with the connection
 		return a, done
 	}
@@ -89,7 +93,7 @@ func TestWireOfOutput(t *testing.T) {
 	check(t, err)
 	var out, errs syncBuffer
 	gate := make(chan struct{})
-	check(t, host.SyncStreams(writerFunc(func(p []byte) (int, error) { <-gate; return out.Write(p) }), &errs))
+	check(t, host.SyncStreams(gatedWriter(gate, &out), &errs))
 	closed := async(host.Close)
 	receive(t, "DoneCh", done)
 	if poll(100*time.Millisecond, func() bool { return len(closed) > 0 }) {
@@ -100,6 +104,14 @@ func TestWireOfOutput(t *testing.T) {
 	if out.String() != string(stdout) || errs.String() != string(stderr) {
 		t.Errorf("%d and %d bytes have arrived", len(out.String()), len(errs.String()))
 	}
+}
+
+// gatedWriter returns a writer that writes to w once the gate is open.
+func gatedWriter(gate <-chan struct{}, w io.Writer) io.Writer {
+	return writerFunc(func(p []byte) (int, error) {
+		<-gate
+		return w.Write(p)
+	})
 }
 
 // A plugin that does not answer makes Ping and Close fail.
@@ -128,7 +140,10 @@ func TestOutputWithoutReader(t *testing.T) {
 	r, w := io.Pipe()
 	defer w.Close()
 	print := func() <-chan int {
-		return async(func() int { n, _ := w.Write(make([]byte, 2*streamWindow)); return n })
+		return async(func() int {
+			n, _ := w.Write(make([]byte, 2*streamWindow))
+			return n
+		})
 	}
 	server := &plugin.RPCServer{Stdout: r}
 	connect := func() net.Conn {
@@ -214,11 +229,8 @@ func TestOutput(t *testing.T) {
 	t.Parallel()
 	var stdout, stderr syncBuffer
 	gate := make(chan struct{})
-	gated := func(w io.Writer) io.Writer {
-		return writerFunc(func(p []byte) (int, error) { <-gate; return w.Write(p) })
-	}
 	cfg := newLab(t).config("plugin say cry", sayEnv+"=last words")
-	cfg.SyncStdout, cfg.SyncStderr = gated(&stdout), gated(&stderr)
+	cfg.SyncStdout, cfg.SyncStderr = gatedWriter(gate, &stdout), gatedWriter(gate, &stderr)
 	logger, records := recorder()
 	cfg.Logger = logger
 	c, p := startPlugin(t, cfg)
@@ -259,7 +271,8 @@ func TestOutputToLog(t *testing.T) {
 			cfg.SyncStdout, copies = io.Discard, 1
 		}
 		c, p := startPlugin(t, cfg)
-		mustCall[struct{}](t, dispense(t, p).Client, "Print", Output{Stdout: lines.String(), Stderr: lines.String()})
+		output := Output{Stdout: lines.String(), Stderr: lines.String()}
+		mustCall[struct{}](t, dispense(t, p).Client, "Print", output)
 		c.Kill()
 		got := map[string]int{}
 		for _, r := range records.find("") {

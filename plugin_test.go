@@ -126,7 +126,11 @@ func runTests(m *testing.M) int {
 // ---- The test plugin ----
 
 // testHandshake is the handshake of all test plugins.
-var testHandshake = plugin.HandshakeConfig{ProtocolVersion: 3, MagicCookieKey: "TEST_PLUGIN_COOKIE", MagicCookieValue: "d5f1"}
+var testHandshake = plugin.HandshakeConfig{
+	ProtocolVersion:  3,
+	MagicCookieKey:   "TEST_PLUGIN_COOKIE",
+	MagicCookieValue: "d5f1",
+}
 
 // testPlugin returns what the plugin serves. In the host it is a *testClient.
 type testPlugin func(*plugin.MuxBroker) (any, error)
@@ -142,7 +146,9 @@ func serves(v any) testPlugin { return func(*plugin.MuxBroker) (any, error) { re
 // testPlugins returns the plugin set of the step "plugin". Its one plugin is
 // "test".
 func testPlugins(s *testState) plugin.PluginSet {
-	return plugin.PluginSet{"test": testPlugin(func(b *plugin.MuxBroker) (any, error) { return &testServer{s, b}, nil })}
+	return plugin.PluginSet{"test": testPlugin(func(b *plugin.MuxBroker) (any, error) {
+		return &testServer{s, b}, nil
+	})}
 }
 
 // servePlugin is the main function of a plugin.
@@ -391,6 +397,17 @@ func (s *testServer) Serve(kind string, id *uint32) error {
 
 // ---- Checks, logs, buffers ----
 
+// killedState is how a process has ended that was killed.
+var killedState = onWindows("exit status 1", "signal: killed")
+
+// onWindows returns the first on Windows, and elsewhere the second.
+func onWindows(there, elsewhere string) string {
+	if runtime.GOOS == "windows" {
+		return there
+	}
+	return elsewhere
+}
+
 // ---- Whole lives ----
 
 // One connection carries calls, streams, callbacks and output, and logs
@@ -418,7 +435,8 @@ func TestLife(t *testing.T) {
 	}
 	id, stop := test.broker.ServeRPC(newTestServer())
 	defer stop()
-	if got := mustCall[string](t, test.Client, "CallBack", Callback{id, "Echo", "called back"}); got != "called back" {
+	callback := Callback{ID: id, Method: "Echo", Arg: "called back"}
+	if got := mustCall[string](t, test.Client, "CallBack", callback); got != "called back" {
 		t.Errorf("the callback returned %q", got)
 	}
 	if err := c.Err(); err != nil || c.Exited() || isClosed(c.Done()) {
@@ -438,71 +456,120 @@ func TestLife(t *testing.T) {
 	}
 }
 
-// A plugin that ends by itself says why: in Err, and in each call in flight, of
-// the host that started it and of one that reattached.
+// crashes are ways in which a plugin ends by itself, and what an ExitError says of
+// each.
+var crashes = []struct{ how, panic, state string }{
+	{"panic", "panic: boom", "exit status 2"},
+	{"fatal", "fatal error: sync", "exit status 2"},
+	{"exit0", "", "exit status 0"},
+	{"exit3", "", "exit status 3"},
+	{"killed", "", killedState},
+}
+
+// A plugin that ends by itself says why, with its last output: in Err, and in each
+// call in flight.
 func TestCrash(t *testing.T) {
 	t.Parallel()
-	for how, want := range map[string]struct{ panic, state string }{
-		"panic":  {"panic: boom", "exit status 2"},
-		"fatal":  {"fatal error: sync", "exit status 2"},
-		"exit0":  {"", "exit status 0"},
-		"exit3":  {"", "exit status 3"},
-		"killed": {"", map[bool]string{true: "exit status 1", false: "signal: killed"}[runtime.GOOS == "windows"]},
-	} {
-		t.Run(how, func(t *testing.T) {
+	for _, crash := range crashes {
+		t.Run(crash.how, func(t *testing.T) {
 			t.Parallel()
 			cfg := newLab(t).config("plugin")
-			first, p := startPlugin(t, cfg)
-			second, other := startPlugin(t, attachTo(first.ReattachConfig()))
-			test, idle := dispense(t, p), dispense(t, p)
-			mustCall[struct{}](t, test.Client, "Print", Output{Raw: strings.Repeat(strings.Repeat("x", 99)+"\n", 100) + "last words\n"})
-			inFirst, inSecond := test.block(t, 4), dispense(t, other).block(t, 2)
-			explains := func(err error, child bool) {
+			c, p := startPlugin(t, cfg)
+			test := dispense(t, p)
+			lines := strings.Repeat(strings.Repeat("x", 99)+"\n", 100) + "last words\n"
+			mustCall[struct{}](t, test.Client, "Print", Output{Raw: lines})
+			explains := func(err error) {
 				t.Helper()
 				var exit *plugin.ExitError
-				if !errors.As(err, &exit) || (exit.State != nil) != child {
+				if !errors.As(err, &exit) || exit.State == nil {
 					t.Fatalf("the error is %T: %v", err, err)
 				}
-				if !child {
-					return
-				}
-				errorSays(t, err, want.panic, want.state, pluginName(cfg.Cmd.Path))
-				if exit.Path != cfg.Cmd.Path || exit.State.String() != want.state || !strings.HasPrefix(exit.Panic, want.panic) || (exit.Panic == "") != (want.panic == "") {
+				errorSays(t, err, crash.panic, crash.state, pluginName(cfg.Cmd.Path))
+				if exit.Path != cfg.Cmd.Path || exit.State.String() != crash.state {
 					t.Errorf("the error is %+v", exit)
 				}
-				if len(exit.Stderr) < 4<<10 || len(exit.Stderr) > 8<<10 || want.panic == "" && !strings.Contains(exit.Stderr, "last words") {
+				if !strings.HasPrefix(exit.Panic, crash.panic) || crash.panic == "" && exit.Panic != "" {
+					t.Errorf("the panic is %q", exit.Panic)
+				}
+				if len(exit.Stderr) < 4<<10 || len(exit.Stderr) > 8<<10 {
+					t.Errorf("the last lines have %d bytes", len(exit.Stderr))
+				}
+				if crash.panic == "" && !strings.Contains(exit.Stderr, "last words") {
 					t.Errorf("the last lines are %q", exit.Stderr)
 				}
 			}
-			inFlight := func(err error, child bool) {
+			inFlight := test.block(t, 4)
+			err := test.Call("Plugin.Do", crash.how, new(string))
+			errorIs(t, "the call that ends it", err, io.ErrUnexpectedEOF)
+			explains(err)
+			for range cap(inFlight) {
+				err := receive(t, "a call", inFlight)
+				errorIs(t, "a call in flight", err, io.ErrUnexpectedEOF)
+				explains(err)
+			}
+			receive(t, "Done", c.Done())
+			c.Kill()
+			explains(c.Err())
+		})
+	}
+}
+
+// A host that reattached to a plugin learns of its end, and not how it ended.
+func TestCrashAfterReattach(t *testing.T) {
+	t.Parallel()
+	for _, crash := range crashes {
+		t.Run(crash.how, func(t *testing.T) {
+			t.Parallel()
+			first, p := startPlugin(t, newLab(t).config("plugin"))
+			second, other := startPlugin(t, attachTo(first.ReattachConfig()))
+			inFlight := dispense(t, other).block(t, 2)
+			if dispense(t, p).Call("Plugin.Do", crash.how, new(string)) == nil {
+				t.Error("the call that ends it returned no error")
+			}
+			explains := func(what string, err error) {
 				t.Helper()
-				explains(err, child)
-				if !errors.Is(err, io.ErrUnexpectedEOF) {
-					t.Errorf("a call in flight returned %v", err)
+				var exit *plugin.ExitError
+				if !errors.As(err, &exit) || exit.State != nil {
+					t.Errorf("%s: the error is %T: %v", what, err, err)
 				}
 			}
-			inFlight(test.Call("Plugin.Do", how, new(string)), true)
-			for range cap(inFirst) {
-				inFlight(receive(t, "a call", inFirst), true)
+			for range cap(inFlight) {
+				err := receive(t, "a call", inFlight)
+				errorIs(t, "a call in flight", err, io.ErrUnexpectedEOF)
+				explains("a call in flight", err)
 			}
-			for range cap(inSecond) {
-				inFlight(receive(t, "a call", inSecond), false)
+			receive(t, "Done", second.Done())
+			second.Kill()
+			explains("Err", second.Err())
+		})
+	}
+}
+
+// After a crash, all that is done with the plugin fails at once, with the reason or
+// with rpc.ErrShutdown.
+func TestAfterCrash(t *testing.T) {
+	t.Parallel()
+	for _, crash := range crashes {
+		t.Run(crash.how, func(t *testing.T) {
+			t.Parallel()
+			c, p := startPlugin(t, newLab(t).config("plugin"))
+			test, idle := dispense(t, p), dispense(t, p)
+			if test.Call("Plugin.Do", crash.how, new(string)) == nil {
+				t.Error("the call that ends it returned no error")
 			}
-			for c, child := range map[*plugin.Client]bool{first: true, second: false} {
-				receive(t, "Done", c.Done())
-				c.Kill()
-				explains(c.Err(), child)
-			}
+			receive(t, "Done", c.Done())
 			for _, c := range []*testClient{test, idle} {
-				if err := c.Call("Plugin.Echo", "", new(string)); err != rpc.ErrShutdown && !errors.As(err, new(*plugin.ExitError)) {
+				err := c.Call("Plugin.Echo", "", new(string))
+				if err != rpc.ErrShutdown && !isA[*plugin.ExitError](err) {
 					t.Errorf("a later call returned %v", err)
 				}
-				if err := plugin.Call(context.Background(), c.Client, "Plugin.Echo", "", new(string)); !errors.Is(err, rpc.ErrShutdown) && !errors.As(err, new(*plugin.ExitError)) {
+				err = callIn(context.Background(), c.Client, "Echo")
+				if !errors.Is(err, rpc.ErrShutdown) && !isA[*plugin.ExitError](err) {
 					t.Errorf("a later Call returned %v", err)
 				}
 			}
 			within(t, "a later Dispense and Ping", 0, func() {
-				if _, err := p.Dispense("test"); err == nil || p.Ping() == nil {
+				if dispensing(p) == nil || p.Ping() == nil {
 					t.Error("a later Dispense or Ping did not fail")
 				}
 			})
@@ -531,7 +598,12 @@ func TestDiscover(t *testing.T) {
 	parent := t.TempDir()
 	dir := filepath.Join(parent, "[a]")
 	check(t, os.MkdirAll(filepath.Join(dir, "plugin-dir"+exe), 0o755))
-	for name, mode := range map[string]os.FileMode{"plugin-b" + exe: 0o755, "plugin-a" + exe: 0o700, "plugin-c.txt": 0o644, "other" + exe: 0o755} {
+	for name, mode := range map[string]os.FileMode{
+		"plugin-b" + exe: 0o755,
+		"plugin-a" + exe: 0o700,
+		"plugin-c.txt":   0o644,
+		"other" + exe:    0o755,
+	} {
 		check(t, os.WriteFile(filepath.Join(dir, name), nil, mode))
 	}
 	want := []string{filepath.Join(dir, "plugin-a"+exe), filepath.Join(dir, "plugin-b"+exe)}
@@ -567,7 +639,8 @@ func (basicServer) Check(fail bool, reply *BasicReply) error {
 func TestBasicError(t *testing.T) {
 	for _, wire := range wires {
 		c := wire.connect(t, basicServer{})
-		if err := mustCall[BasicReply](t, c, "Check", true).Err; err == nil || err.Error() != fs.ErrNotExist.Error() {
+		err := mustCall[BasicReply](t, c, "Check", true).Err
+		if err == nil || err.Error() != fs.ErrNotExist.Error() {
 			t.Errorf("%s: got %v", wire.name, err)
 		}
 		if err := mustCall[BasicReply](t, c, "Check", false).Err; err != nil {
@@ -595,7 +668,11 @@ func init() {
 	}
 	modes["attaching"] = func() {
 		address, pid, _ := strings.Cut(os.Getenv(childEnv), " ")
-		hosted.cfg = attachTo(&plugin.ReattachConfig{ProtocolVersion: 3, Addr: parseAddr(address), Pid: must(strconv.Atoi(pid))})
+		hosted.cfg = attachTo(&plugin.ReattachConfig{
+			ProtocolVersion: 3,
+			Addr:            parseAddr(address),
+			Pid:             must(strconv.Atoi(pid)),
+		})
 	}
 	modes["detaching"] = func() { hosted.cfg.Detach = true }
 	modes["quiet"] = func() {

@@ -121,18 +121,24 @@ func TestReattach(t *testing.T) {
 			l := newLab(t)
 			receive(t, "the first host's end", l.start(mode, childEnv+"=plugin say cry").ended)
 			address, pid := l.read("address"), l.read("plugin")
-			rc := &plugin.ReattachConfig{Addr: parseAddr(address), Pid: l.readPid("plugin")} // there is but one version
+			// The host has plugins of one version only, so rc needs none.
+			rc := &plugin.ReattachConfig{Addr: parseAddr(address), Pid: l.readPid("plugin")}
 			cfg := attachTo(rc)
 			var stdout syncBuffer
 			cfg.SyncStdout = &stdout
 			c, p := startPlugin(t, cfg)
 			test := dispense(t, p)
-			_ = test.Call("Plugin.Print", Output{"for this host", "", "for nobody", ""}, new(struct{})) // nor is that its end
+			// Nothing reads the process's own stderr, and that is not its end.
+			_ = test.Call("Plugin.Print", Output{Stdout: "for this host", Raw: "for nobody"}, new(struct{}))
 			await(t, "output", func() bool { return stdout.String() == "for this host" })
-			if c.ID() != pid || c.NegotiatedVersion() != 3 || c.Exited() || !reflect.DeepEqual(c.ReattachConfig(), rc) {
-				t.Errorf("reattached: %s, %d, %v, %+v", c.ID(), c.NegotiatedVersion(), c.Exited(), c.ReattachConfig())
+			if c.ID() != pid || c.NegotiatedVersion() != 3 || c.Exited() {
+				t.Errorf("reattached: %s, %d, %v", c.ID(), c.NegotiatedVersion(), c.Exited())
 			}
-			receive(t, "the last host's end", l.start("host attaching idle kill", childEnv+"="+address+" "+pid).ended)
+			if got := c.ReattachConfig(); !reflect.DeepEqual(got, rc) {
+				t.Errorf("reattached with %+v, and not %+v", got, rc)
+			}
+			last := l.start("host attaching idle kill", childEnv+"="+address+" "+pid)
+			receive(t, "the last host's end", last.ended)
 			l.read("plugin finished")
 			receive(t, "Done", c.Done())
 			var exit *plugin.ExitError
@@ -159,28 +165,33 @@ func TestStranger(t *testing.T) {
 	silent, now := l.silent("plugin-1-1"), context.Background()
 	ended, cancel := context.WithCancel(now)
 	cancel()
+	notFound := plugin.ErrProcessNotFound
+	its := guest.ReattachConfig().Addr
 	tests := []struct {
 		name string
 		rc   *plugin.ReattachConfig
 		ctx  context.Context
 		err  error
 	}{
-		{"dead", &plugin.ReattachConfig{Pid: dead.Process.Pid, Addr: silent}, now, plugin.ErrProcessNotFound},
-		{"no pid", &plugin.ReattachConfig{Addr: silent}, now, plugin.ErrProcessNotFound},
-		{"a process group", &plugin.ReattachConfig{Pid: -pid, Addr: silent}, now, plugin.ErrProcessNotFound},
-		{"nobody listens", &plugin.ReattachConfig{Pid: pid, Addr: parseAddr("127.0.0.1:1")}, now, plugin.ErrProcessNotFound},
+		{"dead", &plugin.ReattachConfig{Pid: dead.Process.Pid, Addr: silent}, now, notFound},
+		{"no pid", &plugin.ReattachConfig{Addr: silent}, now, notFound},
+		{"a process group", &plugin.ReattachConfig{Pid: -pid, Addr: silent}, now, notFound},
+		{"nobody listens", &plugin.ReattachConfig{Pid: pid, Addr: parseAddr("127.0.0.1:1")}, now, notFound},
 		{"not its socket", &plugin.ReattachConfig{Pid: pid, Addr: silent}, now, nil},
-		{"the plugin's socket", &plugin.ReattachConfig{Pid: pid, Addr: guest.ReattachConfig().Addr}, now, nil},
+		{"the plugin's socket", &plugin.ReattachConfig{Pid: pid, Addr: its}, now, nil},
 		{"no time to look", other.ReattachConfig(), ended, context.Canceled},
 	}
 	concurrently(t, len(tests), func(i int) {
-		c := plugin.NewClient(attachTo(tests[i].rc))
-		if _, err := c.StartContext(tests[i].ctx); !errors.Is(err, tests[i].err) || tests[i].err == plugin.ErrProcessNotFound && err != plugin.ErrProcessNotFound {
-			t.Errorf("%s: Start returned %v", tests[i].name, err)
+		test := tests[i]
+		c := plugin.NewClient(attachTo(test.rc))
+		_, err := c.StartContext(test.ctx)
+		errorIs(t, test.name, err, test.err)
+		if test.err == notFound && err != notFound {
+			t.Errorf("%s: the error is wrapped: %v", test.name, err)
 		}
 		within(t, "Kill", 4*time.Second, c.Kill)
 		if !c.Exited() {
-			t.Errorf("%s: Kill has returned, and Exited is false", tests[i].name)
+			t.Errorf("%s: Kill has returned, and Exited is false", test.name)
 		}
 	})
 	receive(t, "the end of a plugin that was asked to quit", guest.Done())
@@ -200,7 +211,12 @@ type testRunner struct {
 
 // config is for a plugin whose process is r. There is no such pid.
 func (r *testRunner) config(addr net.Addr) *plugin.ReattachConfig {
-	return &plugin.ReattachConfig{ProtocolVersion: 3, Addr: addr, Pid: -1, ReattachFunc: func() (plugin.AttachedRunner, error) { return r, nil }}
+	return &plugin.ReattachConfig{
+		ProtocolVersion: 3,
+		Addr:            addr,
+		Pid:             -1,
+		ReattachFunc:    func() (plugin.AttachedRunner, error) { return r, nil },
+	}
 }
 
 func newTestRunner(t testing.TB, stuck bool) *testRunner {
@@ -236,16 +252,27 @@ func (*testRunner) ID() string { return "box 7" }
 
 var errBox = errors.New("the box has fallen over")
 
-// boxed starts a plugin that a client knows through a runner. A mute runner does
-// not learn of the plugin's end.
-func boxed(t *testing.T, mode string, mute bool) (*plugin.Client, *testClient, *testRunner, *os.Process) {
+// boxed is a plugin that a client knows through a runner.
+type boxed struct {
+	client  *plugin.Client
+	test    *testClient
+	runner  *testRunner
+	process *os.Process
+}
+
+// startBoxed starts a plugin and reattaches to it through a runner, which learns of
+// the plugin's end if it is told.
+func startBoxed(t *testing.T, mode string, told bool) boxed {
 	t.Helper()
 	t.Parallel()
 	cfg := newLab(t).config(mode)
 	first, _ := startPlugin(t, cfg)
 	r := newTestRunner(t, false)
-	if !mute {
-		go func() { <-first.Done(); r.ended <- errBox }() // ends with the plugin
+	if told {
+		go func() { // ends with the plugin
+			<-first.Done()
+			r.ended <- errBox
+		}()
 	}
 	second := attachTo(r.config(first.ReattachConfig().Addr))
 	second.KillTimeout = 500 * time.Millisecond
@@ -253,76 +280,126 @@ func boxed(t *testing.T, mode string, mute bool) (*plugin.Client, *testClient, *
 	if c.ID() != r.ID() || c.Exited() || c.Err() != nil {
 		t.Errorf("reattached: %s, %v, %v", c.ID(), c.Exited(), c.Err())
 	}
-	return c, dispense(t, p), r, cfg.Cmd.Process
+	return boxed{c, dispense(t, p), r, cfg.Cmd.Process}
 }
 
-// ReattachFunc finds the process, which is waited for and killed through it.
-func TestReattachFunc(t *testing.T) {
+// A plugin that a runner knows is asked to quit, and the runner is not to kill it.
+// The wait for it is cancelled.
+func TestRunnerIsNotAskedToKill(t *testing.T) {
+	b := startBoxed(t, "plugin", true)
+	waiting := receive(t, "Wait", b.runner.waits)
+	b.client.Kill()
+	if !b.client.Exited() || b.client.Err() != nil || len(b.runner.kills) > 0 {
+		t.Error("after Kill:", b.client.Exited(), b.client.Err(), len(b.runner.kills))
+	}
+	if waiting.Err() == nil {
+		t.Error("the context of Wait has not ended")
+	}
+}
+
+// A plugin that does not quit is killed through its runner, which is waited for.
+func TestRunnerKills(t *testing.T) {
+	b := startBoxed(t, "plugin endless", true)
+	waiting := receive(t, "Wait", b.runner.waits)
+	killing := async(func() bool {
+		b.client.Kill()
+		return true
+	})
+	ctx := receive(t, "Kill", b.runner.kills)
+	if waiting.Err() != nil || ctx.Err() != nil {
+		t.Error("the contexts have ended:", waiting.Err(), ctx.Err())
+	}
+	_ = b.process.Kill()
+	receive(t, "Client.Kill", killing)
+	if !b.client.Exited() || b.client.Err() != nil || len(b.runner.kills) > 0 {
+		t.Error("after Kill:", b.client.Exited(), b.client.Err(), len(b.runner.kills))
+	}
+	if waiting.Err() == nil {
+		t.Error("the context of Wait has not ended")
+	}
+}
+
+// The error of a runner is that of the calls in flight when its plugin exits, and
+// of Err.
+func TestRunnerTellsOfCrash(t *testing.T) {
+	b := startBoxed(t, "plugin", true)
+	for _, err := range []error{b.test.Call("Plugin.Do", "exit3", new(string)), b.client.Err()} {
+		errorSays(t, err, errBox.Error())
+		if !b.client.Exited() || !errors.Is(err, errBox) || !isA[*plugin.ExitError](err) {
+			t.Errorf("Exited is %v, and the error %v", b.client.Exited(), err)
+		}
+	}
+}
+
+// The end of a process ends its connection, which may outlive it: a child may have
+// it.
+func TestRunnerEndsConnection(t *testing.T) {
+	b := startBoxed(t, "plugin", false)
+	errs := b.test.block(t, 4)
+	b.runner.ended <- errBox
+	for range cap(errs) {
+		err := receive(t, "a call", errs)
+		if !errors.Is(err, errBox) || !b.client.Exited() {
+			t.Errorf("Exited is %v, and a call in flight returned %v", b.client.Exited(), err)
+		}
+	}
+}
+
+// A plugin whose connection is lost is not taken for dead while its runner says
+// nothing.
+func TestRunnerOutlivesConnection(t *testing.T) {
+	b := startBoxed(t, "plugin", false)
+	_ = b.process.Kill()
+	err := b.test.Call("Plugin.Block", "", new(string))
+	errorIs(t, "a call in flight", err, io.ErrUnexpectedEOF)
+	if b.client.Exited() || b.client.Err() != nil || isA[*plugin.ExitError](err) {
+		t.Errorf("the process is taken for dead, %v, with %v", b.client.Exited(), err)
+	}
+}
+
+// A runner that ignores its contexts does not keep Kill from returning.
+func TestStuckRunner(t *testing.T) {
 	t.Parallel()
-	for mode, stubborn := range map[string]bool{"plugin": false, "plugin endless": true} {
-		t.Run(mode, func(t *testing.T) {
-			c, _, r, process := boxed(t, mode, false)
-			waiting := receive(t, "Wait", r.waits)
-			killing := async(func() bool { c.Kill(); return true })
-			if stubborn {
-				if ctx := receive(t, "Kill", r.kills); waiting.Err() != nil || ctx.Err() != nil {
-					t.Error("the contexts have ended:", waiting.Err(), ctx.Err())
-				}
-				_ = process.Kill()
-			}
-			receive(t, "Client.Kill", killing)
-			if !c.Exited() || c.Err() != nil || waiting.Err() == nil || len(r.kills) > 0 {
-				t.Error("after Kill:", c.Exited(), c.Err(), waiting.Err(), len(r.kills))
-			}
-		})
+	r := newTestRunner(t, true)
+	cfg := attachTo(r.config(newLab(t).silent("s")))
+	cfg.KillTimeout = 100 * time.Millisecond
+	c, _ := startPlugin(t, cfg)
+	within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
+	waiting, killing := receive(t, "Wait", r.waits), receive(t, "Kill", r.kills)
+	if !c.Exited() || c.Err() != nil || waiting.Err() == nil || killing.Err() == nil {
+		t.Error("after Kill:", c.Exited(), c.Err(), waiting.Err(), killing.Err())
 	}
-	t.Run("crash", func(t *testing.T) {
-		c, test, _, _ := boxed(t, "plugin", false)
-		for _, err := range []error{test.Call("Plugin.Do", "exit3", new(string)), c.Err()} {
-			errorSays(t, err, errBox.Error())
-			if !c.Exited() || !errors.Is(err, errBox) || !errors.As(err, new(*plugin.ExitError)) {
-				t.Errorf("Exited is %v, and the error %v", c.Exited(), err)
-			}
-		}
-	})
-	t.Run("outlived", func(t *testing.T) { // as by a child that has the connection
-		c, test, r, _ := boxed(t, "plugin", true)
-		errs := test.block(t, 4)
-		r.ended <- errBox
-		for range cap(errs) {
-			if err := receive(t, "a call", errs); !errors.Is(err, errBox) || !c.Exited() {
-				t.Errorf("Exited is %v, and a call in flight returned %v", c.Exited(), err)
-			}
-		}
-	})
-	t.Run("lost connection", func(t *testing.T) {
-		c, test, _, process := boxed(t, "plugin", true)
-		_ = process.Kill()
-		err := test.Call("Plugin.Block", "", new(string))
-		if c.Exited() || c.Err() != nil || errors.As(err, new(*plugin.ExitError)) || !errors.Is(err, io.ErrUnexpectedEOF) {
-			t.Errorf("the process is taken for dead, %v, with %v", c.Exited(), err)
-		}
-	})
-	silent := newLab(t).silent("s")
-	t.Run("stuck", func(t *testing.T) {
-		r := newTestRunner(t, true)
-		cfg := attachTo(r.config(silent))
-		cfg.KillTimeout = 100 * time.Millisecond
-		c, _ := startPlugin(t, cfg)
-		within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
-		waiting, killing := receive(t, "Wait", r.waits), receive(t, "Kill", r.kills)
-		if !c.Exited() || c.Err() != nil || waiting.Err() == nil || killing.Err() == nil {
-			t.Error("after Kill:", c.Exited(), c.Err(), waiting.Err(), killing.Err())
-		}
-	})
-	for found, want := range map[error]error{errBox: errBox, plugin.ErrProcessNotFound: plugin.ErrProcessNotFound, nil: plugin.ErrProcessNotFound} {
-		rc := &plugin.ReattachConfig{Addr: silent, ReattachFunc: func() (plugin.AttachedRunner, error) { return nil, found }}
-		if _, err := plugin.NewClient(attachTo(rc)).Start(); !errors.Is(err, want) || want == plugin.ErrProcessNotFound && err != want {
-			t.Errorf("Start returned %v and not %v", err, want)
+}
+
+// findingBy returns a client whose process is found by a ReattachFunc.
+func findingBy(t *testing.T, find func() (plugin.AttachedRunner, error)) *plugin.Client {
+	t.Helper()
+	rc := &plugin.ReattachConfig{Addr: newLab(t).silent("s"), ReattachFunc: find}
+	c := plugin.NewClient(attachTo(rc))
+	t.Cleanup(c.Kill)
+	return c
+}
+
+// The error of ReattachFunc is that of Start. ErrProcessNotFound is returned as it
+// is, and instead of no runner.
+func TestReattachFuncFails(t *testing.T) {
+	t.Parallel()
+	find := func(err error) func() (plugin.AttachedRunner, error) {
+		return func() (plugin.AttachedRunner, error) { return nil, err }
+	}
+	_, err := findingBy(t, find(errBox)).Start()
+	errorIs(t, "another error", err, errBox)
+	for _, found := range []error{plugin.ErrProcessNotFound, nil} {
+		if _, err := findingBy(t, find(found)).Start(); err != plugin.ErrProcessNotFound {
+			t.Errorf("Start returned %v, where %v was found", err, found)
 		}
 	}
-	// A panic in the host's own code stays one, and Kill works.
-	c := plugin.NewClient(attachTo(&plugin.ReattachConfig{Addr: silent, ReattachFunc: func() (plugin.AttachedRunner, error) { panic(errBox) }}))
+}
+
+// A panic of ReattachFunc stays one, and Kill works.
+func TestReattachFuncPanics(t *testing.T) {
+	t.Parallel()
+	c := findingBy(t, func() (plugin.AttachedRunner, error) { panic(errBox) })
 	func() {
 		defer func() {
 			if p := recover(); p != errBox {
@@ -353,7 +430,7 @@ func TestSecureConfig(t *testing.T) {
 	path := os.Args[0]
 	hash := sha256.New()
 	hash.Write([]byte("used before"))
-	right := &plugin.SecureConfig{sumOf(t, path), hash}
+	right := &plugin.SecureConfig{Checksum: sumOf(t, path), Hash: hash}
 	concurrently(t, 6, func(i int) {
 		cfg := testConfig("plugin")
 		cfg.SecureConfig = right
@@ -373,10 +450,10 @@ func TestSecureConfig(t *testing.T) {
 		file   string
 		err    error
 	}{
-		{&plugin.SecureConfig{wrong, hash}, path, nil},
-		{&plugin.SecureConfig{right.Checksum[:16], hash}, path, nil},
-		{&plugin.SecureConfig{nil, hash}, path, plugin.ErrSecureConfigNoChecksum},
-		{&plugin.SecureConfig{wrong, nil}, path, plugin.ErrSecureConfigNoHash},
+		{&plugin.SecureConfig{Checksum: wrong, Hash: hash}, path, nil},
+		{&plugin.SecureConfig{Checksum: right.Checksum[:16], Hash: hash}, path, nil},
+		{&plugin.SecureConfig{Hash: hash}, path, plugin.ErrSecureConfigNoChecksum},
+		{&plugin.SecureConfig{Checksum: wrong}, path, plugin.ErrSecureConfigNoHash},
 		{right, path + ".missing", fs.ErrNotExist},
 	} {
 		if ok, err := test.secure.Check(test.file); ok || !errors.Is(err, test.err) {

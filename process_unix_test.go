@@ -27,16 +27,8 @@ import (
 
 func init() {
 	ownGroup = func(cmd *exec.Cmd) { cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} }
-	stop = func(t testing.TB, pid int) {
-		signalTo(t, pid, syscall.SIGSTOP)
-		await(t, "a stop", func() bool { // the threads run on until they notice
-			threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
-			return !slices.ContainsFunc(threads, func(name string) bool {
-				stat, err := os.ReadFile(name)
-				return err == nil && !strings.Contains(string(stat), ") T ")
-			})
-		})
-	}
+	killMoments["stopped"] = killMoment{mode: "plugin", reached: stopped}
+	killMoments["stopped and busy"] = killMoment{mode: "plugin", reached: stoppedAndBusy}
 	toGroup := func(s syscall.Signal) func(testing.TB, *testProcess) {
 		return func(t testing.TB, host *testProcess) { signalTo(t, -host.Process.Pid, s) }
 	}
@@ -51,13 +43,17 @@ func init() {
 		}
 	}
 	for _, shell := range []string{"host shell idle ready wait", "host shell started ready wait"} {
-		orphanTests = append(orphanTests, orphanTest{plugin: "plugin say cry", host: shell}, orphanTest{plugin: "plugin endless", host: shell, endless: true})
+		orphanTests = append(orphanTests,
+			orphanTest{plugin: "plugin say cry", host: shell},
+			orphanTest{plugin: "plugin endless", host: shell, endless: true})
 	}
 	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP} {
-		orphanTests = append(orphanTests, orphanTest{"plugin say cry", "host calling ready wait", toGroup(s), false})
+		orphanTests = append(orphanTests,
+			orphanTest{plugin: "plugin say cry", host: "host calling ready wait", end: toGroup(s)})
 	}
 	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP, syscall.SIGTERM} {
-		orphanTests = append(orphanTests, orphanTest{"plugin finishing", "host idle ready wait", toBoth(s), false})
+		orphanTests = append(orphanTests,
+			orphanTest{plugin: "plugin finishing", host: "host idle ready wait", end: toBoth(s)})
 	}
 	// Let the system, or a loop as the first process of a container has it, reap the children.
 	modes["ignoring"] = func() { signal.Ignore(syscall.SIGCHLD) }
@@ -89,6 +85,47 @@ func init() {
 	}
 }
 
+// stopped is the moment at which a plugin that has answered is stopped.
+func stopped(t testing.TB, c *plugin.Client, _ *lab) bool {
+	check(t, connect(c))
+	stop(t, pidOf(t, c))
+	return true
+}
+
+// stoppedAndBusy is the moment at which a plugin is stopped that has calls in
+// flight, and whose stream is full.
+func stoppedAndBusy(t testing.TB, c *plugin.Client, _ *lab) bool {
+	p, err := c.Client()
+	check(t, err)
+	test := dispense(t, p)
+	test.block(t, 4)
+	stop(t, pidOf(t, c))
+	test.Go("Plugin.Echo", string(noise(8<<20, 1)), new(string), nil) // ends with Kill
+	return true
+}
+
+// stop stops a process. Its threads run on until they notice.
+func stop(t testing.TB, pid int) {
+	t.Helper()
+	signalTo(t, pid, syscall.SIGSTOP)
+	await(t, "a stop", func() bool {
+		threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		return !slices.ContainsFunc(threads, func(name string) bool {
+			stat, err := os.ReadFile(name)
+			return err == nil && !strings.Contains(string(stat), ") T ")
+		})
+	})
+}
+
+// pidOf returns the pid of a client's process.
+func pidOf(t testing.TB, c *plugin.Client) int {
+	t.Helper()
+	pid, err := strconv.Atoi(c.ID())
+	check(t, err)
+	return pid
+}
+
+// signalTo sends a signal to a process or, if pid is negative, to a group.
 func signalTo(t testing.TB, pid int, s syscall.Signal) {
 	t.Helper()
 	if err := syscall.Kill(pid, s); err != nil {
@@ -109,12 +146,16 @@ func TestStartErrorFiles(t *testing.T) {
 	sockets := func(to plugin.UnixSocketConfig) func(testing.TB, *plugin.ClientConfig) {
 		return func(_ testing.TB, c *plugin.ClientConfig) { c.UnixSocketConfig = &to }
 	}
+	noShell := "#!/no/such/shell\n"
+	foreign := "\x7fELF\x02\x01\x01" + strings.Repeat("\x00", 999)
+	notThere := sockets(plugin.UnixSocketConfig{TempDir: "/no/such/dir"})
+	aFile := sockets(plugin.UnixSocketConfig{TempDir: "/dev/null"})
 	for name, test := range map[string]startFailure{
 		"not executable":    {edit: runs("#!/bin/sh\n", 0o600), word: "executable", is: fs.ErrPermission},
-		"no interpreter":    {edit: runs("#!/no/such/shell\n", 0o700), word: "interpreter", is: fs.ErrNotExist},
-		"another processor": {edit: runs("\x7fELF\x02\x01\x01"+strings.Repeat("\x00", 999), 0o700), word: runtime.GOARCH, is: syscall.ENOEXEC},
-		"no directory":      {edit: sockets(plugin.UnixSocketConfig{TempDir: "/no/such/dir"}), word: "TempDir", is: fs.ErrNotExist},
-		"a file":            {edit: sockets(plugin.UnixSocketConfig{TempDir: "/dev/null"}), word: "TempDir", is: syscall.ENOTDIR},
+		"no interpreter":    {edit: runs(noShell, 0o700), word: "interpreter", is: fs.ErrNotExist},
+		"another processor": {edit: runs(foreign, 0o700), word: runtime.GOARCH, is: syscall.ENOEXEC},
+		"no directory":      {edit: notThere, word: "TempDir", is: fs.ErrNotExist},
+		"a file":            {edit: aFile, word: "TempDir", is: syscall.ENOTDIR},
 		"too long a path":   {edit: sockets(plugin.UnixSocketConfig{TempDir: longDir(t)}), word: "TempDir"},
 		"no group":          {edit: sockets(plugin.UnixSocketConfig{Group: "no-such-group"}), word: "Group"},
 	} {
@@ -224,7 +265,8 @@ func TestZombie(t *testing.T) {
 	host := l.start("host idle ready wait", childEnv+"=plugin")
 	l.read("host is ready")
 	stop(t, host.Process.Pid)
-	c, p := startPlugin(t, attachTo(&plugin.ReattachConfig{Addr: parseAddr(l.read("address")), Pid: l.readPid("plugin")}))
+	rc := &plugin.ReattachConfig{Addr: parseAddr(l.read("address")), Pid: l.readPid("plugin")}
+	c, p := startPlugin(t, attachTo(rc))
 	err := dispense(t, p).Call("Plugin.Do", "exit3", new(string))
 	if !errors.As(err, new(*plugin.ExitError)) || !c.Exited() {
 		t.Errorf("after the end of the plugin, Exited is %v and a call returned %v", c.Exited(), err)
@@ -237,8 +279,10 @@ func TestZombie(t *testing.T) {
 func TestGrandchild(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]func(*plugin.Client, *testClient){
-		"Kill":  func(c *plugin.Client, _ *testClient) { c.Kill() },
-		"crash": func(_ *plugin.Client, test *testClient) { _ = test.Call("Plugin.Do", "panic", new(string)) },
+		"Kill": func(c *plugin.Client, _ *testClient) { c.Kill() },
+		"crash": func(_ *plugin.Client, test *testClient) {
+			_ = test.Call("Plugin.Do", "panic", new(string))
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -276,7 +320,8 @@ func TestSocketDir(t *testing.T) {
 		addr, err := c.Start()
 		check(t, err)
 		dir := filepath.Dir(addr.String())
-		if mode, uid, _ := owner(t, dir); mode != 0o700 || uid != os.Getuid() || filepath.Dir(dir) != cfg.UnixSocketConfig.TempDir {
+		mode, uid, _ := owner(t, dir)
+		if mode != 0o700 || uid != os.Getuid() || filepath.Dir(dir) != cfg.UnixSocketConfig.TempDir {
 			t.Errorf("%s: the directory %s belongs to %d and has mode %v", name, dir, uid, mode)
 		}
 		end(c, cfg.Cmd.Process)
@@ -297,8 +342,10 @@ func TestSocketGroup(t *testing.T) {
 	}
 	cfg := testConfig("plugin")
 	cfg.UnixSocketConfig = &plugin.UnixSocketConfig{Group: strconv.Itoa(gid), TempDir: "/tmp"}
-	cfg.Cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid), NoSetGroups: true}}
-	cfg.SecureConfig = &plugin.SecureConfig{sumOf(t, cfg.Cmd.Path), sha256.New()} // so that this user can execute it
+	user := &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid), NoSetGroups: true}
+	cfg.Cmd.SysProcAttr = &syscall.SysProcAttr{Credential: user}
+	// So that this user can execute it:
+	cfg.SecureConfig = &plugin.SecureConfig{Checksum: sumOf(t, cfg.Cmd.Path), Hash: sha256.New()}
 	c, p := startPlugin(t, cfg)
 	addr, err := c.Start()
 	check(t, err)
@@ -366,11 +413,12 @@ func TestSummedIsRun(t *testing.T) {
 	sum := sumOf(t, path)
 	bad := filepath.Join(t.TempDir(), "bad")
 	writeProgram(t, bad, []byte("#!/bin/sh\n"), 0o700)
-	summed := self(&plugin.SecureConfig{sum, sha256.New()})
+	summed := self(&plugin.SecureConfig{Checksum: sum, Hash: sha256.New()})
 	if summed.Executable != plain.Executable || !slices.Equal(summed.Args, plain.Args) {
 		t.Errorf("it is %q %q, and was %q %q", summed.Executable, summed.Args, plain.Executable, plain.Args)
 	}
-	self(&plugin.SecureConfig{sum, swapHash{sha256.New(), func() { check(t, os.Rename(bad, path)) }}})
+	swapping := swapHash{sha256.New(), func() { check(t, os.Rename(bad, path)) }}
+	self(&plugin.SecureConfig{Checksum: sum, Hash: swapping})
 	if slices.Equal(sumOf(t, path), sum) {
 		t.Error("the file was not swapped")
 	}

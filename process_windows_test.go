@@ -11,7 +11,8 @@ import (
 
 func init() {
 	// ReattachConfig does not detach a plugin here.
-	orphanTests = append(orphanTests, orphanTest{plugin: "plugin say cry", host: "host idle reattachable ready wait"})
+	orphanTests = append(orphanTests,
+		orphanTest{plugin: "plugin say cry", host: "host idle reattachable ready wait"})
 }
 
 // The ending of a file's name tells whether it can be executed.

@@ -65,7 +65,8 @@ func TestReadme(t *testing.T) {
 		}
 	}
 	if !slices.Equal(commands, readmeCommands) {
-		t.Errorf("the README has the commands\n%s\nand should have\n%s", strings.Join(commands, "\n"), strings.Join(readmeCommands, "\n"))
+		t.Errorf("the README has the commands\n%s\nand should have\n%s",
+			strings.Join(commands, "\n"), strings.Join(readmeCommands, "\n"))
 	}
 	for _, snippet := range snippets {
 		if !strings.Contains(flat(sources...), flat(snippet)) {
@@ -73,7 +74,8 @@ func TestReadme(t *testing.T) {
 		}
 	}
 	runIn(t, dir, "go", "build", "-o", "hello-plugin"+exe, "./plugin")
-	if got := runIn(t, dir, "go", "run", "."); !strings.Contains(readme, "prints `"+strings.TrimSpace(got)+"`") {
+	got := runIn(t, dir, "go", "run", ".")
+	if !strings.Contains(readme, "prints `"+strings.TrimSpace(got)+"`") {
 		t.Errorf("the first program prints %q, and the README says something else", got)
 	}
 	for _, link := range regexp.MustCompile(`\]\(([A-Za-z0-9._/-]+)[)#]`).FindAllStringSubmatch(readme, -1) {
@@ -172,7 +174,8 @@ func TestDocLinks(t *testing.T) {
 	}
 	for _, v := range values {
 		ast.Inspect(v.Decl, func(n ast.Node) bool {
-			if group, ok := n.(*ast.CommentGroup); ok && group != v.Decl.Doc && bracketed.MatchString(group.Text()) {
+			group, ok := n.(*ast.CommentGroup)
+			if ok && group != v.Decl.Doc && bracketed.MatchString(group.Text()) {
 				t.Errorf("%v: godoc shows no links here", fset.Position(group.Pos()))
 			}
 			return true
@@ -212,7 +215,8 @@ func newModule(t *testing.T) string {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	mod := strings.Replace(readFile(t, "go.mod"), "module github.com/muxplug/plugin", "module example.com/greeter", 1)
+	mod := readFile(t, "go.mod")
+	mod = strings.Replace(mod, "module github.com/muxplug/plugin", "module example.com/greeter", 1)
 	mod += "\nrequire github.com/muxplug/plugin v0.0.0\n\nreplace github.com/muxplug/plugin => " + here + "\n"
 	writeFile(t, filepath.Join(dir, "go.mod"), mod)
 	writeFile(t, filepath.Join(dir, "go.sum"), readFile(t, "go.sum"))

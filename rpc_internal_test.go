@@ -60,7 +60,8 @@ func TestCallsWaitForReason(t *testing.T) {
 	}
 	close(conn.known)
 	for i, call := range calls {
-		if receive(t, "a call", call.Done); !errors.Is(call.Error, errLoss) {
+		receive(t, "a call", call.Done)
+		if !errors.Is(call.Error, errLoss) {
 			t.Errorf("call %d returned %v", i, call.Error)
 		}
 	}

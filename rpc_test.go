@@ -22,52 +22,58 @@ import (
 
 var errCause = errors.New("test: the cause")
 
-// A call returns when its context ends, and its reply is not written later.
+// A call returns when its context ends, with the cause, and its reply is not written
+// later.
 func TestCallEndsWithContext(t *testing.T) {
-	test := func(t *testing.T, c *rpc.Client, s *testServer, deadline bool, cause error) {
-		ctx, cancel := context.WithCancelCause(context.Background())
-		defer cancel(nil)
-		if deadline {
-			var stop context.CancelFunc
-			ctx, stop = context.WithTimeoutCause(ctx, 20*time.Millisecond, cause)
-			defer stop()
-		}
-		reply := "before"
-		done := async(func() error { return plugin.Call(ctx, c, "Plugin.Block", "late", &reply) })
-		if !deadline {
-			receive(t, "the call", s.started)
-			cancel(cause)
-		}
-		err := receive(t, "the end of Call", done)
-		if deadline != errors.Is(err, context.DeadlineExceeded) || deadline == errors.Is(err, context.Canceled) || !errors.Is(err, context.Cause(ctx)) {
-			t.Errorf("Call returned %v", err)
-		}
-		close(s.release)
-		for range 20 {
-			reply = "in use again" // the race detector watches
-			echo(t, c)
-		}
-		if reply != "in use again" {
-			t.Errorf("a late reply was written: %q", reply)
-		}
-		calls := len(s.started)
-		if again := plugin.Call(ctx, c, "Plugin.Block", "", &reply); again == nil || again.Error() != err.Error() {
-			t.Errorf("a call with an ended context returned %v", again)
-		}
-		if echo(t, c); len(s.started) > calls {
-			t.Error("a call with an ended context was sent")
-		}
-	}
 	for _, wire := range wires {
-		for _, deadline := range []bool{false, true} {
+		for _, want := range []error{context.Canceled, context.DeadlineExceeded} {
 			for _, cause := range []error{nil, errCause} {
-				t.Run(fmt.Sprint(wire.name, " ", deadline, " ", cause), func(t *testing.T) {
+				t.Run(fmt.Sprint(wire.name, " ", want, " ", cause), func(t *testing.T) {
 					t.Parallel()
 					s := newTestServer()
-					test(t, wire.connect(t, s), s, deadline, cause)
+					testCallEndsWithContext(t, wire.connect(t, s), s, want, cause)
 				})
 			}
 		}
+	}
+}
+
+func testCallEndsWithContext(t *testing.T, c *rpc.Client, s *testServer, want, cause error) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	if want == context.DeadlineExceeded {
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeoutCause(ctx, 20*time.Millisecond, cause)
+		defer stop()
+	}
+	reply := "before"
+	done := async(func() error { return plugin.Call(ctx, c, "Plugin.Block", "late", &reply) })
+	if want == context.Canceled {
+		receive(t, "the call", s.started)
+		cancel(cause)
+	}
+	err := receive(t, "the end of Call", done)
+	errorIs(t, "Call", err, want)
+	errorIs(t, "Call", err, context.Cause(ctx))
+	if errors.Is(err, context.Canceled) && errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Call returned %v", err)
+	}
+	close(s.release)
+	for range 20 {
+		reply = "in use again" // the race detector watches
+		echo(t, c)
+	}
+	if reply != "in use again" {
+		t.Errorf("a late reply was written: %q", reply)
+	}
+	calls := len(s.started)
+	again := plugin.Call(ctx, c, "Plugin.Block", "", &reply)
+	if again == nil || again.Error() != err.Error() {
+		t.Errorf("a call with an ended context returned %v", again)
+	}
+	echo(t, c)
+	if len(s.started) > calls {
+		t.Error("a call with an ended context was sent")
 	}
 }
 
@@ -81,7 +87,8 @@ func TestCallReply(t *testing.T) {
 			errorSays(t, err, "Plugin.Block", fmt.Sprintf("%T", reply))
 		}
 		check(t, plugin.Call(boundedContext(t), c, "Plugin.Echo", "text", nil))
-		if echo(t, c); len(s.started) > 0 {
+		echo(t, c)
+		if len(s.started) > 0 {
 			t.Errorf("%s: a call was sent", wire.name)
 		}
 	}
@@ -100,22 +107,25 @@ func TestCallToStuckPeer(t *testing.T) {
 	defer cancel()
 	before := padding.Load()
 	concurrently(t, 10, func(int) {
-		if err := plugin.Call(ctx, test.Client, "Plugin.Box", Padded{}, new(Box)); !errors.Is(err, context.DeadlineExceeded) {
-			t.Error(err)
-		}
+		err := plugin.Call(ctx, test.Client, "Plugin.Box", Padded{}, new(Box))
+		errorIs(t, "Call", err, context.DeadlineExceeded)
 	})
 	if padding.Load() != before {
 		t.Error("an argument was encoded")
 	}
-	here, _ := plugin.TestConn(t)
-	stock := rpc.NewClient(here) // its Go waits for the peer
+}
+
+// Call with a client of net/rpc, whose Go waits for the peer, ends with its context.
+func TestStockCallToStuckPeer(t *testing.T) {
+	conn, _ := plugin.TestConn(t)
+	stock := rpc.NewClient(conn)
 	defer stock.Close()
-	ctx, cancel = context.WithTimeout(context.Background(), 100*time.Millisecond)
+	large := string(noise(40<<20, 0)) // more than the system takes
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
 	within(t, "Call", hangs, func() {
-		if err := plugin.Call(ctx, stock, "Plugin.Echo", strings.Repeat(large, 20), new(string)); !errors.Is(err, context.DeadlineExceeded) {
-			t.Error(err)
-		}
+		err := plugin.Call(ctx, stock, "Plugin.Echo", large, new(string))
+		errorIs(t, "Call", err, context.DeadlineExceeded)
 	})
 }
 
@@ -123,8 +133,11 @@ func TestCallToStuckPeer(t *testing.T) {
 
 // The context of a method ends with that of its call and with the caller.
 func TestServedContext(t *testing.T) {
-	for name, want := range map[string]error{
-		"cancel": context.Canceled, "deadline": context.DeadlineExceeded, "client closed": nil, "session closed": nil,
+	for name, want := range map[string]error{ // nil for any
+		"cancel":         context.Canceled,
+		"deadline":       context.DeadlineExceeded,
+		"client closed":  nil,
+		"session closed": nil,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -136,7 +149,7 @@ func TestServedContext(t *testing.T) {
 					ctx, cancel = context.WithTimeout(ctx, 300*time.Millisecond)
 				}
 				defer cancel()
-				done := async(func() error { return plugin.Call(ctx, c, "Plugin.Wait", "", new(string)) })
+				done := async(func() error { return callIn(ctx, c, "Wait") })
 				receive(t, "the call", s.started)
 				switch name {
 				case "cancel":
@@ -146,7 +159,8 @@ func TestServedContext(t *testing.T) {
 				case "session closed":
 					here.Close()
 				}
-				if cause := receive(t, "the end of the context", s.ended); want != nil && !errors.Is(cause, want) {
+				cause := receive(t, "the end of the context", s.ended)
+				if want != nil && !errors.Is(cause, want) {
 					t.Errorf("the context ended by %v and not %v", cause, want)
 				}
 				if err := receive(t, "the end of Call", done); err == nil {
@@ -163,7 +177,9 @@ func TestServedContextEndsWithQuit(t *testing.T) {
 	callback := newTestServer()
 	id, _ := test.broker.ServeRPC(callback)
 	waiting := async(func() error { return test.Call("Plugin.Wait", "", new(string)) })
-	calling := async(func() error { return test.Call("Plugin.CallBack", Callback{id, "Wait", ""}, new(string)) })
+	calling := async(func() error {
+		return test.Call("Plugin.CallBack", Callback{ID: id, Method: "Wait"}, new(string))
+	})
 	receive(t, "the call", guest.started)
 	receive(t, "the callback", callback.started)
 	closed := async(host.Close)
@@ -186,7 +202,7 @@ func TestCancelOneOfMany(t *testing.T) {
 		const pairs = 50
 		canceled, released := make(chan error, pairs), make(chan string, pairs)
 		for i := range pairs {
-			go func() { canceled <- plugin.Call(ctx, c, "Plugin.Wait", "", new(string)) }()
+			go func() { canceled <- callIn(ctx, c, "Wait") }()
 			go func() { released <- mustCall[string](t, c, "Wait", fmt.Sprint(i)) }()
 			receive(t, "a call", s.started)
 			receive(t, "a call", s.started)
@@ -216,23 +232,22 @@ func TestPluginPanics(t *testing.T) {
 	t.Parallel()
 	_, p := startPlugin(t, testConfig("plugin"))
 	test := dispense(t, p)
-	const calls = 20
-	errs := test.block(t, calls)
-	err := dispense(t, p).Call("Plugin.Panic", "the end", new(string))
-	for i := 0; ; i++ {
+	inFlight := test.block(t, 20)
+	errs := []error{dispense(t, p).Call("Plugin.Panic", "the end", new(string))}
+	for range cap(inFlight) {
+		errs = append(errs, receive(t, "a call", inFlight))
+	}
+	for _, err := range errs {
 		var exit *plugin.ExitError
-		if !errors.As(err, &exit) || !strings.Contains(exit.Panic, "the end") || !errors.Is(err, io.ErrUnexpectedEOF) {
+		if !errors.As(err, &exit) || !strings.Contains(exit.Panic, "the end") {
 			t.Errorf("a call returned %T: %v", err, err)
 		}
-		if i == calls {
-			break
-		}
-		err = receive(t, "a call", errs)
+		errorIs(t, "a call", err, io.ErrUnexpectedEOF)
 	}
 }
 
-// A panic in a method of the host is an error of that call. It is logged, and
-// the calls beside it go on.
+// A panic in a method of the host is an error of that call, and is logged with its
+// trace.
 func TestCallbackPanics(t *testing.T) {
 	t.Parallel()
 	cfg := testConfig("plugin")
@@ -242,14 +257,22 @@ func TestCallbackPanics(t *testing.T) {
 	test := dispense(t, p)
 	id, stop := test.broker.ServeRPC(newTestServer())
 	defer stop()
-	err := plugin.Call(boundedContext(t), test.Client, "Plugin.CallBack", Callback{id, "Panic", "a broken callback"}, new(string))
+	callback := Callback{ID: id, Method: "Panic", Arg: "a broken callback"}
+	err := plugin.Call(boundedContext(t), test.Client, "Plugin.CallBack", callback, new(string))
 	errorSays(t, err, "a broken callback")
 	logged := records.find("panicked")
-	if len(logged) != 1 || logged[0].level != hclog.Error || !strings.Contains(fmt.Sprint(logged[0].args...), "plugin_test.go") {
-		t.Errorf("the log has %+v", logged)
+	if len(logged) != 1 || logged[0].level != hclog.Error {
+		t.Fatalf("the log has %+v", logged)
+	}
+	if trace := fmt.Sprint(logged[0].args...); !strings.Contains(trace, "plugin_test.go") {
+		t.Errorf("the trace does not have the method: %s", trace)
 	}
 	echo(t, test.Client)
+}
 
+// A panic or Goexit in a method of the host leaves the other calls of its stream
+// alone.
+func TestCallbackPanicsBesideOthers(t *testing.T) {
 	_, host, guest := joinInProcess(t)
 	callback := newTestServer()
 	c := dialled(t, guest.broker, host.broker, callback)
@@ -322,7 +345,8 @@ type onPointer struct{}
 
 func (*onPointer) Echo(in string, out *string) error { return mirrored(in, out) }
 
-func TestMethods(t *testing.T) {
+// What has no method that can be called is not served, and the error says why.
+func TestNoMethods(t *testing.T) {
 	for _, test := range []struct {
 		v     any
 		words []string
@@ -337,10 +361,15 @@ func TestMethods(t *testing.T) {
 		errorSays(t, err, test.words...)
 		check(t, host.Ping())
 		bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
-			err := plugin.Call(boundedContext(t), dialled(t, here, there, test.v), "Plugin.Echo", "", new(string))
+			err := callIn(boundedContext(t), dialled(t, here, there, test.v), "Echo")
 			errorSays(t, err, test.words...)
 		})
 	}
+}
+
+// Of a receiver, the methods that have the right form can be called. The error of
+// another name says what there is.
+func TestMethods(t *testing.T) {
 	for _, wire := range wires {
 		if !wire.plugin {
 			continue
@@ -353,7 +382,7 @@ func TestMethods(t *testing.T) {
 			"Echo":           {"Plugin.Echo"},
 		} {
 			err := plugin.Call(boundedContext(t), c, method, new(any), new(string))
-			if !errors.As(err, new(rpc.ServerError)) {
+			if !isA[rpc.ServerError](err) {
 				t.Errorf("%s returned %T: %v", method, err, err)
 			}
 			errorSays(t, err, words...)
@@ -425,10 +454,15 @@ func TestRegisterError(t *testing.T) {
 	c := wires[0].connect(t, failing{"first": fmt.Errorf("failing: %w", first), "second": second})
 	for name, want := range map[string]bool{"first": true, "second": false} {
 		err := plugin.Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
-		if errors.Is(err, first) != want || errors.Is(err, second) {
-			t.Errorf("the %s error is the first: %v, and the second: %v", name, errors.Is(err, first), errors.Is(err, second))
+		isFirst, isSecond := errors.Is(err, first), errors.Is(err, second)
+		if isFirst != want || isSecond {
+			t.Errorf("the %s error is the first: %v, and the second: %v", name, isFirst, isSecond)
 		}
 	}
+}
+
+// Registering a nil error panics.
+func TestRegisterNil(t *testing.T) {
 	defer func() {
 		if recover() == nil {
 			t.Error("a nil error does not panic")

@@ -35,7 +35,9 @@ var refusals = []refusal{
 	{name: "by-hand", says: "host"},
 	{name: "wrong-cookie", env: []string{testHandshake.MagicCookieKey + "=wrong"}, says: "host"},
 	{name: "no-cookie", edit: func(c *plugin.ServeConfig) { c.MagicCookieKey = "" }, says: "MagicCookieKey"},
-	{name: "no-plugins", env: []string{testCookie}, edit: func(c *plugin.ServeConfig) { c.Plugins = nil }, says: "Plugins"},
+	{name: "no-plugins", env: []string{testCookie}, edit: func(c *plugin.ServeConfig) {
+		c.Plugins = nil
+	}, says: "Plugins"},
 	{name: "empty-sets", env: []string{testCookie}, edit: func(c *plugin.ServeConfig) {
 		c.Plugins, c.VersionedPlugins = plugin.PluginSet{}, map[int]plugin.PluginSet{1: nil, 2: {}}
 	}, says: "Plugins"},
@@ -51,9 +53,11 @@ var refusals = []refusal{
 
 func init() {
 	if runtime.GOOS != "windows" {
+		noDirectory := []string{testCookie, plugin.EnvUnixSocketDir + "=/no/directory"}
+		noGroup := []string{testCookie, plugin.EnvUnixSocketGroup + "=no-group"}
 		refusals = append(refusals,
-			refusal{name: "no-directory", env: []string{testCookie, plugin.EnvUnixSocketDir + "=/no/directory"}, says: "/no/directory"},
-			refusal{name: "no-group", env: []string{testCookie, plugin.EnvUnixSocketGroup + "=no-group"}, says: "no-group"})
+			refusal{name: "no-directory", env: noDirectory, says: "/no/directory"},
+			refusal{name: "no-group", env: noGroup, says: "no-group"})
 	}
 	for _, r := range refusals {
 		modes[r.name] = func() {
@@ -66,7 +70,10 @@ func init() {
 	modes["mux"] = func() {
 		set := make(plugin.ServeMuxMap)
 		for _, name := range []string{"first", "second"} {
-			set[name] = &plugin.ServeConfig{HandshakeConfig: testHandshake, Plugins: plugin.PluginSet{name: serves(newTestServer())}}
+			set[name] = &plugin.ServeConfig{
+				HandshakeConfig: testHandshake,
+				Plugins:         plugin.PluginSet{name: serves(newTestServer())},
+			}
 		}
 		plugin.ServeMux(set)
 	}
@@ -89,17 +96,26 @@ func TestRefusals(t *testing.T) {
 				cmd.Stdout = file
 			}
 			within(t, "a plugin that cannot serve", hangs, func() { _ = cmd.Run() })
-			if cmd.ProcessState.ExitCode() != 1 || stdout.Len() > 0 || !strings.Contains(stderr.String(), test.says) {
-				t.Errorf("%v, with the stdout %q; the stderr should say %q:\n%s", cmd.ProcessState, &stdout, test.says, &stderr)
+			if cmd.ProcessState.ExitCode() != 1 || stdout.Len() > 0 {
+				t.Errorf("%v, with the stdout %q", cmd.ProcessState, &stdout)
+			}
+			if !strings.Contains(stderr.String(), test.says) {
+				t.Errorf("the stderr should say %q:\n%s", test.says, &stderr)
 			}
 			if l.noted(test.name + " finished") {
 				t.Error("Serve returned")
 			}
 		})
 	}
+}
+
+// A host whose cookie is another one says so.
+func TestWrongCookie(t *testing.T) {
+	t.Parallel()
 	cfg := newLab(t).config("plugin")
 	cfg.MagicCookieValue = "wrong"
-	errorSays(t, startError(t, plugin.NewClient(cfg)), "cookie", testHandshake.MagicCookieKey, "exit status 1")
+	err := startError(t, plugin.NewClient(cfg))
+	errorSays(t, err, "cookie", testHandshake.MagicCookieKey, "exit status 1")
 }
 
 // The argument selects the plugin that ServeMux serves.
@@ -139,20 +155,25 @@ func TestForeignLifeline(t *testing.T) {
 	for range 5 {
 		mustCall[string](t, dispense(t, p).Client, "Do", "use-foreign")
 	}
-	if c.Kill(); c.Err() != nil {
-		t.Error(c.Err())
-	}
+	c.Kill()
+	check(t, c.Err())
 }
 
-// serveTestMode runs Serve in test mode. The function ends it. closed is
-// CloseCh.
-func serveTestMode(t *testing.T, test plugin.ServeTestConfig) (rc *plugin.ReattachConfig, stop func(), closed <-chan struct{}) {
+// serveTestMode runs Serve in test mode, until stop is called. closed is CloseCh.
+func serveTestMode(
+	t *testing.T, test plugin.ServeTestConfig,
+) (rc *plugin.ReattachConfig, stop func(), closed <-chan struct{}) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	ready, closing := make(chan *plugin.ReattachConfig), make(chan struct{})
 	test.Context, test.ReattachConfigCh, test.CloseCh = ctx, ready, closing
 	returned := async(func() bool {
-		plugin.Serve(&plugin.ServeConfig{HandshakeConfig: testHandshake, Plugins: testPlugins(newTestState()), Logger: hclog.NewNullLogger(), Test: &test})
+		plugin.Serve(&plugin.ServeConfig{
+			HandshakeConfig: testHandshake,
+			Plugins:         testPlugins(newTestState()),
+			Logger:          hclog.NewNullLogger(),
+			Test:            &test,
+		})
 		return true
 	})
 	stop = func() {
@@ -202,16 +223,24 @@ func TestTestModeEnds(t *testing.T) {
 	leavesNothing(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
+	unread := make(chan *plugin.ReattachConfig)
 	for _, test := range []struct {
 		name   string
 		config plugin.ServeConfig
-		says   string
+		says   string // at a level above Debug; "" for nothing
 	}{
-		{"nobody receives", plugin.ServeConfig{Plugins: testPlugins(nil), Test: &plugin.ServeTestConfig{Context: ctx, ReattachConfigCh: make(chan *plugin.ReattachConfig)}}, ""},
-		{"no plugins", plugin.ServeConfig{Test: new(plugin.ServeTestConfig)}, "Plugins"},
-		{"no certificate", plugin.ServeConfig{Plugins: testPlugins(nil), Test: new(plugin.ServeTestConfig), TLSProvider: func() (*tls.Config, error) {
-			return nil, errors.New("out of paper")
-		}}, "paper"},
+		{name: "no host", config: plugin.ServeConfig{
+			Plugins: testPlugins(nil),
+			Test:    &plugin.ServeTestConfig{Context: ctx, ReattachConfigCh: unread},
+		}},
+		{name: "no plugins", says: "Plugins", config: plugin.ServeConfig{
+			Test: &plugin.ServeTestConfig{},
+		}},
+		{name: "no certificate", says: "paper", config: plugin.ServeConfig{
+			Plugins:     testPlugins(nil),
+			TLSProvider: func() (*tls.Config, error) { return nil, errors.New("out of paper") },
+			Test:        &plugin.ServeTestConfig{},
+		}},
 	} {
 		closed := make(chan struct{})
 		logger, records := recorder()
@@ -220,9 +249,17 @@ func TestTestModeEnds(t *testing.T) {
 		if !isClosed(closed) {
 			t.Errorf("%s: CloseCh is not closed", test.name)
 		}
-		logged := slices.DeleteFunc(records.find(""), func(r logRecord) bool { return r.level <= hclog.Debug })
-		if (test.says != "") != (len(logged) == 1) || test.says != "" && !strings.Contains(logged[0].String(), test.says) {
-			t.Errorf("%s: there was logged %v", test.name, logged)
+		var logged []string
+		for _, r := range records.find("") {
+			if r.level > hclog.Debug {
+				logged = append(logged, r.String())
+			}
+		}
+		switch {
+		case test.says == "" && len(logged) > 0:
+			t.Errorf("%s: there was logged %q", test.name, logged)
+		case test.says != "" && (len(logged) != 1 || !strings.Contains(logged[0], test.says)):
+			t.Errorf("%s: there was logged %q, and not %q", test.name, logged, test.says)
 		}
 	}
 }
@@ -251,7 +288,8 @@ func TestTestModeOutput(t *testing.T) {
 		t.Errorf("the host got %q of stderr", errs.String())
 	}
 	fmt.Fprint(os.Stdout, "to its own")
-	if got, err := os.ReadFile(file.Name()); string(got) != "to stdout,to stderr,to its own" || os.Stderr != file {
+	got, err := os.ReadFile(file.Name())
+	if string(got) != "to stdout,to stderr,to its own" || os.Stderr != file {
 		t.Errorf("the process's own output is %q, %v", got, err)
 	}
 }
@@ -274,12 +312,17 @@ func TestHelpers(t *testing.T) {
 		echo(t, c)
 		r, w := io.Pipe()
 		defer w.Close()
-		host, _ := plugin.TestPluginRPCConn(t, testPlugins(newTestState()), &plugin.TestOptions{io.NopCloser(strings.NewReader("to stdout")), r})
+		output := &plugin.TestOptions{
+			ServerStdout: io.NopCloser(strings.NewReader("to stdout")),
+			ServerStderr: r,
+		}
+		host, _ := plugin.TestPluginRPCConn(t, testPlugins(newTestState()), output)
 		var stdout, stderr syncBuffer
 		check(t, host.SyncStreams(&stdout, &stderr))
 		dispenseAndEcho(t, host)
 		fmt.Fprint(w, "to stderr")
-		await(t, "output", func() bool { return stdout.String() == "to stdout" && stderr.String() == "to stderr" })
+		await(t, "stdout", func() bool { return stdout.String() == "to stdout" })
+		await(t, "stderr", func() bool { return stderr.String() == "to stderr" })
 	})
 	for _, conn := range conns {
 		if _, err := conn.Write([]byte("abc")); !errors.Is(err, net.ErrClosed) {

@@ -58,9 +58,8 @@ func TestServeSignals(t *testing.T) {
 		for range 200 {
 			echo(t, test.Client)
 		}
-		if c.Kill(); c.Err() != nil {
-			t.Error(c.Err())
-		}
+		c.Kill()
+		check(t, c.Err())
 	})
 }
 

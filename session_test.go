@@ -92,9 +92,10 @@ func TestTraffic(t *testing.T) {
 // A Write waits for the peer to read, until its deadline or the end of its
 // stream or session.
 func TestWriteWaits(t *testing.T) {
+	deadline := func(_ *plugin.MuxBroker, conn net.Conn, _ *rawPeer) { conn.SetDeadline(time.Unix(1, 0)) }
 	for name, end := range map[string]func(*plugin.MuxBroker, net.Conn, *rawPeer){
 		"closed":               func(_ *plugin.MuxBroker, conn net.Conn, _ *rawPeer) { conn.Close() },
-		"deadline":             func(_ *plugin.MuxBroker, conn net.Conn, _ *rawPeer) { conn.SetDeadline(time.Unix(1, 0)) },
+		"deadline":             deadline,
 		"session closed here":  func(b *plugin.MuxBroker, _ net.Conn, _ *rawPeer) { b.Close() },
 		"session closed there": func(_ *plugin.MuxBroker, _ net.Conn, raw *rawPeer) { raw.Close() },
 	} {
@@ -108,7 +109,10 @@ func TestWriteWaits(t *testing.T) {
 				t.Fatalf("of a Write that is not read, %d bytes were sent: %v", n, err)
 			}
 			check(t, conn.SetWriteDeadline(time.Time{}))
-			write := func() error { _, err := conn.Write(make([]byte, room)); return err }
+			write := func() error {
+				_, err := conn.Write(make([]byte, room))
+				return err
+			}
 			writing := async(write)
 			_, err = io.ReadFull(peer, make([]byte, 2*room))
 			check(t, errors.Join(err, receive(t, "Write", writing)))
@@ -116,8 +120,9 @@ func TestWriteWaits(t *testing.T) {
 			_, err = io.ReadFull(peer, make([]byte, 1)) // it has begun, and does not fit
 			check(t, err)
 			end(c.broker, conn, raw)
-			if err := receive(t, "Write", writing); name == "session closed there" && !errors.Is(err, io.ErrUnexpectedEOF) {
-				t.Error("a Write that waits ended with", err)
+			err = receive(t, "Write", writing)
+			if name == "session closed there" {
+				errorIs(t, "a Write that waits", err, io.ErrUnexpectedEOF)
 			}
 		})
 	}
@@ -146,7 +151,10 @@ func TestClosedBeforeTheEnd(t *testing.T) {
 func TestConnectionFaults(t *testing.T) {
 	t.Parallel()
 	for name, fault := range map[string]struct{ host, stalls bool }{
-		"host fails": {true, false}, "host stalls": {true, true}, "plugin fails": {false, false}, "plugin stalls": {false, true},
+		"host fails":    {host: true},
+		"host stalls":   {host: true, stalls: true},
+		"plugin fails":  {},
+		"plugin stalls": {stalls: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -172,7 +180,7 @@ func survives(t *testing.T, n int64, host, stalls bool) bool {
 	} else if n%2 == 0 {
 		ends[0] = struct{ io.ReadWriteCloser }{line} // has no deadlines
 	}
-	serving := async(func() bool { (&plugin.RPCServer{Plugins: testPlugins(newTestState())}).ServeConn(ends[1]); return true })
+	serving := serve(ends[1], testPlugins(newTestState()))
 	doing := async(func() error {
 		c, err := plugin.NewRPCClient(ends[0], testPlugins(nil))
 		if err != nil {
@@ -187,7 +195,7 @@ func survives(t *testing.T, n int64, host, stalls bool) bool {
 		from, _ := test.broker.ServeReader(strings.NewReader("all of it"))
 		to, _ := test.broker.ServeWriter(io.Discard)
 		return errors.Join(
-			test.Call("Plugin.CallBack", Callback{id, "Echo", "x"}, new(string)),
+			test.Call("Plugin.CallBack", Callback{ID: id, Method: "Echo", Arg: "x"}, new(string)),
 			test.Call("Plugin.Copy", Transfer{Reader: from, Writer: to}, new(int64)),
 			c.Close(),
 		)
@@ -275,7 +283,8 @@ func TestBadPeers(t *testing.T) {
 				_, err := broker.AcceptContext(boundedContext(t), 7)
 				return err
 			})
-			if err := receive(t, "AcceptContext", accepting); err == nil || errors.Is(err, context.DeadlineExceeded) {
+			err = receive(t, "AcceptContext", accepting)
+			if err == nil || errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("AcceptContext returned %v", err)
 			}
 		})
