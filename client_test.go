@@ -944,6 +944,23 @@ func TestTLS(t *testing.T) {
 	}
 }
 
+// strangerCanCall reports whether a program that is not the host of a plugin can use it.
+func strangerCanCall(t testing.TB, addr net.Addr, secure *tls.Config) bool {
+	t.Helper()
+	conn, err := net.Dial(addr.Network(), addr.String())
+	check(t, err)
+	if secure != nil {
+		conn = tls.Client(conn, secure)
+	}
+	stranger, err := plugin.NewRPCClient(conn, testPlugins(nil))
+	if err != nil {
+		return false
+	}
+	defer stranger.Close()
+	_, err = stranger.Dispense("test")
+	return err == nil
+}
+
 // Under AutoMTLS only the host that started the plugin can call it, with a
 // certificate made for that start.
 func TestAutoMTLS(t *testing.T) {
@@ -962,17 +979,7 @@ func TestAutoMTLS(t *testing.T) {
 			"no certificate":      {InsecureSkipVerify: true},
 			"another certificate": {InsecureSkipVerify: true, Certificates: []tls.Certificate{cert}},
 		} {
-			conn, err := net.Dial(addr.Network(), addr.String())
-			check(t, err)
-			if secure != nil {
-				conn = tls.Client(conn, secure)
-			}
-			stranger, err := plugin.NewRPCClient(conn, testPlugins(nil))
-			if err == nil {
-				_, err = stranger.Dispense("test")
-				_ = stranger.Close()
-			}
-			if err == nil {
+			if strangerCanCall(t, addr, secure) {
 				t.Errorf("a stranger with %s is served", name)
 			}
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"runtime"
 	"slices"
 	"time"
 
@@ -93,6 +94,10 @@ type ClientConfig struct {
 	// start, so that only this host can connect and only the plugin can answer.
 	// The plugin needs no setting. TLSConfig is ignored. AutoMTLS cannot be used
 	// with Reattach.
+	//
+	// On Windows the default is true, unless TLSConfig, Reattach or Detach is set.
+	// If AutoMTLS is not set and the plugin answers without a certificate, as
+	// plugins with a TLSProvider do, the host logs a warning and connects without.
 	AutoMTLS bool
 
 	// SkipHostEnv starts the plugin without the host's environment. It gets
@@ -156,6 +161,15 @@ func (c *ClientConfig) sockets() *UnixSocketConfig {
 // testMode reports whether the plugin runs in test mode.
 func (c *ClientConfig) testMode() bool { return c.Reattach != nil && c.Reattach.Test }
 
+// sendsCertificate reports whether the host sends a certificate: with AutoMTLS and, on
+// Windows, where any local user can connect, also by itself.
+func (c *ClientConfig) sendsCertificate() bool {
+	if c.AutoMTLS {
+		return true
+	}
+	return runtime.GOOS == "windows" && c.TLSConfig == nil && c.Reattach == nil && !c.Detach
+}
+
 // accept checks whether the host can use a plugin with that handshake, and returns the
 // TLS configuration for it. cert is the certificate of the host, with AutoMTLS.
 func (c *ClientConfig) accept(h handshake, cert tls.Certificate) (*tls.Config, error) {
@@ -171,8 +185,12 @@ func (c *ClientConfig) accept(h handshake, cert tls.Certificate) (*tls.Config, e
 	if !known {
 		return nil, &VersionError{Plugin: h.version, Host: sortedKeys(c.VersionedPlugins)}
 	}
-	if !c.AutoMTLS {
+	if !c.sendsCertificate() {
 		return c.TLSConfig, nil
+	}
+	if len(h.cert) == 0 && !c.AutoMTLS {
+		c.Logger.Warn("the plugin has not answered with a certificate, so any local user can connect to it")
+		return nil, nil
 	}
 	if len(h.cert) == 0 {
 		return nil, errors.New("it has not answered with a certificate, as AutoMTLS needs: " +

@@ -134,9 +134,9 @@ func (p *child) check() (*os.File, error) {
 }
 
 // certify makes the certificate of the host and returns it as the plugin gets it. It
-// returns "" without AutoMTLS.
+// returns "" if the host sends none.
 func (p *child) certify() (string, error) {
-	if !p.config.AutoMTLS {
+	if !p.config.sendsCertificate() {
 		return "", nil
 	}
 	cert, err := newCertificate()

@@ -39,3 +39,38 @@ func TestWindowsBadFile(t *testing.T) {
 		writeProgram(t, c.Cmd.Path, []byte("hello"), 0o700)
 	}}.run(t)
 }
+
+// Without any setting, only the host that started a plugin can connect to its port.
+func TestWindowsAutoMTLS(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		mode     string
+		edit     func(testing.TB, *plugin.ClientConfig)
+		sends    bool // the host sends a certificate
+		warnings int
+		open     bool // a stranger can connect
+	}{
+		"by itself":      {mode: "plugin", sends: true},
+		"set":            {mode: "plugin", sends: true, edit: func(_ testing.TB, c *plugin.ClientConfig) { c.AutoMTLS = true }},
+		"TLSConfig":      {mode: "tls", edit: testTLS},
+		"Detach":         {mode: "plugin", open: true, edit: func(_ testing.TB, c *plugin.ClientConfig) { c.Detach = true }},
+		"no certificate": {mode: "tcp", sends: true, warnings: 1, open: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cfg := newLab(t).config(test.mode)
+			if test.edit != nil {
+				test.edit(t, cfg)
+			}
+			logger, records := recorder()
+			cfg.Logger = logger
+			c, p := startPlugin(t, cfg)
+			addr, err := c.Start()
+			check(t, err)
+			self := mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{})
+			checkEqual(t, "the host sends a certificate", len(envValues(self.Began, certVariable)) == 1, test.sends)
+			checkEqual(t, "warnings", len(records.find("certificate")), test.warnings)
+			checkEqual(t, "a stranger can connect", strangerCanCall(t, addr, nil), test.open)
+		})
+	}
+}
