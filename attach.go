@@ -104,7 +104,8 @@ func (rc *ReattachConfig) probe(ctx context.Context) error {
 // isRefused reports whether err says that nothing listens at an address.
 func isRefused(err error) bool {
 	const refusedOnWindows = syscall.Errno(10061)
-	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, refusedOnWindows) || errors.Is(err, fs.ErrNotExist)
+	refused := errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, refusedOnWindows)
+	return refused || errors.Is(err, fs.ErrNotExist)
 }
 
 // reattachError describes an error of reattaching. ErrProcessNotFound stays as it is.

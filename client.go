@@ -242,7 +242,8 @@ func (c *Client) quit() {
 		return
 	}
 	go c.killProcess() // ends at once, or when the Kill of ReattachFunc's process does
-	c.config.Logger.Warn("the plugin does not exit by itself and is killed", "pid", c.process.ID(), "error", err)
+	args := []any{"pid", c.process.ID(), "error", err}
+	c.config.Logger.Warn("the plugin does not exit by itself and is killed", args...)
 	waitFor(reapTimeout-drainTimeout/2, c.exited.done())
 }
 
@@ -413,5 +414,10 @@ func (c *Client) ReattachConfig() *ReattachConfig {
 		return nil
 	}
 	p.detach()
-	return &ReattachConfig{Protocol: h.protocol, ProtocolVersion: h.version, Addr: h.addr, Pid: p.cmd.Process.Pid}
+	return &ReattachConfig{
+		Protocol:        h.protocol,
+		ProtocolVersion: h.version,
+		Addr:            h.addr,
+		Pid:             p.cmd.Process.Pid,
+	}
 }

@@ -40,6 +40,13 @@ type ClientConfig struct {
 	// blocks delays Done. Cmd.Stdout and Cmd.Stderr must be nil: see
 	// SyncStdout, SyncStderr and Stderr. Cmd.Env is added to the host's
 	// environment and wins over it.
+	//
+	// The end of the context of [exec.CommandContext] kills the plugin, and every
+	// other that was started with the same Cmd. Cmd.Cancel is then called once
+	// for each process, one call at a time, with Cmd.Process set to that process.
+	//
+	// The plugin is in the process group of the host, so that a SIGTERM or SIGHUP
+	// sent to that group ends both. Other values of Cmd.SysProcAttr change that.
 	Cmd *exec.Cmd
 
 	// Reattach describes a plugin that is running.
@@ -109,8 +116,9 @@ type ClientConfig struct {
 	UnixSocketConfig *UnixSocketConfig
 
 	// Detach lets the plugin run on when the host exits without Kill, so that
-	// another host can reattach. Otherwise the plugin exits. On systems other
-	// than Windows, a call of ReattachConfig does the same.
+	// another host can reattach. Otherwise the plugin exits; if it is stopped, as
+	// by SIGSTOP, it exits when it is continued. On systems other than Windows, a
+	// call of ReattachConfig does the same as Detach.
 	Detach bool
 }
 
@@ -179,7 +187,8 @@ func (c *ClientConfig) accept(h handshake, cert tls.Certificate) (*tls.Config, e
 	}
 	allowed := c.AllowedProtocols == nil || slices.Contains(c.AllowedProtocols, h.protocol)
 	if h.protocol != ProtocolNetRPC || !allowed {
-		return nil, fmt.Errorf("it uses the protocol %q, and ClientConfig.AllowedProtocols is %q", h.protocol, c.AllowedProtocols)
+		return nil, fmt.Errorf("it uses the protocol %q, and ClientConfig.AllowedProtocols is %q",
+			h.protocol, c.AllowedProtocols)
 	}
 	_, known := c.VersionedPlugins[h.version]
 	if !known {
@@ -215,15 +224,18 @@ func (c *ClientConfig) validate() error {
 	case c.MinPort > c.MaxPort:
 		return fmt.Errorf("plugin: ClientConfig.MinPort, %d, is above MaxPort, %d", c.MinPort, c.MaxPort)
 	case c.Reattach != nil && c.AutoMTLS:
-		return errors.New("plugin: ClientConfig.AutoMTLS cannot be used with Reattach: only the host that started the plugin has the certificates")
+		return errors.New("plugin: ClientConfig.AutoMTLS cannot be used with Reattach: " +
+			"only the host that started the plugin has the certificates")
 	case c.Reattach != nil && c.Reattach.Addr == nil:
 		return errors.New("plugin: ReattachConfig has no Addr")
 	case c.Reattach != nil:
 		return nil
 	case c.MagicCookieKey == "" || c.MagicCookieValue == "":
-		return errors.New("plugin: ClientConfig has no magic cookie: set HandshakeConfig.MagicCookieKey and MagicCookieValue")
+		return errors.New("plugin: ClientConfig has no magic cookie: " +
+			"set HandshakeConfig.MagicCookieKey and MagicCookieValue")
 	case c.Cmd.Stdout != nil || c.Cmd.Stderr != nil:
-		return errors.New("plugin: ClientConfig.Cmd has Stdout or Stderr set: the plugin needs them to report to its host; see SyncStdout and Stderr")
+		return errors.New("plugin: ClientConfig.Cmd has Stdout or Stderr set: " +
+			"the plugin needs them to report to its host; see SyncStdout and Stderr")
 	}
 	return nil
 }

@@ -9,7 +9,9 @@ import (
 	"time"
 )
 
-const lostTimeout = 3 * time.Second // between the end of a connection and that of the process, if that is the cause
+// lostTimeout is between the end of a connection and that of the process, if that is the
+// cause.
+const lostTimeout = 3 * time.Second
 
 var (
 	errKilled   = errors.New("plugin: Kill was called")

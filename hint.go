@@ -1,5 +1,7 @@
 package plugin
 
+// This file is about hints: causes of a StartError that its error does not name.
+
 import (
 	"context"
 	"errors"
@@ -13,8 +15,6 @@ import (
 	"syscall"
 )
 
-// A StartError has a hint: a possible cause that its error does not name.
-
 // behaviourHint returns why a process may not have become a plugin, or "".
 func behaviourHint(e *StartError, cookie string) string {
 	if e.State != nil && !e.State.Exited() {
@@ -25,7 +25,8 @@ func behaviourHint(e *StartError, cookie string) string {
 			"it is a plugin of another program, or its HandshakeConfig is another one", cookie)
 	}
 	if e.Stdout != "" {
-		return "what it printed to stdout is no handshake: does its main call plugin.Serve, and print nothing before?"
+		return "what it printed to stdout is no handshake: " +
+			"does its main call plugin.Serve, and print nothing before?"
 	}
 	late := errors.Is(e.Err, context.DeadlineExceeded)
 	if e.Stderr == "" && (e.State != nil || late) {

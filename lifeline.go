@@ -61,6 +61,9 @@ func (p *child) hold() (string, error) {
 
 // detach lets the plugin outlive this process.
 func (p *child) detach() {
+	if p.lifeline == nil {
+		return // it is detached, or watches the host's pid
+	}
 	p.release.Do(func() {
 		_, _ = p.lifeline.Write([]byte{1})
 		_ = p.lifeline.Close()

@@ -31,8 +31,11 @@ func (s *SecureConfig) Check(filePath string) (bool, error) {
 	if err == ErrChecksumsDoNotMatch {
 		return false, nil
 	}
-	_ = f.Close()
-	return err == nil, err
+	if err != nil {
+		return false, err
+	}
+	_ = f.Close() // it was only read
+	return true, nil
 }
 
 // open opens a file if it has the expected checksum.
@@ -47,15 +50,25 @@ func (s *SecureConfig) open(path string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	hashMu.Lock()
-	defer hashMu.Unlock()
-	s.Hash.Reset()
-	if _, err = io.Copy(s.Hash, f); err == nil && !bytes.Equal(s.Hash.Sum(nil), s.Checksum) {
+	sum, err := s.sum(f)
+	if err == nil && !bytes.Equal(sum, s.Checksum) {
 		err = ErrChecksumsDoNotMatch
 	}
 	if err != nil {
-		_ = f.Close()
+		_ = f.Close() // it was only read
 		return nil, err
 	}
 	return f, nil
+}
+
+// sum returns the checksum of a file.
+func (s *SecureConfig) sum(f io.Reader) ([]byte, error) {
+	hashMu.Lock()
+	defer hashMu.Unlock()
+	s.Hash.Reset()
+	_, err := io.Copy(s.Hash, f)
+	if err != nil {
+		return nil, err
+	}
+	return s.Hash.Sum(nil), nil
 }
