@@ -45,8 +45,8 @@ type ClientConfig struct {
 	// other that was started with the same Cmd. Cmd.Cancel is then called once
 	// for each process, one call at a time, with Cmd.Process set to that process.
 	//
-	// The plugin is in the process group of the host, so that a SIGTERM or SIGHUP
-	// sent to that group ends both. Other values of Cmd.SysProcAttr change that.
+	// The plugin is in the process group of the host: a signal that is sent to the
+	// group, such as SIGTERM, reaches both. Cmd.SysProcAttr can change that.
 	Cmd *exec.Cmd
 
 	// Reattach describes a plugin that is running.

@@ -58,14 +58,16 @@ func (e *StartError) Unwrap() error { return e.Err }
 type ExitError struct {
 	// Path is the path of the plugin's binary.
 	Path string
-	// State is how the process ended. It is nil for a reattached plugin.
+	// State is how the process ended. It is nil for a reattached plugin, and if other
+	// code of the host has reaped the process, as signal.Ignore(syscall.SIGCHLD) does.
 	State *os.ProcessState
 	// Stderr is the end of the plugin's stderr, at most 8 KiB.
 	Stderr string
 	// Panic is the message and trace of the panic or fatal error that ended the
 	// plugin, or "".
 	Panic string
-	// Err is the error of AttachedRunner.Wait, with ReattachConfig.ReattachFunc.
+	// Err is the error of AttachedRunner.Wait, with ReattachConfig.ReattachFunc, or
+	// why State is not known.
 	Err error
 }
 
@@ -82,10 +84,10 @@ func (e *ExitError) reason() string {
 		first, _, _ := strings.Cut(printable(e.Panic), "\n")
 		return first
 	}
-	if e.Err != nil {
-		return e.Err.Error()
-	}
 	reason := "the process exited unexpectedly"
+	if e.Err != nil {
+		reason = e.Err.Error()
+	}
 	if last := lastLine(e.Stderr); last != "" {
 		reason += fmt.Sprintf("; the last line of its stderr is %q", last)
 	}
