@@ -45,9 +45,10 @@ func (callPlugin) Client(_ *plugin.MuxBroker, c *rpc.Client) (any, error) { retu
 var invokePlugins = plugin.PluginSet{
 	"invoke": plugin.For[adder](adderImpl{}, func(r *plugin.Remote) adder { return adderClient{r} }),
 	"call":   callPlugin{},
+	"values": plugin.For[source](sourceImpl{}, func(r *plugin.Remote) source { return sourceClient{r} }),
 }
 
-// serveInvoke is the plugin of compareInvoke.
+// serveInvoke is the plugin of compareInvoke and of sequences.
 func serveInvoke() {
 	plugin.Serve(&plugin.ServeConfig{HandshakeConfig: plugin.HandshakeConfig(handshake), Plugins: invokePlugins})
 }

@@ -34,7 +34,7 @@ var (
 func main() {
 	flag.Parse()
 	if os.Getenv(handshake.MagicCookieKey) != "" {
-		serveInvoke() // compareInvoke has started this program as its plugin
+		serveInvoke() // compareInvoke or sequences has started this program as its plugin
 		return
 	}
 	if err := run(); err != nil {

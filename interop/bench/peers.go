@@ -56,6 +56,8 @@ type instance struct {
 	session func() error
 	// callback opens a stream, makes a small call over it, and closes it.
 	callback func() error
+	// values gets so many small structs, one after the other.
+	values func(n int) error
 
 	pid  int
 	kill func()
@@ -74,8 +76,9 @@ func newInstance(c *rpc.Client, pid int, kill func()) *instance {
 			err = c.Call("Plugin.Mallocs", 0, &n)
 			return n, err
 		},
-		pid:  pid,
-		kill: kill,
+		values: netRPCValues(c),
+		pid:    pid,
+		kill:   kill,
 	}
 }
 
@@ -193,6 +196,12 @@ func startOurs(binary string) (*instance, error) {
 	r := v.(remote[*plugin.MuxBroker])
 	i := newInstance(r.client, cmd.Process.Pid, c.Kill).withStreams(brokered(r.broker.Dial, r.broker, r.client))
 	i.callback = callback(brokered(r.broker.DialRPC, r.broker, r.client))
+	s := &sequences{}
+	i.values = s.values
+	i.kill = func() {
+		s.kill()
+		c.Kill()
+	}
 	return i, nil
 }
 
@@ -259,6 +268,7 @@ func startGRPC(path string) (*instance, error) {
 		},
 		sink:   func(size int64) error { return grpcSink(c.Conn, size) },
 		source: func(size int64) error { return grpcSource(c.Conn, size) },
+		values: grpcValues(c.Conn),
 		pid:    pid,
 		kill:   client.Kill,
 		callback: func() error {

@@ -23,13 +23,14 @@ type effort struct {
 	calls    time.Duration // how long calls go on in one turn
 	stream   int64         // bytes through a stream in one turn
 	together int           // plugins started at once
+	values   int           // small structs in one turn
 	counted  int           // calls for an average of allocations
 	hosted   int           // plugins that a host's costs are divided by
 }
 
 var (
-	usual = effort{turns: 7, calls: 30 * time.Millisecond, stream: 32 << 20, together: 50, counted: 2000, hosted: 10}
-	quick = effort{turns: 1, calls: 10 * time.Millisecond, stream: 2 << 20, together: 5, counted: 100, hosted: 2}
+	usual = effort{turns: 7, calls: 30 * time.Millisecond, stream: 32 << 20, values: 20_000, together: 50, counted: 2000, hosted: 10}
+	quick = effort{turns: 1, calls: 10 * time.Millisecond, stream: 2 << 20, values: 1000, together: 5, counted: 100, hosted: 2}
 )
 
 // work is one row of the table.
@@ -52,6 +53,9 @@ var works = []work{
 	{name: "1 MiB echo", unit: seconds, measure: repeat(1, echo(1<<20))},
 	{name: "stream to the plugin, 64 KiB writes", unit: bytesPerSecond, measure: stream(func(i *instance) func(int64) error { return i.sink })},
 	{name: "stream from the plugin, 64 KiB writes", unit: bytesPerSecond, measure: stream(func(i *instance) func(int64) error { return i.source })},
+	{name: "values from the plugin, structs of 64 bytes", unit: perSecond, long: true, measure: values},
+	{name: "ten such values, from the call to the end", unit: seconds, measure: repeat(1, fewValues(10))},
+	{name: "one such value, from the call to the end", unit: seconds, measure: repeat(1, fewValues(1))},
 	{name: "open, use, close a stream", unit: seconds, measure: repeat(1, func(i *instance) func() error { return i.session })},
 	{name: "open, call over, close a stream", unit: seconds, measure: repeat(1, func(i *instance) func() error { return i.callback })},
 	{name: "start to first reply", unit: seconds, measure: startAndKill(false)},

@@ -40,7 +40,7 @@ type service struct {
 	register func(*grpc.Server)
 }
 
-// desc describes the service: methods from Bytes to Bytes, and two
+// desc describes the service: methods from Bytes to Bytes, and three
 // streams.
 var desc = grpc.ServiceDesc{
 	ServiceName: "bench.Job",
@@ -54,6 +54,7 @@ var desc = grpc.ServiceDesc{
 	Streams: []grpc.StreamDesc{
 		{StreamName: job.Sink, Handler: sink, ClientStreams: true},
 		{StreamName: job.Source, Handler: source, ServerStreams: true},
+		{StreamName: job.Values, Handler: values, ServerStreams: true},
 	},
 }
 
@@ -61,6 +62,7 @@ var desc = grpc.ServiceDesc{
 var (
 	SinkDesc   = &desc.Streams[0]
 	SourceDesc = &desc.Streams[1]
+	ValuesDesc = &desc.Streams[2]
 )
 
 func unary(f func(*service, *Bytes) (*Bytes, error)) func(any, context.Context, func(any) error, grpc.UnaryServerInterceptor) (any, error) {
@@ -112,6 +114,20 @@ func source(_ any, stream grpc.ServerStream) error {
 	chunk := wrapperspb.Bytes(make([]byte, job.Chunk))
 	for size := int64(binary.LittleEndian.Uint64(in.GetValue())); size > 0; size -= job.Chunk {
 		if err := stream.SendMsg(chunk); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// values sends messages of 64 bytes.
+func values(_ any, stream grpc.ServerStream) error {
+	var in Bytes
+	if err := stream.RecvMsg(&in); err != nil {
+		return err
+	}
+	for range binary.LittleEndian.Uint64(in.GetValue()) {
+		if err := stream.SendMsg(wrapperspb.Bytes(make([]byte, 64))); err != nil {
 			return err
 		}
 	}

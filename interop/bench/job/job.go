@@ -41,6 +41,23 @@ func (s *Service) Small(in Args, out *Reply) error {
 // Echo returns what it is given.
 func (s *Service) Echo(in []byte, out *[]byte) error { *out = in; return nil }
 
+// Value is one of many. Gob encodes it as about 64 bytes, without its type.
+type Value struct {
+	N    int
+	Text string
+}
+
+// NewValue returns the value with that number.
+func NewValue(n int) Value {
+	return Value{N: n, Text: "this text makes it as long as what is often sent in rows"}
+}
+
+// Value returns a value.
+func (s *Service) Value(n int, out *Value) error {
+	*out = NewValue(n)
+	return nil
+}
+
 // Mallocs is how many objects the plugin has allocated so far.
 func (s *Service) Mallocs(_ int, out *uint64) error { *out = Mallocs(); return nil }
 
@@ -73,6 +90,9 @@ const (
 	Source = "fill" // write that much
 	Pong   = "pong" // send the first message back
 	Calls  = "rpc"  // serve calls
+
+	// Values is a stream of gRPC, of so many values as the first message says.
+	Values = "values"
 )
 
 // ByFirst returns the use with that first letter.
