@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"log"
 	"log/slog"
 	"net/rpc"
@@ -25,6 +26,8 @@ var examplePlugins = map[string]func(){
 	"greeter":  Example,
 	"filter":   ExampleFor,
 	"shelf":    ExampleInvoke,
+	"store":    ExampleInvokeSeq,
+	"account":  ExampleRemote_Close,
 	"byhand":   ExamplePlugin,
 	"worker":   ExampleClient_Exited,
 	"sleeper":  ExampleCall,
@@ -238,6 +241,136 @@ func ExampleInvoke() {
 	// Roses are red.
 	// <nil> <nil>
 	// violets true
+}
+
+// Store is implemented by the plugin and called by the host.
+type Store interface {
+	Watch(ctx context.Context, prefix string) iter.Seq2[Event, error]
+	Import(ctx context.Context, rows iter.Seq2[Row, error]) (int, error)
+}
+
+type (
+	Event struct{ Key string }
+	Row   struct{ Key, Value string }
+)
+
+// StoreClient is the Store in the host.
+type StoreClient struct{ remote *plugin.Remote }
+
+func (c StoreClient) Watch(ctx context.Context, prefix string) iter.Seq2[Event, error] {
+	return plugin.InvokeSeq[Event](ctx, c.remote, "Watch", prefix)
+}
+
+func (c StoreClient) Import(ctx context.Context, rows iter.Seq2[Row, error]) (int, error) {
+	return plugin.Invoke[int](ctx, c.remote, "Import", rows)
+}
+
+// Busy is the Store in the plugin, in which something happens all the time.
+type Busy struct{}
+
+func (Busy) Watch(ctx context.Context, prefix string) iter.Seq2[Event, error] {
+	return func(yield func(Event, error) bool) {
+		for n := 1; ; n++ {
+			if !yield(Event{Key: fmt.Sprint(prefix, n)}, nil) {
+				return // the host has left its loop
+			}
+		}
+	}
+}
+
+func (Busy) Import(ctx context.Context, rows iter.Seq2[Row, error]) (n int, err error) {
+	for row, err := range rows {
+		if err != nil {
+			return n, fmt.Errorf("after %d rows: %w", n, err)
+		}
+		if row.Key != "" {
+			n++
+		}
+	}
+	return n, nil
+}
+
+// The result of a method is a sequence of values, which the host ranges over, and a
+// parameter is one that the plugin ranges over.
+func ExampleInvokeSeq() {
+	newPlugin := func(r *plugin.Remote) Store { return StoreClient{r} }
+	store, client := start[Store]("store", plugin.For[Store](Busy{}, newPlugin))
+	defer client.Kill()
+
+	ctx := context.Background()
+	for event, err := range store.Watch(ctx, "users/") {
+		fmt.Println(event.Key, err)
+		if event.Key == "users/3" {
+			break // ends Watch in the plugin
+		}
+	}
+
+	rows := func(yield func(Row, error) bool) {
+		for _, key := range []string{"a", "b"} {
+			if !yield(Row{Key: key}, nil) {
+				return
+			}
+		}
+		yield(Row{}, io.ErrUnexpectedEOF) // the file is cut off, say
+	}
+	_, err := store.Import(ctx, rows)
+	fmt.Println(err, errors.Is(err, io.ErrUnexpectedEOF))
+	// Output:
+	// users/1 <nil>
+	// users/2 <nil>
+	// users/3 <nil>
+	// after 2 rows: unexpected EOF true
+}
+
+// Account is implemented by the plugin and called by the host.
+type Account interface {
+	Deposit(amount int) (balance int, err error)
+	Close() error
+}
+
+// AccountClient is the Account in the host.
+type AccountClient struct{ remote *plugin.Remote }
+
+func (c AccountClient) Deposit(amount int) (int, error) {
+	return plugin.Invoke[int](context.Background(), c.remote, "Deposit", amount)
+}
+
+// Close calls the Close of the plugin, and then releases the instance.
+func (c AccountClient) Close() error {
+	_, err := plugin.Invoke[struct{}](context.Background(), c.remote, "Close")
+	return errors.Join(err, c.remote.Close())
+}
+
+// Savings are the Account in the plugin.
+type Savings struct{ balance int }
+
+func (s *Savings) Deposit(amount int) (int, error) {
+	s.balance += amount
+	return s.balance, nil
+}
+
+func (s *Savings) Close() error {
+	if s.balance > 0 {
+		return fmt.Errorf("%d are left", s.balance)
+	}
+	return nil
+}
+
+// An interface with a Close of its own calls both: that of the implementation, and that
+// of the Remote.
+func ExampleRemote_Close() {
+	newPlugin := func(r *plugin.Remote) Account { return AccountClient{r} }
+	account, client := start[Account]("account", plugin.For[Account](&Savings{}, newPlugin))
+	defer client.Kill()
+
+	fmt.Println(account.Deposit(100))
+	fmt.Println(account.Close())
+	_, err := account.Deposit(100)
+	fmt.Println(errors.Is(err, rpc.ErrShutdown))
+	// Output:
+	// 100 <nil>
+	// 100 are left
+	// true
 }
 
 // GreeterPlugin has an Impl in the plugin.

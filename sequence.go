@@ -122,11 +122,14 @@ func receiveSequence(
 		<-returned
 	}()
 	err := decodeSequence(ctx, values, next)
-	if err != nil && outer.Err() != nil {
-		<-returned
-		return failed
+	if err == nil || outer.Err() == nil {
+		return err
 	}
-	return err
+	<-returned
+	if errors.Is(failed, outer.Err()) {
+		return failed // it names the method
+	}
+	return err // the method had returned, but not all of its values had been yielded
 }
 
 // nextValue decodes the next value and yields it. It returns false if the loop is left,

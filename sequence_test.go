@@ -1,13 +1,18 @@
 package plugin_test
 
 import (
+	"bytes"
 	"context"
+	"encoding/gob"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"iter"
+	"math/rand/v2"
 	"net/rpc"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -18,38 +23,46 @@ import (
 
 // ---- An interface with sequences ----
 
-// Store has methods that take and return sequences.
-type Store interface {
-	Watch(ctx context.Context, how string, n int) iter.Seq2[Event, error]
-	Import(ctx context.Context, how string, rows iter.Seq2[Row, error]) (int, error)
-	Double(ctx context.Context, rows iter.Seq2[Row, error]) iter.Seq2[Row, error]
+// Yielder has methods that take and return sequences.
+type Yielder interface {
+	Watch(ctx context.Context, how string, n int) iter.Seq2[Item, error]
+	Import(ctx context.Context, how string, rows iter.Seq2[Number, error]) (int, error)
+	Double(ctx context.Context, rows iter.Seq2[Number, error]) iter.Seq2[Number, error]
 	Points(n int) iter.Seq2[*Point, error]
 	Anything(values iter.Seq2[any, error]) iter.Seq2[any, error]
 	Await(ctx context.Context, event string) error
 	Goroutines() (int, error)
+	Follow(ctx context.Context, plan Plan, rows iter.Seq2[Number, error]) iter.Seq2[Number, error]
 }
 
 type (
-	Event struct {
+	Item struct {
 		N    int
 		Name string
 		Any  any
 	}
-	Row struct{ N int }
+	Number struct{ N int }
+
+	// Plan is what Follow does.
+	Plan struct {
+		Take  int    // how many rows of the caller it takes at most, to double them
+		Yield int    // how many of its own it yields then
+		End   string // "", "fail" or "panic"
+	}
 )
 
-// store implements Store. Its events tell a test what has happened in the plugin.
-type store struct{ kit }
+// yielder implements Yielder. Its events tell a test what has happened in the plugin.
+type yielder struct{ kit }
 
 // Watch yields n events, and then does what how says.
-func (s *store) Watch(ctx context.Context, how string, n int) iter.Seq2[Event, error] {
+func (s *yielder) Watch(ctx context.Context, how string, n int) iter.Seq2[Item, error] {
 	if how == "nil" {
 		return nil
 	}
-	return func(yield func(Event, error) bool) {
+	return func(yield func(Item, error) bool) {
 		defer func() { s.event("left " + how) <- struct{}{} }()
 		for i := range n {
-			if !yield(Event{N: i, Name: how}, nil) {
+			if !yield(Item{N: i, Name: how}, nil) {
 				s.event("no more") <- struct{}{}
 				<-ctx.Done()
 				return
@@ -57,18 +70,18 @@ func (s *store) Watch(ctx context.Context, how string, n int) iter.Seq2[Event, e
 		}
 		switch how {
 		case "fail":
-			yield(Event{}, fmt.Errorf("failing: %w", fs.ErrNotExist))
+			yield(Item{}, fmt.Errorf("failing: %w", fs.ErrNotExist))
 		case "bad value":
-			yield(Event{Any: make(chan int)}, nil)
+			yield(Item{Any: make(chan int)}, nil)
 		case "wait":
 			<-ctx.Done()
-			yield(Event{}, context.Cause(ctx))
+			yield(Item{}, context.Cause(ctx))
 		case "panic":
 			panic("boom")
 		case "go on":
-			yield(Event{}, fs.ErrNotExist)
+			yield(Item{}, fs.ErrNotExist)
 			for range 10 {
-				if yield(Event{N: -1}, nil) || yield(Event{}, fs.ErrExist) {
+				if yield(Item{N: -1}, nil) || yield(Item{}, fs.ErrExist) {
 					panic("yield returned true after an error")
 				}
 			}
@@ -77,7 +90,7 @@ func (s *store) Watch(ctx context.Context, how string, n int) iter.Seq2[Event, e
 }
 
 // Import returns the sum of the rows.
-func (s *store) Import(ctx context.Context, how string, rows iter.Seq2[Row, error]) (sum int, err error) {
+func (s *yielder) Import(ctx context.Context, how string, rows iter.Seq2[Number, error]) (sum int, err error) {
 	switch how {
 	case "ignore":
 		return 0, nil
@@ -107,10 +120,10 @@ func (s *store) Import(ctx context.Context, how string, rows iter.Seq2[Row, erro
 	return sum, nil
 }
 
-func (s *store) Double(ctx context.Context, rows iter.Seq2[Row, error]) iter.Seq2[Row, error] {
-	return func(yield func(Row, error) bool) {
+func (s *yielder) Double(ctx context.Context, rows iter.Seq2[Number, error]) iter.Seq2[Number, error] {
+	return func(yield func(Number, error) bool) {
 		for row, err := range rows {
-			if !yield(Row{2 * row.N}, err) {
+			if !yield(Number{2 * row.N}, err) {
 				return
 			}
 		}
@@ -118,7 +131,7 @@ func (s *store) Double(ctx context.Context, rows iter.Seq2[Row, error]) iter.Seq
 }
 
 // Points yields n points, and a nil one.
-func (s *store) Points(n int) iter.Seq2[*Point, error] {
+func (s *yielder) Points(n int) iter.Seq2[*Point, error] {
 	return func(yield func(*Point, error) bool) {
 		for i := range n {
 			if !yield(&Point{i, 0}, nil) {
@@ -129,35 +142,61 @@ func (s *store) Points(n int) iter.Seq2[*Point, error] {
 	}
 }
 
-func (s *store) Anything(values iter.Seq2[any, error]) iter.Seq2[any, error] { return values }
+func (s *yielder) Anything(values iter.Seq2[any, error]) iter.Seq2[any, error] { return values }
 
-func (s *store) Goroutines() (int, error) { return runtime.NumGoroutine(), nil }
-
-// storeClient is a Store whose methods tests call with Invoke and InvokeSeq.
-type storeClient struct {
-	Store
-	remote *plugin.Remote
-}
-
-func newStorePlugin(impl Store) plugin.PluginSet {
-	return plugin.PluginSet{"store": plugin.For(impl, func(r *plugin.Remote) Store { return storeClient{remote: r} })}
-}
-
-func init() {
-	modes["store"] = func() {
-		servePlugin(func(c *plugin.ServeConfig) { c.Plugins = newStorePlugin(new(store)) })
+func (s *yielder) Follow(ctx context.Context, plan Plan, rows iter.Seq2[Number, error]) iter.Seq2[Number, error] {
+	return func(yield func(Number, error) bool) {
+		taken := 0
+		for row, err := range rows {
+			if taken == plan.Take {
+				break
+			}
+			taken++
+			if !yield(Number{2 * row.N}, err) {
+				return
+			}
+		}
+		for i := range plan.Yield {
+			if !yield(Number{i}, nil) {
+				return
+			}
+		}
+		switch plan.End {
+		case "fail":
+			yield(Number{}, fs.ErrNotExist)
+		case "panic":
+			panic("boom")
+		}
 	}
 }
 
-// startStore starts a plugin and returns its Store.
-func startStore(t testing.TB) (*plugin.Client, *plugin.Remote) {
+func (s *yielder) Goroutines() (int, error) { return runtime.NumGoroutine(), nil }
+
+// yielderClient is a Yielder whose methods tests call with Invoke and InvokeSeq.
+type yielderClient struct {
+	Yielder
+	remote *plugin.Remote
+}
+
+func newYielderPlugin(impl Yielder) plugin.PluginSet {
+	return plugin.PluginSet{"yielder": plugin.For(impl, func(r *plugin.Remote) Yielder { return yielderClient{remote: r} })}
+}
+
+func init() {
+	modes["yielder"] = func() {
+		servePlugin(func(c *plugin.ServeConfig) { c.Plugins = newYielderPlugin(new(yielder)) })
+	}
+}
+
+// startYielder starts a plugin and returns its Yielder.
+func startYielder(t testing.TB) (*plugin.Client, *plugin.Remote) {
 	t.Helper()
-	cfg := testConfig("store")
-	cfg.Plugins = newStorePlugin(nil)
+	cfg := testConfig("yielder")
+	cfg.Plugins = newYielderPlugin(nil)
 	c, p := startPlugin(t, cfg)
-	s, err := plugin.Dispense[Store](p, "store")
+	s, err := plugin.Dispense[Yielder](p, "yielder")
 	check(t, err)
-	return c, s.(storeClient).remote
+	return c, s.(yielderClient).remote
 }
 
 // collect ranges over a sequence. It fails the test if anything follows an error, or an
@@ -182,15 +221,15 @@ func collect[T any](t testing.TB, seq iter.Seq2[T, error]) (all []T, end error) 
 }
 
 // rowsTo yields n rows, and then an error if it is not nil.
-func rowsTo(n int, end error) iter.Seq2[Row, error] {
-	return func(yield func(Row, error) bool) {
+func rowsTo(n int, end error) iter.Seq2[Number, error] {
+	return func(yield func(Number, error) bool) {
 		for i := range n {
-			if !yield(Row{i}, nil) {
+			if !yield(Number{i}, nil) {
 				return
 			}
 		}
 		if end != nil {
-			yield(Row{}, end)
+			yield(Number{}, end)
 		}
 	}
 }
@@ -200,22 +239,22 @@ func rowsTo(n int, end error) iter.Seq2[Row, error] {
 // All values arrive in their order, and each range is one call.
 func TestSequence(t *testing.T) {
 	leavesNothing(t)
-	_, r := startStore(t)
+	_, r := startYielder(t)
 	for _, n := range []int{0, 1, 100, 50_000} {
-		events := plugin.InvokeSeq[Event](boundedContext(t), r, "Watch", "good", n)
+		events := plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "good", n)
 		for range 2 {
 			all, err := collect(t, events)
 			check(t, err)
 			checkEqual(t, "events", len(all), n)
 			for i, e := range all {
-				if e != (Event{N: i, Name: "good"}) {
+				if e != (Item{N: i, Name: "good"}) {
 					t.Fatalf("event %d is %v", i, e)
 				}
 			}
 			invoke[struct{}](t, r, "Await", "left good")
 		}
 	}
-	all, err := collect(t, plugin.InvokeSeq[Event](boundedContext(t), r, "Watch", "nil", 0))
+	all, err := collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "nil", 0))
 	check(t, err)
 	checkEqual(t, "values of nil", len(all), 0)
 }
@@ -223,21 +262,21 @@ func TestSequence(t *testing.T) {
 // The first error comes after all values, and keeps its identity.
 func TestSequenceErrors(t *testing.T) {
 	leavesNothing(t)
-	_, r := startStore(t)
+	_, r := startYielder(t)
 	for _, n := range []int{0, 1, 10_000} {
-		all, err := collect(t, plugin.InvokeSeq[Event](boundedContext(t), r, "Watch", "fail", n))
+		all, err := collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "fail", n))
 		checkEqual(t, "values before an error", len(all), n)
 		errorIs(t, "the error", err, fs.ErrNotExist)
 
-		all, err = collect(t, plugin.InvokeSeq[Event](boundedContext(t), r, "Watch", "bad value", n))
+		all, err = collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "bad value", n))
 		checkEqual(t, "values before one that cannot be sent", len(all), n)
-		errorSays(t, err, "Event", "chan")
+		errorSays(t, err, "Item", "chan")
 
 		points, err := collect(t, plugin.InvokeSeq[*Point](boundedContext(t), r, "Points", n))
 		checkEqual(t, "points before nil", len(points), n)
 		errorSays(t, err, "nil *plugin_test.Point")
 
-		all, err = collect(t, plugin.InvokeSeq[Event](boundedContext(t), r, "Watch", "go on", n))
+		all, err = collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "go on", n))
 		checkEqual(t, "values of a sequence that goes on after its error", len(all), n)
 		errorIs(t, "its error", err, fs.ErrNotExist)
 	}
@@ -262,14 +301,14 @@ func valuesOf[T any](values ...T) iter.Seq2[T, error] {
 // The end of the plugin is the error of the sequence.
 func TestSequenceCrash(t *testing.T) {
 	t.Parallel()
-	c, r := startStore(t)
-	all, err := collect(t, plugin.InvokeSeq[Event](boundedContext(t), r, "Watch", "panic", 10))
+	c, r := startYielder(t)
+	all, err := collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "panic", 10))
 	var exit *plugin.ExitError
 	if !errors.As(err, &exit) || !strings.Contains(exit.Panic, "boom") || len(all) > 10 {
 		t.Errorf("a plugin that panics: %d values, %v", len(all), err)
 	}
 	<-c.Done()
-	all, err = collect(t, plugin.InvokeSeq[Event](boundedContext(t), r, "Watch", "good", 10))
+	all, err = collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "good", 10))
 	if err == nil || len(all) > 0 {
 		t.Errorf("afterwards: %d values, %v", len(all), err)
 	}
@@ -278,27 +317,27 @@ func TestSequenceCrash(t *testing.T) {
 // What cannot be called is one error, and nothing is sent.
 func TestSequenceChecks(t *testing.T) {
 	t.Parallel()
-	host, _ := plugin.TestPluginRPCConn(t, newStorePlugin(new(store)), nil)
-	s, err := plugin.Dispense[Store](host, "store")
+	host, _ := plugin.TestPluginRPCConn(t, newYielderPlugin(new(yielder)), nil)
+	s, err := plugin.Dispense[Yielder](host, "yielder")
 	check(t, err)
-	r := s.(storeClient).remote
+	r := s.(yielderClient).remote
 	check(t, host.Close()) // so what is sent fails with rpc.ErrShutdown
 	ctx := boundedContext(t)
 	var noContext context.Context
 	for _, test := range []struct {
 		what  string
-		seq   iter.Seq2[Event, error]
+		seq   iter.Seq2[Item, error]
 		words []string
 	}{
-		{"a nil context", plugin.InvokeSeq[Event](noContext, r, "Watch", "", 1), []string{"nil context"}},
-		{"a nil Remote", plugin.InvokeSeq[Event](ctx, nil, "Watch", "", 1), []string{"nil"}},
-		{"the zero Remote", plugin.InvokeSeq[Event](ctx, new(plugin.Remote), "Watch", "", 1), []string{"Watch"}},
-		{"an unknown method", plugin.InvokeSeq[Event](ctx, r, "Look", "", 1), []string{`"Look"`, "Watch"}},
-		{"a method without a sequence", plugin.InvokeSeq[Event](ctx, r, "Import", "", nil), []string{"Import", "Event"}},
-		{"another type", plugin.InvokeSeq[Event](ctx, r, "Double", nil), []string{"Double", "Row", "Event"}},
-		{"too few arguments", plugin.InvokeSeq[Event](ctx, r, "Watch", ""), []string{"Watch", "takes 2 arguments"}},
-		{"too many", plugin.InvokeSeq[Event](ctx, r, "Watch", "", 1, 2), []string{"takes 2 arguments"}},
-		{"an argument of another type", plugin.InvokeSeq[Event](ctx, r, "Watch", 1, 1), []string{"argument 1", "string"}},
+		{"a nil context", plugin.InvokeSeq[Item](noContext, r, "Watch", "", 1), []string{"nil context"}},
+		{"a nil Remote", plugin.InvokeSeq[Item](ctx, nil, "Watch", "", 1), []string{"nil"}},
+		{"the zero Remote", plugin.InvokeSeq[Item](ctx, new(plugin.Remote), "Watch", "", 1), []string{"Watch"}},
+		{"an unknown method", plugin.InvokeSeq[Item](ctx, r, "Look", "", 1), []string{`"Look"`, "Watch"}},
+		{"a method without a sequence", plugin.InvokeSeq[Item](ctx, r, "Import", "", nil), []string{"Import", "Item"}},
+		{"another type", plugin.InvokeSeq[Item](ctx, r, "Double", nil), []string{"Double", "Number", "Item"}},
+		{"too few arguments", plugin.InvokeSeq[Item](ctx, r, "Watch", ""), []string{"Watch", "takes 2 arguments"}},
+		{"too many", plugin.InvokeSeq[Item](ctx, r, "Watch", "", 1, 2), []string{"takes 2 arguments"}},
+		{"an argument of another type", plugin.InvokeSeq[Item](ctx, r, "Watch", 1, 1), []string{"argument 1", "string"}},
 	} {
 		_, err := collect(t, test.seq)
 		errorSays(t, err, test.words...)
@@ -306,9 +345,9 @@ func TestSequenceChecks(t *testing.T) {
 			t.Errorf("%s was sent", test.what)
 		}
 	}
-	errorSays(t, errorOf[iter.Seq2[Event, error]](t, r, "Watch", "", 1), "InvokeSeq")
+	errorSays(t, errorOf[iter.Seq2[Item, error]](t, r, "Watch", "", 1), "InvokeSeq")
 	errorSays(t, errorOf[struct{}](t, r, "Watch", "", 1), "InvokeSeq")
-	_, err = collect(t, plugin.InvokeSeq[Event](ctx, r, "Watch", "", 1))
+	_, err = collect(t, plugin.InvokeSeq[Item](ctx, r, "Watch", "", 1))
 	errorIs(t, "a correct call", err, rpc.ErrShutdown)
 }
 
@@ -347,8 +386,8 @@ func TestForRefusesSequences(t *testing.T) {
 // Leaving the loop ends the context of the method, and its yield returns false.
 func TestSequenceLeft(t *testing.T) {
 	leavesNothing(t)
-	_, r := startStore(t)
-	endless := plugin.InvokeSeq[Event](context.Background(), r, "Watch", "endless", 1<<40)
+	_, r := startYielder(t)
+	endless := plugin.InvokeSeq[Item](context.Background(), r, "Watch", "endless", 1<<40)
 	for _, last := range []int{0, 1, 1000} {
 		for e, err := range endless {
 			check(t, err)
@@ -373,7 +412,7 @@ func TestSequenceLeft(t *testing.T) {
 	}()
 	invoke[struct{}](t, r, "Await", "left endless")
 	// A method that does not yield learns it from its context.
-	for range plugin.InvokeSeq[Event](context.Background(), r, "Watch", "wait", 1) {
+	for range plugin.InvokeSeq[Item](context.Background(), r, "Watch", "wait", 1) {
 		break
 	}
 	invoke[struct{}](t, r, "Await", "left wait")
@@ -382,10 +421,10 @@ func TestSequenceLeft(t *testing.T) {
 // The end of ctx is the error, and no value follows it.
 func TestSequenceCanceled(t *testing.T) {
 	leavesNothing(t)
-	_, r := startStore(t)
+	_, r := startYielder(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	n := 0
-	for e, err := range plugin.InvokeSeq[Event](ctx, r, "Watch", "endless", 1<<40) {
+	for e, err := range plugin.InvokeSeq[Item](ctx, r, "Watch", "endless", 1<<40) {
 		if err != nil {
 			errorIs(t, "the end of ctx", err, context.Canceled)
 			break
@@ -400,11 +439,11 @@ func TestSequenceCanceled(t *testing.T) {
 	invoke[struct{}](t, r, "Await", "left endless")
 	ctx, cancel = context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
-	all, err := collect(t, plugin.InvokeSeq[Event](ctx, r, "Watch", "wait", 3))
+	all, err := collect(t, plugin.InvokeSeq[Item](ctx, r, "Watch", "wait", 3))
 	checkEqual(t, "values before the deadline", len(all), 3)
 	errorIs(t, "the deadline", err, context.DeadlineExceeded)
 	invoke[struct{}](t, r, "Await", "left wait")
-	all, err = collect(t, plugin.InvokeSeq[Event](ctx, r, "Watch", "good", 3))
+	all, err = collect(t, plugin.InvokeSeq[Item](ctx, r, "Watch", "good", 3))
 	checkEqual(t, "values afterwards", len(all), 0)
 	errorIs(t, "afterwards", err, context.DeadlineExceeded)
 }
@@ -412,14 +451,14 @@ func TestSequenceCanceled(t *testing.T) {
 // A slow loop holds the method back, and the method a sequence of the caller.
 func TestSlowLoop(t *testing.T) {
 	t.Parallel()
-	_, r := startStore(t)
+	_, r := startYielder(t)
 	var pulled atomic.Int64
-	endless := func(yield func(Row, error) bool) {
-		for yield(Row{1 << 40}, nil) {
+	endless := func(yield func(Number, error) bool) {
+		for yield(Number{1 << 40}, nil) {
 			pulled.Add(1)
 		}
 	}
-	for _, err := range plugin.InvokeSeq[Row](boundedContext(t), r, "Double", iter.Seq2[Row, error](endless)) {
+	for _, err := range plugin.InvokeSeq[Number](boundedContext(t), r, "Double", iter.Seq2[Number, error](endless)) {
 		check(t, err)
 		for before := int64(-1); before != pulled.Load(); time.Sleep(100 * time.Millisecond) {
 			before = pulled.Load()
@@ -437,14 +476,14 @@ func TestSlowLoop(t *testing.T) {
 // A method ranges over a sequence of the caller.
 func TestSequenceParameter(t *testing.T) {
 	leavesNothing(t)
-	_, r := startStore(t)
+	_, r := startYielder(t)
 	for _, n := range []int{0, 1, 20_000} {
 		checkEqual(t, "the sum", invoke[int](t, r, "Import", "", rowsTo(n, nil)), n*(n-1)/2)
 		errorIs(t, "its error", errorOf[int](t, r, "Import", "", rowsTo(n, fmt.Errorf("failing: %w", fs.ErrExist))), fs.ErrExist)
 	}
 	checkEqual(t, "an untyped nil", invoke[int](t, r, "Import", "", nil), 0)
-	checkEqual(t, "a nil sequence", invoke[int](t, r, "Import", "", iter.Seq2[Row, error](nil)), 0)
-	all, err := collect(t, plugin.InvokeSeq[Row](boundedContext(t), r, "Double", nil))
+	checkEqual(t, "a nil sequence", invoke[int](t, r, "Import", "", iter.Seq2[Number, error](nil)), 0)
+	all, err := collect(t, plugin.InvokeSeq[Number](boundedContext(t), r, "Double", nil))
 	check(t, err)
 	checkEqual(t, "the double of nil", len(all), 0)
 
@@ -453,8 +492,8 @@ func TestSequenceParameter(t *testing.T) {
 	_, err = collect(t, plugin.InvokeSeq[any](boundedContext(t), r, "Anything", iter.Seq2[any, error](bad)))
 	errorSays(t, err, "chan int", "cannot be sent")
 	for what, broken := range map[string]func(){"boom": func() { panic("boom") }, "Goexit": runtime.Goexit} {
-		err := errorOf[int](t, r, "Import", "", iter.Seq2[Row, error](func(yield func(Row, error) bool) {
-			yield(Row{}, nil)
+		err := errorOf[int](t, r, "Import", "", iter.Seq2[Number, error](func(yield func(Number, error) bool) {
+			yield(Number{}, nil)
 			broken()
 		}))
 		errorSays(t, err, what)
@@ -465,19 +504,19 @@ func TestSequenceParameter(t *testing.T) {
 // A sequence begins when the method ranges over it, and has ended when Invoke returns.
 func TestEndOfParameter(t *testing.T) {
 	leavesNothing(t)
-	_, r := startStore(t)
+	_, r := startYielder(t)
 	for _, how := range []string{"break", "ignore", "timeout"} {
 		ctx, cancel := context.WithTimeout(context.Background(), hangs)
 		if how == "timeout" {
 			ctx, cancel = context.WithTimeout(context.Background(), 50*time.Millisecond)
 		}
 		begun, ended := false, false
-		_, err := plugin.Invoke[int](ctx, r, "Import", how, iter.Seq2[Row, error](func(yield func(Row, error) bool) {
+		_, err := plugin.Invoke[int](ctx, r, "Import", how, iter.Seq2[Number, error](func(yield func(Number, error) bool) {
 			begun = true
 			defer func() { ended = true }()
-			for yield(Row{}, nil) {
+			for yield(Number{}, nil) {
 			}
-			checkEqual(t, "yield after the end", yield(Row{}, nil), false)
+			checkEqual(t, "yield after the end", yield(Number{}, nil), false)
 		}))
 		cancel()
 		checkEqual(t, how+": begun", begun, how != "ignore")
@@ -493,11 +532,11 @@ func TestEndOfParameter(t *testing.T) {
 // A sequence that is kept is an error after the method has returned.
 func TestKeptSequence(t *testing.T) {
 	t.Parallel()
-	s := new(store)
-	host, _ := plugin.TestPluginRPCConn(t, newStorePlugin(s), nil)
-	d, err := plugin.Dispense[Store](host, "store")
+	s := new(yielder)
+	host, _ := plugin.TestPluginRPCConn(t, newYielderPlugin(s), nil)
+	d, err := plugin.Dispense[Yielder](host, "yielder")
 	check(t, err)
-	invoke[int](t, d.(storeClient).remote, "Import", "keep", rowsTo(5, nil))
+	invoke[int](t, d.(yielderClient).remote, "Import", "keep", rowsTo(5, nil))
 	send(t, "the signal", s.event("now"), struct{}{})
 	check(t, s.Await(boundedContext(t), "kept: plugin: the method that took the sequence has returned"))
 }
@@ -506,18 +545,18 @@ func TestKeptSequence(t *testing.T) {
 // returns false afterwards.
 func TestWaitingSequence(t *testing.T) {
 	leavesNothing(t)
-	_, r := startStore(t)
+	_, r := startYielder(t)
 	release, ended := make(chan struct{}), make(chan bool, 1)
-	waiting := iter.Seq2[Row, error](func(yield func(Row, error) bool) {
-		yield(Row{1}, nil)
+	waiting := iter.Seq2[Number, error](func(yield func(Number, error) bool) {
+		yield(Number{1}, nil)
 		<-release
-		ended <- yield(Row{2}, nil)
+		ended <- yield(Number{2}, nil)
 	})
 	within(t, "Invoke", readTimeout, func() { invoke[int](t, r, "Import", "break", waiting) })
 	release <- struct{}{}
 	checkEqual(t, "yield after Invoke", receive(t, "the end", ended), false)
 	within(t, "the loop", readTimeout, func() {
-		for range plugin.InvokeSeq[Row](boundedContext(t), r, "Double", waiting) {
+		for range plugin.InvokeSeq[Number](boundedContext(t), r, "Double", waiting) {
 			break
 		}
 	})
@@ -528,18 +567,18 @@ func TestWaitingSequence(t *testing.T) {
 // A method ranges over one sequence and yields another, in turns.
 func TestConversation(t *testing.T) {
 	leavesNothing(t)
-	_, r := startStore(t)
+	_, r := startYielder(t)
 	say := make(chan int, 1)
 	turns := 0
 	say <- 1
-	questions := iter.Seq2[Row, error](func(yield func(Row, error) bool) {
+	questions := iter.Seq2[Number, error](func(yield func(Number, error) bool) {
 		for n := range say {
-			if !yield(Row{n}, nil) {
+			if !yield(Number{n}, nil) {
 				return
 			}
 		}
 	})
-	for row, err := range plugin.InvokeSeq[Row](boundedContext(t), r, "Double", questions) {
+	for row, err := range plugin.InvokeSeq[Number](boundedContext(t), r, "Double", questions) {
 		check(t, err)
 		turns++
 		if turns == 20 {
@@ -549,6 +588,335 @@ func TestConversation(t *testing.T) {
 		say <- row.N
 	}
 	checkEqual(t, "turns", turns, 20)
-	_, err := collect(t, plugin.InvokeSeq[Row](boundedContext(t), r, "Double", rowsTo(10, fs.ErrPermission)))
+	_, err := collect(t, plugin.InvokeSeq[Number](boundedContext(t), r, "Double", rowsTo(10, fs.ErrPermission)))
 	errorIs(t, "an error there and back", err, fs.ErrPermission)
+}
+
+// ---- The wire ----
+
+// stockGob returns values as one stream of package gob.
+func stockGob[T any](t testing.TB, values ...T) []byte {
+	t.Helper()
+	var stream bytes.Buffer
+	encoder := gob.NewEncoder(&stream)
+	for i := range values {
+		check(t, encoder.Encode(&values[i]))
+	}
+	return stream.Bytes()
+}
+
+// handYielder serves methods of Yielder as they would be written by hand, with stock gob.
+type handYielder struct {
+	broker *plugin.MuxBroker
+	t      testing.TB
+	rows   []byte // the parameter of Import, as it arrives
+}
+
+// The arguments of Watch and Import.
+type (
+	watchArgs struct {
+		A0 string
+		A1 int
+		A2 uint32
+	}
+	importArgs struct {
+		A0 string
+		A1 uint32
+	}
+)
+
+func (s *handYielder) Watch(args watchArgs, _ *struct{}) error {
+	w, err := s.broker.DialWriter(args.A2)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(stockGob(s.t, Item{N: args.A1, Name: args.A0}, Item{N: 1, Any: Point{1, 2}}, Item{}))
+	return errors.Join(err, w.Close())
+}
+
+func (s *handYielder) Import(args importArgs, sum *int) error {
+	r, err := s.broker.DialReader(args.A1)
+	if err != nil {
+		return err
+	}
+	s.rows, err = io.ReadAll(r)
+	return errors.Join(err, r.Close())
+}
+
+// handYielderPlugin is a Yielder whose plugin or whose host is written by hand.
+type handYielderPlugin struct {
+	plugin.Plugin
+	yielder *handYielder // the plugin, or nil
+}
+
+func (p handYielderPlugin) Server(b *plugin.MuxBroker) (any, error) {
+	if p.yielder == nil {
+		return p.Plugin.Server(b)
+	}
+	p.yielder.broker = b
+	return p.yielder, nil
+}
+
+func (p handYielderPlugin) Client(b *plugin.MuxBroker, c *rpc.Client) (any, error) {
+	if p.yielder == nil {
+		return &testClient{c, b}, nil
+	}
+	return p.Plugin.Client(b, c)
+}
+
+// What InvokeSeq and Invoke send and read is what stock gob writes, byte for byte.
+func TestSequencesOnWire(t *testing.T) {
+	t.Parallel()
+	byHand := &handYielder{t: t}
+	set := plugin.PluginSet{"yielder": handYielderPlugin{newYielderPlugin(nil)["yielder"], byHand}}
+	host, _ := plugin.TestPluginRPCConn(t, set, nil)
+	s, err := plugin.Dispense[Yielder](host, "yielder")
+	check(t, err)
+	r := s.(yielderClient).remote
+	events, err := collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "by hand", 7))
+	check(t, err)
+	checkEqual(t, "the events", fmt.Sprint(events), "[{7 by hand <nil>} {1  {1 2}} {0  <nil>}]")
+	invoke[int](t, r, "Import", "", rowsTo(100, nil))
+	var rows []Number
+	for i := range 100 {
+		rows = append(rows, Number{i})
+	}
+	if want := stockGob(t, rows...); !bytes.Equal(byHand.rows, want) {
+		t.Errorf("the rows are sent as %x and not %x", byHand.rows, want)
+	}
+}
+
+// A host that is written by hand calls methods with sequences.
+func TestHandWrittenSequences(t *testing.T) {
+	t.Parallel()
+	set := plugin.PluginSet{"yielder": handYielderPlugin{newYielderPlugin(new(yielder))["yielder"], nil}}
+	host, _ := plugin.TestPluginRPCConn(t, set, nil)
+	c, err := plugin.Dispense[*testClient](host, "yielder")
+	check(t, err)
+	var written syncBuffer
+	id, stop := c.broker.ServeWriter(&written)
+	defer stop()
+	mustCall[struct{}](t, c.Client, "Watch", watchArgs{"x", 3, id})
+	want := stockGob(t, Item{Name: "x"}, Item{N: 1, Name: "x"}, Item{N: 2, Name: "x"})
+	if written.String() != string(want) {
+		t.Errorf("the events are sent as %x and not %x", written.String(), want)
+	}
+	id, stop = c.broker.ServeReader(bytes.NewReader(stockGob(t, Number{1}, Number{2}, Number{3})))
+	defer stop()
+	checkEqual(t, "the sum", mustCall[int](t, c.Client, "Import", importArgs{"", id}), 6)
+	checkEqual(t, "the sum of nil", mustCall[int](t, c.Client, "Import", importArgs{"", 0}), 0)
+
+	call := func(method string, args any) error {
+		return plugin.Call(boundedContext(t), c.Client, "Plugin."+method, args, nil)
+	}
+	errorSays(t, call("Watch", watchArgs{"x", 3, 0}), "no writer")
+	id, stop = c.broker.ServeWriter(writerFunc(func(p []byte) (int, error) { return 0, fs.ErrPermission }))
+	defer stop()
+	points := struct {
+		A0 int
+		A1 uint32
+	}{1 << 40, id}
+	errorIs(t, "a writer that fails", call("Points", points), fs.ErrPermission)
+	cut := stockGob(t, Number{1}, Number{2})
+	for what, bad := range map[string][]byte{
+		"cannot be read": stockGob(t, "not a row"),
+		"unexpected EOF": cut[:len(cut)-1],
+	} {
+		id, stop := c.broker.ServeReader(bytes.NewReader(bad))
+		defer stop()
+		errorSays(t, call("Import", importArgs{"", id}), what)
+	}
+}
+
+// ---- Random ends ----
+
+// trial is one range over a sequence of Follow, and how it ends.
+type trial struct {
+	plan    Plan
+	rows    int    // of the caller
+	rowsEnd string // "", "fail" or "panic"
+	leave   string // "", "break", "panic" or "cancel"
+	at      int    // after how many values the loop is left
+}
+
+// newTrial returns a random trial.
+func newTrial(rnd *rand.Rand) trial {
+	number := func() int {
+		if rnd.IntN(20) == 0 {
+			return rnd.IntN(20_000)
+		}
+		return rnd.IntN(30)
+	}
+	choose := func(names ...string) string { return names[rnd.IntN(len(names))] }
+	return trial{
+		plan:    Plan{Take: number(), Yield: number(), End: choose("", "", "fail")},
+		rows:    number(),
+		rowsEnd: choose("", "", "fail", "panic"),
+		leave:   choose("", "", "break", "panic", "cancel"),
+		at:      1 + number(),
+	}
+}
+
+// expected returns the values of the sequence, and whether its error is the right one.
+func (tr trial) expected() (values []Number, isRight func(error) bool) {
+	for i := range min(tr.plan.Take, tr.rows) {
+		values = append(values, Number{2 * i})
+	}
+	if tr.plan.Take > tr.rows && tr.rowsEnd == "fail" {
+		return values, func(err error) bool { return errors.Is(err, fs.ErrPermission) }
+	}
+	if tr.plan.Take > tr.rows && tr.rowsEnd == "panic" {
+		return values, func(err error) bool { return err != nil && strings.Contains(err.Error(), "bang") }
+	}
+	for i := range tr.plan.Yield {
+		values = append(values, Number{i})
+	}
+	if tr.plan.End == "fail" {
+		return values, func(err error) bool { return errors.Is(err, fs.ErrNotExist) }
+	}
+	return values, func(err error) bool { return err == nil }
+}
+
+// run ranges over the sequence, and returns its values and its error.
+func (tr trial) run(t testing.TB, r *plugin.Remote) (values []Number, end error) {
+	ctx, cancel := context.WithTimeout(context.Background(), hangs)
+	defer cancel()
+	var running atomic.Int64
+	rows := iter.Seq2[Number, error](func(yield func(Number, error) bool) {
+		running.Add(1)
+		defer running.Add(-1)
+		for i := range tr.rows {
+			if !yield(Number{i}, nil) {
+				return
+			}
+		}
+		switch tr.rowsEnd {
+		case "fail":
+			yield(Number{}, fs.ErrPermission)
+		case "panic":
+			panic("bang")
+		}
+	})
+	defer func() {
+		if p := recover(); p != nil && p != "mine" {
+			panic(p)
+		}
+		if !poll(hangs, func() bool { return running.Load() == 0 }) {
+			t.Errorf("%+v: the caller's sequence still runs", tr)
+		}
+	}()
+	for row, err := range plugin.InvokeSeq[Number](ctx, r, "Follow", tr.plan, rows) {
+		if end != nil {
+			t.Errorf("%+v: %v, %v follow an error", tr, row, err)
+		}
+		if err != nil {
+			end = err
+			continue
+		}
+		values = append(values, row)
+		if len(values) < tr.at {
+			continue
+		}
+		switch tr.leave {
+		case "break":
+			return values, nil
+		case "panic":
+			panic("mine")
+		case "cancel":
+			cancel()
+		}
+	}
+	return values, end
+}
+
+// check runs a trial and compares it with what is expected.
+func (tr trial) check(t testing.TB, r *plugin.Remote) {
+	values, err := tr.run(t, r)
+	want, isRight := tr.expected()
+	if tr.leave != "" && tr.at <= len(want) {
+		want = want[:tr.at]
+		isRight = func(err error) bool { return err == nil }
+		if tr.leave == "cancel" {
+			isRight = func(err error) bool { return errors.Is(err, context.Canceled) }
+		}
+	}
+	if !slices.Equal(values, want) {
+		t.Errorf("%+v: %d values and not %d: %v", tr, len(values), len(want), err)
+	}
+	if !isRight(err) {
+		t.Errorf("%+v: the error is %v", tr, err)
+	}
+}
+
+// checkCut runs a trial whose plugin ends meanwhile.
+func (tr trial) checkCut(t testing.TB, r *plugin.Remote, isRight func(error) bool) {
+	tr.leave, tr.plan.Take, tr.plan.Yield = "", 0, 1<<40
+	values, err := tr.run(t, r)
+	for i, row := range values {
+		if row.N != i {
+			t.Fatalf("%+v: value %d is %d", tr, i, row.N)
+		}
+	}
+	if !isRight(err) {
+		t.Errorf("%+v: the error is %v", tr, err)
+	}
+}
+
+// Sequences that end at random, in all ways, have the values and errors that they should,
+// and nothing is left of 1,000 of them, at either side.
+func TestRandomSequences(t *testing.T) {
+	leavesNothing(t)
+	_, r := startYielder(t)
+	new(trial).check(t, r) // what this starts may stay
+	before := invoke[int](t, r, "Goroutines")
+	concurrently(t, 8, func(i int) {
+		rnd := rand.New(rand.NewPCG(1, uint64(i)))
+		for range 100 {
+			newTrial(rnd).check(t, r)
+		}
+	})
+	await(t, "the goroutines of the plugin to end", func() bool { return invoke[int](t, r, "Goroutines") <= before })
+	for round := range 40 {
+		c, r := startYielder(t)
+		end := func() { c.Kill() }
+		isRight := func(err error) bool { return err != nil }
+		if round%2 == 1 {
+			end = func() {
+				_, _ = collect(t, plugin.InvokeSeq[Number](boundedContext(t), r, "Follow", Plan{End: "panic"}, nil))
+			}
+			isRight = func(err error) bool { return errors.As(err, new(*plugin.ExitError)) }
+		}
+		concurrently(t, 5, func(i int) {
+			rnd := rand.New(rand.NewPCG(2, uint64(5*round+i)))
+			if i == 0 {
+				time.Sleep(time.Duration(rnd.IntN(int(3 * time.Millisecond))))
+				end()
+				return
+			}
+			newTrial(rnd).checkCut(t, r, isRight)
+		})
+		c.Kill()
+	}
+}
+
+// FuzzSequences has what TestRandomSequences has, chosen by the fuzzer.
+func FuzzSequences(f *testing.F) {
+	f.Add(3, 5, false, 4, uint8(1), uint8(2), 3)
+	f.Add(30_000, 5, true, 40_000, uint8(2), uint8(4), 20_000)
+	_, r := startYielder(f)
+	f.Fuzz(func(t *testing.T, take, yield int, fails bool, rows int, rowsEnd, leave uint8, at int) {
+		const most = 50_000
+		ends := []string{"", "fail", "panic"}
+		tr := trial{
+			plan:    Plan{Take: take & most, Yield: yield & most},
+			rows:    rows & most,
+			rowsEnd: ends[rowsEnd%3],
+			leave:   []string{"", "break", "panic", "cancel"}[leave%4],
+			at:      1 + at&most,
+		}
+		if fails {
+			tr.plan.End = "fail"
+		}
+		tr.check(t, r)
+	})
 }
