@@ -159,12 +159,12 @@ func (c *Client) start(ctx context.Context) (h handshake, err error) {
 
 // giveUp ends a process that has not become a plugin because of err, and describes it.
 func (c *Client) giveUp(p *child, err error) error {
-	exits := err == errNoHandshake // by itself
-	if !exits {
+	byItself := err == errNoHandshake
+	if !byItself {
 		_ = p.Kill(c.finished.ctx) // fails only if it has exited
 	}
 	exited := waitFor(reapTimeout, c.exited.done())
-	return p.startError(err, exits && exited)
+	return p.startError(err, byItself && exited)
 }
 
 // reattach finds the plugin that runs already.
@@ -189,7 +189,7 @@ func (c *Client) reattach(ctx context.Context) (handshake, error) {
 func (c *Client) adopt(p AttachedRunner) {
 	c.process = p
 	close(c.launched)
-	go c.watch() // ends with the process, or when finished is set
+	go c.watch() // ends with the process and its output, or when finished is set
 	c.config.Logger.Debug("started", "pid", p.ID())
 }
 
@@ -331,8 +331,8 @@ func (c *Client) Kill() {
 	case <-c.launched:
 	case <-c.finished.done():
 	}
-	live := waitFor(c.config.KillTimeout+reapTimeout+drainTimeout, c.finished.done())
-	if !live {
+	ended := waitFor(c.config.KillTimeout+reapTimeout+drainTimeout, c.finished.done())
+	if !ended {
 		// Code of the host's, such as its Logger, holds up the life of the plugin.
 		go c.killProcess() // ends at once, or when the Kill of ReattachFunc's process does
 		c.finish(errKilled)

@@ -34,7 +34,7 @@ type child struct {
 	callerCmd *exec.Cmd     // other clients may have the same
 	published chan struct{} // closed when callerCmd has the process
 
-	hint     string          // why start may have failed
+	hint     string          // a possible cause of the error of start
 	opened   []*os.File      // for the process; closed here when it has started
 	lifeline *os.File        // the plugin exits when this is closed; nil if it is detached
 	release  sync.Once       // closes lifeline or detaches the plugin
@@ -97,7 +97,9 @@ func (p *child) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	life, err := p.hold() // Further descriptors for the process are made here.
+	// Here are made the descriptors that pass gives to the process, before the
+	// environment names them.
+	life, err := p.hold()
 	if err != nil {
 		return err
 	}
@@ -216,7 +218,8 @@ func (p *child) handshakeEnv(certificate, life string) []string {
 	if p.dir != "" {
 		env = append(env, EnvUnixSocketDir+"="+p.dir)
 	}
-	if group := config.sockets().Group; p.dir != "" && group != "" {
+	group := config.sockets().Group
+	if p.dir != "" && group != "" {
 		env = append(env, EnvUnixSocketGroup+"="+group)
 	}
 	return env
@@ -252,13 +255,13 @@ func (p *child) share() {
 		<-p.published
 		callerCmdMu.Lock()
 		defer callerCmdMu.Unlock()
-		published := p.callerCmd.Process
-		if published == p.cmd.Process {
+		before := p.callerCmd.Process
+		if before == p.cmd.Process {
 			return cancel()
 		}
 		p.callerCmd.Process = p.cmd.Process
 		err := cancel()
-		p.callerCmd.Process = published
+		p.callerCmd.Process = before
 		return err
 	}
 }
@@ -268,7 +271,8 @@ func (p *child) share() {
 // has forked.
 func (p *child) execute(ctx context.Context) error {
 	prepared := *p.cmd
-	for end := time.Now().Add(busyTimeout); ; {
+	end := time.Now().Add(busyTimeout)
+	for {
 		err := p.cmd.Start()
 		if err == nil {
 			return nil
