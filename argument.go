@@ -24,14 +24,15 @@ func (s *signature) invoke(
 	if err := s.setPlain(sent.Elem(), method, args); err != nil {
 		return result, err
 	}
-	offers := s.serveArguments(b, sent.Elem(), args)
+	errs := &callErrors{}
+	offers := s.serveArguments(b, sent.Elem(), args, errs)
 	defer stopOffers(ctx, b, offers)
 	reply := reflect.New(s.result.sent)
 	into := reply.Interface()
 	if s.result.sent == typeOfNothing {
 		into = nil // accepts any reply
 	}
-	if err := Call(ctx, c, "Plugin."+method, sent.Interface(), into); err != nil {
+	if err := callWithErrors(ctx, c, "Plugin."+method, sent.Interface(), into, errs); err != nil {
 		return result, err
 	}
 	return s.result.dialResult(ctx, b, reply.Elem())
@@ -68,14 +69,17 @@ func isNilPointer(v reflect.Value) bool {
 }
 
 // serveArguments serves what is not plain to the peer, and sets the numbers in what is
-// sent. The number of nil is 0.
-func (s *signature) serveArguments(b *MuxBroker, sent reflect.Value, args []any) (offers []*offer) {
+// sent. The number of nil is 0. Errors of the arguments are kept in errs.
+func (s *signature) serveArguments(
+	b *MuxBroker, sent reflect.Value, args []any, errs *callErrors,
+) (offers []*offer) {
 	for i, param := range s.params {
 		arg := reflect.ValueOf(args[i])
 		if param.kind == plainValue || args[i] == nil || param.Kind() == reflect.Func && arg.IsNil() {
 			continue
 		}
 		o := param.serveArgument(b, arg)
+		o.service.callErrors.Store(errs)
 		offers = append(offers, o)
 		s.param(sent, i).SetUint(uint64(o.id))
 	}

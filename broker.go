@@ -426,7 +426,7 @@ func (b *MuxBroker) dialService(ctx context.Context, id uint32) (*rpc.Client, er
 	if err != nil {
 		return nil, err
 	}
-	return newRPCClient(conn, b.session.spawn), nil
+	return b.session.client(conn), nil
 }
 
 // dialOffered opens a stream as an id that the peer expects. It does not wait for the
@@ -474,5 +474,5 @@ func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newRPCClient(conn, b.session.spawn), nil
+	return b.session.client(conn), nil
 }

@@ -7,17 +7,19 @@ import (
 	"io"
 	"net/rpc"
 	"reflect"
+	"runtime"
 	"strings"
 	"sync"
 	"time"
+	"weak"
 )
 
 // This file is the client's half of calls: Call, and the codec of the rpc.Clients of this
 // package.
 
-// Call calls a method through c, like c.Call, and returns early if ctx ends. Then it does
-// not change reply, and errors.Is finds ctx.Err() and context.Cause(ctx) in its error. If
-// reply is nil, the reply is dropped.
+// Call calls a method through c, like c.Call, and returns early if ctx ends, whatever the
+// peer has sent so far. Then it does not change reply, and errors.Is finds ctx.Err() and
+// context.Cause(ctx) in its error. If reply is nil, the reply is dropped.
 //
 // If both sides use this library and the method takes a context, that context ends with
 // ctx. Its Err is context.Canceled, and its Cause wraps context.DeadlineExceeded if ctx
@@ -30,8 +32,13 @@ import (
 // both sides, if the method returned them.
 //
 // If the peer exits during the call, errors.Is finds io.ErrUnexpectedEOF in the error and,
-// in the host, errors.As finds an [*ExitError]. A later call fails with the same error or
-// with [rpc.ErrShutdown].
+// in the host, errors.As finds an [*ExitError]. A later call fails with the reason for which
+// the connection has ended, and errors.Is finds [rpc.ErrShutdown] in its error. Errors of
+// calls that were not answered name the plugin and the method, as in "plugin greeter:
+// Greet: context deadline exceeded".
+//
+// Arguments and replies are copies. The calls that run at once, and those that were
+// cancelled and whose methods run on, have no limit.
 //
 // Errors and cancelling work as described if c is the client that [Plugin].Client gets or
 // that [MuxBroker.DialRPC] returns. With another rpc.Client, args must not be changed until
@@ -40,19 +47,16 @@ func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply 
 	if err := checkReply(serviceMethod, reply); err != nil {
 		return err
 	}
-	if ctx.Err() != nil {
-		return contextError(ctx)
-	}
-	call := &pendingCall{method: serviceMethod, args: args, reply: reply, decodeInto: reply}
-	if ctx.Done() != nil && reply != nil {
-		// If ctx ends, reply must not be changed later.
-		call.decodeInto = reflect.New(reflect.TypeOf(reply).Elem()).Interface()
-	}
-	codec, found := codecs.Load(c)
-	if !found {
-		return call.throughOtherCodec(ctx, c)
-	}
-	return call.through(ctx, c, codec.(*clientCodec))
+	call := &pendingCall{method: serviceMethod, args: args, reply: reply}
+	return call.through(ctx, c)
+}
+
+// callWithErrors is Call for arguments whose services keep their errors in own.
+func callWithErrors(
+	ctx context.Context, c *rpc.Client, serviceMethod string, args, reply any, own *callErrors,
+) error {
+	call := &pendingCall{method: serviceMethod, args: args, callErrors: own, reply: reply}
+	return call.through(ctx, c)
 }
 
 // checkReply returns an error if a reply cannot be written into reply.
@@ -70,18 +74,39 @@ func checkReply(serviceMethod string, reply any) error {
 // pendingCall is a call by Call.
 type pendingCall struct {
 	method     string
-	args       any // nil when they have been encoded
+	args       any         // nil when they have been encoded
+	callErrors *callErrors // those of args; may be nil
 	reply      any
 	decodeInto any    // reply, or what is copied to it if the context has not ended
 	seq        uint64 // its number on the stream
-	err        error  // why the reply could not be decoded
+	err        error  // why args could not be encoded, or the reply not decoded
+	lost       error  // why the stream has ended
 	names      string // response.Is
 }
 
-// through makes the call through a client with a codec of this package.
-func (call *pendingCall) through(ctx context.Context, c *rpc.Client, codec *clientCodec) error {
-	if codec.w.waitRoom(ctx) != nil {
-		return contextError(ctx)
+// through makes the call through c and returns its error.
+func (call *pendingCall) through(ctx context.Context, c *rpc.Client) error {
+	call.decodeInto = call.reply
+	if ctx.Done() != nil && call.reply != nil {
+		// If ctx ends, reply must not be changed later.
+		call.decodeInto = reflect.New(reflect.TypeOf(call.reply).Elem()).Interface()
+	}
+	if codec, ok := codecs.Load(c); ok {
+		return call.throughCodec(ctx, c, codec.(*clientCodec))
+	}
+	if end, ok := clientEnds.Load(weak.Make(c)); ok {
+		return end.(*clientEnd).refuse(ctx, call)
+	}
+	return call.throughOtherCodec(ctx, c)
+}
+
+// throughCodec makes the call through a client with a codec of this package.
+func (call *pendingCall) throughCodec(ctx context.Context, c *rpc.Client, codec *clientCodec) error {
+	if ctx.Err() != nil {
+		return call.unanswered(codec.peer, contextError(ctx))
+	}
+	if err := codec.w.waitRoom(ctx); err != nil {
+		return call.unanswered(codec.peer, err)
 	}
 	done := make(chan *rpc.Call, 1)
 	// net/rpc hands the arguments to WriteRequest and the reply to ReadResponseBody,
@@ -91,18 +116,21 @@ func (call *pendingCall) through(ctx context.Context, c *rpc.Client, codec *clie
 	c.Go(call.method, call, call, done)
 	select {
 	case answered := <-done:
-		return call.result(answered.Error)
+		return codec.result(call, answered.Error)
 	case <-ctx.Done():
 	}
 	if codec.abandon(ctx, call) {
-		return contextError(ctx)
+		return call.unanswered(codec.peer, contextError(ctx))
 	}
 	answered := <-done // at once
-	return call.result(answered.Error)
+	return codec.result(call, answered.Error)
 }
 
 // throughOtherCodec makes the call through a client that is not of this package.
 func (call *pendingCall) throughOtherCodec(ctx context.Context, c *rpc.Client) error {
+	if ctx.Err() != nil {
+		return call.unanswered(anyPeer, contextError(ctx))
+	}
 	done := make(chan *rpc.Call, 1)
 	// The codec may block while it writes the request. This goroutine ends when the
 	// request has been written or the connection fails.
@@ -114,7 +142,7 @@ func (call *pendingCall) throughOtherCodec(ctx context.Context, c *rpc.Client) e
 		}
 		return answered.Error
 	case <-ctx.Done():
-		return contextError(ctx)
+		return call.unanswered(anyPeer, contextError(ctx))
 	}
 }
 
@@ -125,25 +153,36 @@ func (call *pendingCall) setReply() {
 	}
 }
 
-// result returns the error of Call for that of net/rpc.
-func (call *pendingCall) result(err error) error {
-	if call.err != nil {
-		return call.err
-	}
-	if remote, ok := err.(rpc.ServerError); ok && call.names != "" {
-		names := strings.Split(call.names, nameSeparator)
-		return &remoteError{ServerError: remote, is: namedErrors(names)}
-	}
-	return err
+func (call *pendingCall) unanswered(peer string, err error) error {
+	return &unanswered{peer: peer, method: call.method, err: err}
 }
 
 // codecs maps each *rpc.Client of this package to its *clientCodec, until its stream
 // ends.
 var codecs sync.Map
 
+// clientEnds maps each *rpc.Client of this package whose stream has ended to its
+// *clientEnd, until it is collected. The keys are weak pointers.
+var clientEnds sync.Map
+
+// clientEnd is the end of a client. It must not refer to the client, or to its codec.
+type clientEnd struct {
+	peer string
+	why  error
+}
+
+// refuse returns the error of a call that begins after the end.
+func (end *clientEnd) refuse(ctx context.Context, call *pendingCall) error {
+	if ctx.Err() != nil {
+		return call.unanswered(end.peer, contextError(ctx))
+	}
+	return call.unanswered(end.peer, end.why)
+}
+
 // clientCodec is the rpc.ClientCodec of every client that this package makes.
 type clientCodec struct {
 	w     *wire
+	peer  string // as in session.peer
 	spawn func(func()) bool
 	head  response // the last header that was read
 
@@ -152,25 +191,41 @@ type clientCodec struct {
 	nextSeq uint64                  // the number of the next request
 	calls   map[uint64]*pendingCall // not answered yet, by their numbers
 	closed  bool                    // Close has been called
-	ended   bool                    // reading has ended
+	end     *clientEnd              // nil until reading has ended
 }
 
-// newRPCClient returns a client for the service at the other end of conn. It starts
-// goroutines with spawn.
-func newRPCClient(conn io.ReadWriteCloser, spawn func(func()) bool) *rpc.Client {
+// client returns a client for the service at the other end of conn, a stream.
+func (s *session) client(conn io.ReadWriteCloser) *rpc.Client {
+	return newRPCClient(conn, s.peer, s.spawn)
+}
+
+// newRPCClient returns a client for the service at the other end of conn. Its errors name
+// the peer. It starts goroutines with spawn.
+func newRPCClient(conn io.ReadWriteCloser, peer string, spawn func(func()) bool) *rpc.Client {
 	codec := &clientCodec{
 		w:     newWire(conn, rpc.Request{}, spawn),
+		peer:  peer,
 		spawn: spawn,
 		calls: make(map[uint64]*pendingCall),
 	}
 	client := rpc.NewClientWithCodec(codec)
 	codec.mu.Lock()
 	defer codec.mu.Unlock()
-	if !codec.ended {
-		codec.client = client
+	codec.client = client
+	if codec.end == nil {
 		codecs.Store(client, codec)
+	} else {
+		codec.keepEndLocked() // before it had the client
 	}
 	return client
+}
+
+// keepEndLocked lets later calls know why the stream has ended.
+func (c *clientCodec) keepEndLocked() {
+	key := weak.Make(c.client)
+	clientEnds.Store(key, c.end)
+	codecs.Delete(c.client)
+	runtime.AddCleanup(c.client, clientEnds.Delete, any(key))
 }
 
 // WriteRequest encodes a request. It does not wait until the request is written, because
@@ -190,11 +245,13 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 	if err == nil || err == errLost {
 		return nil // the call fails with the reason when reading ends
 	}
+	err = fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w",
+		req.ServiceMethod, body, err)
 	if isCall {
+		call.err = err
 		c.remove(call)
 	}
-	return fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w",
-		req.ServiceMethod, body, err)
+	return err
 }
 
 // remove removes a call from calls. It returns false if the call was not there.
@@ -229,7 +286,7 @@ func (c *clientCodec) abandon(ctx context.Context, call *pendingCall) bool {
 func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 	c.head = response{}
 	if err := c.w.decode(&c.head); err != nil {
-		return c.end(err)
+		return c.finish(err)
 	}
 	resp.Seq = c.head.Seq
 	resp.Error = c.head.Error
@@ -241,7 +298,7 @@ func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 	c.mu.Unlock()
 	isCancel := resp.Seq&cancelBit != 0 // of a stock server, to which it is a call
 	if !wasMade && !isCancel {          // net/rpc and WriteRequest would use the call at once
-		return c.end(errors.New("plugin: the peer answers a call that was not made"))
+		return c.finish(errors.New("plugin: the peer answers a call that was not made"))
 	}
 	return nil
 }
@@ -258,7 +315,7 @@ func (c *clientCodec) ReadResponseBody(body any) error {
 		return nil
 	}
 	if err := c.w.decode(body); err != nil {
-		return c.end(cutShort(err)) // net/rpc does not read on after an error
+		return c.finish(cutShort(err)) // net/rpc does not read on after an error
 	}
 	return nil
 }
@@ -285,7 +342,7 @@ func (c *clientCodec) readReply(call *pendingCall) {
 	waiting := c.removeLocked(call)
 	switch {
 	case err != nil && c.w.lost != nil:
-		call.err = cutShort(err)
+		call.lost = cutShort(err)
 	case err != nil:
 		call.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w",
 			call.method, call.reply, err)
@@ -294,35 +351,67 @@ func (c *clientCodec) readReply(call *pendingCall) {
 	}
 }
 
-// end ends the stream when reading has failed with err. It is called once. It returns the
-// error for net/rpc, which fails the calls in flight with it.
-func (c *clientCodec) end(err error) error {
+// result returns the error of Call for that of net/rpc.
+func (c *clientCodec) result(call *pendingCall, err error) error {
+	if err == nil && call.err == nil && call.lost == nil {
+		return nil
+	}
+	if call.err != nil {
+		return call.err
+	}
+	if call.lost != nil {
+		return call.unanswered(c.peer, call.lost)
+	}
+	if remote, ok := err.(rpc.ServerError); ok {
+		if call.names == "" {
+			return remote
+		}
+		return newRemoteError(remote, strings.Split(call.names, nameSeparator), call.callErrors)
+	}
+	if err == rpc.ErrShutdown {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.end != nil { // and not just Close, which ends the stream soon
+			err = c.end.why
+		}
+	}
+	return call.unanswered(c.peer, err)
+}
+
+// finish ends the stream when reading has failed with err. It is called once. It returns
+// the error for net/rpc, which fails the calls in flight with it.
+func (c *clientCodec) finish(err error) error {
 	c.w.failed.Store(true)
-	err = c.endCalls(err)
+	err = c.finishCalls(err)
 	_ = c.w.conn.Close()
 	c.spawn(c.discardRest)
 	return err
 }
 
-// endCalls forgets all calls, and returns the error for net/rpc.
-func (c *clientCodec) endCalls(err error) error {
+// finishCalls keeps why the stream has ended, and returns the error for net/rpc.
+func (c *clientCodec) finishCalls(err error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	defer clear(c.calls)
-	c.ended = true
-	codecs.Delete(c.client)
-	if c.closed {
-		return io.EOF // net/rpc turns it into rpc.ErrShutdown
-	}
-	if errors.Is(err, rpc.ErrShutdown) {
+	why := err // for calls that begin later
+	switch {
+	case c.closed:
+		why = rpc.ErrShutdown
+		err = io.EOF // net/rpc turns it into rpc.ErrShutdown
+	case err == io.EOF: // net/rpc turns it into io.ErrUnexpectedEOF
+		why = rpc.ErrShutdown
+	case err == io.ErrUnexpectedEOF:
+		err = io.EOF // see above
+	case errors.Is(err, rpc.ErrShutdown):
 		for _, call := range c.calls {
-			call.err = err
+			call.lost = err
 		}
-		return rpc.ErrShutdown // callers of net/rpc expect it bare
+		err = rpc.ErrShutdown // callers of net/rpc expect it bare
 	}
-	if err == io.ErrUnexpectedEOF {
-		return io.EOF // net/rpc turns it into io.ErrUnexpectedEOF
+	c.end = &clientEnd{peer: c.peer, why: &closedError{why: why}}
+	if c.client != nil {
+		c.keepEndLocked()
 	}
+	clear(c.calls)
 	return err
 }
 

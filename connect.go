@@ -76,7 +76,7 @@ func (c *connector) dial(ctx context.Context, h handshake) (*RPCClient, error) {
 	if err != nil {
 		return nil, err
 	}
-	rc, err := newConnection(conn, c.config.VersionedPlugins[h.version], c.config.Logger, c.whyLost)
+	rc, err := newConnection(conn, "plugin "+c.config.name(), c.config.VersionedPlugins[h.version], c.config.Logger, c.whyLost)
 	if err != nil {
 		return nil, err
 	}

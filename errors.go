@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"net/rpc"
 	"os"
 	"strings"
@@ -171,9 +172,9 @@ func init() {
 		fs.ErrClosed, os.ErrDeadlineExceeded, context.Canceled, context.DeadlineExceeded)
 }
 
-// sendable returns the text of err and the names of the registered errors that err is, as
-// they are sent. The text is not empty, because net/rpc takes that for success. The
-// methods of err may panic, as those of a nil pointer.
+// sendable returns the text of err and the names of the errors that err is, as they are
+// sent. The text is not empty, because net/rpc takes that for success. The methods of err
+// may panic, as those of a nil pointer.
 func sendable(err error) (text string, names []string) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -187,8 +188,10 @@ func sendable(err error) (text string, names []string) {
 	return text, errorNames(err)
 }
 
-// errorNames returns the names of the registered errors that err is.
-func errorNames(err error) (names []string) {
+// errorNames returns the names of the registered errors that err is, and the names that
+// came from the peer with errors that err wraps and that are not known here.
+func errorNames(err error) []string {
+	names := foreignNames(err)
 	for name, known := range registered.Range {
 		if errors.Is(err, known.(error)) {
 			names = append(names, name.(string))
@@ -197,24 +200,118 @@ func errorNames(err error) (names []string) {
 	return names
 }
 
-// namedErrors is the inverse of errorNames. It leaves out names that are not registered
-// here.
-func namedErrors(names []string) (errs []error) {
-	for _, name := range names {
-		if err, ok := registered.Load(name); ok {
-			errs = append(errs, err.(error))
+// foreignNames returns the names that came from the peer and are not known here. They go
+// back to it with an error that wraps the one that they came with.
+func foreignNames(err error) (names []string) {
+	if remote, ok := err.(*remoteError); ok {
+		return remote.foreign
+	}
+	switch err := err.(type) {
+	case interface{ Unwrap() error }:
+		return foreignNames(err.Unwrap())
+	case interface{ Unwrap() []error }:
+		for _, wrapped := range err.Unwrap() {
+			names = append(names, foreignNames(wrapped)...)
 		}
 	}
-	return errs
+	return names
 }
 
 // remoteError is an error that a method of the peer returned.
 type remoteError struct {
 	rpc.ServerError
-	is []error // registered errors that it is
+	is      []error  // what it is, as far as it is known here
+	foreign []string // the names of what else it is
+}
+
+// newRemoteError returns the error that arrived with these names. own are the errors of
+// the call; it may be nil.
+func newRemoteError(text rpc.ServerError, names []string, own *callErrors) *remoteError {
+	e := &remoteError{ServerError: text}
+	for _, name := range names {
+		if err := own.find(name); err != nil {
+			e.is = append(e.is, err)
+		} else if known, ok := registered.Load(name); ok {
+			e.is = append(e.is, known.(error))
+		} else {
+			e.foreign = append(e.foreign, name)
+		}
+	}
+	return e
 }
 
 func (e *remoteError) Unwrap() []error { return append([]error{e.ServerError}, e.is...) }
+
+// maxCallErrors is how many errors callErrors keeps: the last ones.
+const maxCallErrors = 1000
+
+// callErrors has the errors that the arguments of one call have returned: its readers,
+// writers and callbacks. They are sent with random names, which only this call knows. The
+// peer sends a name back with an error that wraps the one that it came with, and so the
+// call returns the error itself.
+//
+// A nil *callErrors has no errors, and keeps none.
+type callErrors struct {
+	mu     sync.Mutex // guards the fields below
+	byName map[string]error
+	names  []string // in the order in which they were added
+}
+
+// add keeps err and returns its name.
+func (c *callErrors) add(err error) (names []string) {
+	if c == nil {
+		return nil
+	}
+	name := fmt.Sprintf("%x", rand.Uint64())
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.byName == nil {
+		c.byName = make(map[string]error)
+	}
+	if len(c.names) == maxCallErrors {
+		delete(c.byName, c.names[0])
+		c.names = c.names[1:]
+	}
+	c.byName[name] = err
+	c.names = append(c.names, name)
+	return []string{name}
+}
+
+// find returns the error with a name, or nil.
+func (c *callErrors) find(name string) error {
+	if c == nil {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.byName[name]
+}
+
+// anyPeer is how errors name a peer that has no name.
+const anyPeer = "plugin"
+
+// unanswered is the error of a call that was not answered, because its context has ended
+// or the connection was lost.
+type unanswered struct {
+	peer   string // as in session.peer
+	method string // as it was called
+	err    error
+}
+
+// Error returns the text of err with the names of the peer and the method.
+func (e *unanswered) Error() string {
+	text := strings.TrimPrefix(e.err.Error(), e.peer+": ") // which an ExitError has, too
+	text = strings.TrimPrefix(text, "plugin: ")
+	return fmt.Sprintf("%s: %s: %s", e.peer, strings.TrimPrefix(e.method, "Plugin."), text)
+}
+
+func (e *unanswered) Unwrap() error { return e.err }
+
+// closedError is the error of calls that begin when the stream has ended.
+type closedError struct{ why error }
+
+func (e *closedError) Error() string   { return e.why.Error() }
+func (e *closedError) Unwrap() []error { return []error{e.why, rpc.ErrShutdown} }
 
 // lostError is the error of every call and stream when the connection was lost.
 type lostError struct{ cause error }

@@ -514,13 +514,13 @@ func ExampleCall() {
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
 	err := plugin.Call(ctx, sleeper, "Plugin.Sleep", time.Hour, nil)
-	fmt.Println("host:", err)
+	fmt.Println("host:", errors.Is(err, context.DeadlineExceeded))
 
 	var why string
 	err = plugin.Call(context.Background(), sleeper, "Plugin.Why", struct{}{}, &why)
 	fmt.Println(why, err)
 	// Output:
-	// host: context deadline exceeded
+	// host: true
 	// plugin: the caller cancelled the call: context deadline exceeded <nil>
 }
 

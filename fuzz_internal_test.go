@@ -112,7 +112,7 @@ func FuzzRPCClient(f *testing.F) {
 	addStreams(f, response{Seq: 1, Error: "failed", Is: "io.EOF\nunknown"})
 	f.Fuzz(func(t *testing.T, sent []byte) {
 		wait, begin := io.Pipe() // the script arrives when there are calls
-		c := newRPCClient(script{io.MultiReader(wait, bytes.NewReader(sent))}, spawn)
+		c := newRPCClient(script{io.MultiReader(wait, bytes.NewReader(sent))}, anyPeer, spawn)
 		defer c.Close()
 		first := c.Go("Plugin.Box", Box{}, new(Box), nil)
 		second := make(chan error, 1)

@@ -214,8 +214,10 @@ type Remote struct {
 // Invoke waits for.
 //
 // When ctx ends, Invoke returns as [Call] does, and the method's context ends.
-// Errors, also those of readers, writers and callbacks, keep their identity as those
-// of Call do. If there is an error, the result is the zero value.
+// Errors keep their identity as those of Call do. An error that a reader, writer,
+// sequence or callback of args has returned is itself in the error of Invoke, also if it
+// is not registered: errors.Is finds it, if the method returns it or wraps it. If there
+// is an error, the result is the zero value.
 //
 // An unknown method, another R, a wrong number of args, and an arg that cannot be
 // assigned to its parameter are errors before anything is sent. An untyped nil can be

@@ -47,17 +47,20 @@ type RPCClient struct {
 // NewRPCClient returns a client for the plugin at the other end of conn. If it fails,
 // it closes conn. Most programs use [Client.Client].
 func NewRPCClient(conn io.ReadWriteCloser, plugins map[string]Plugin) (*RPCClient, error) {
-	return newConnection(conn, plugins, hclog.NewNullLogger(), nil)
+	return newConnection(conn, anyPeer, plugins, hclog.NewNullLogger(), nil)
 }
 
-// newConnection is NewRPCClient with a logger and a function for [newSession].
+// newConnection is NewRPCClient with a name for [session].peer, a logger and a function for
+// [newSession].
 func newConnection(
-	conn io.ReadWriteCloser, plugins map[string]Plugin, logger hclog.Logger, why func(received bool) error,
+	conn io.ReadWriteCloser, peer string, plugins map[string]Plugin, logger hclog.Logger,
+	why func(received bool) error,
 ) (*RPCClient, error) {
 	s, err := newSession(context.Background(), conn, true, logger, why)
 	if err != nil {
 		return nil, fmt.Errorf("plugin: connecting: %w", err)
 	}
+	s.peer = peer
 	c := &RPCClient{session: s, plugins: plugins, broker: newMuxBroker(s), quitting: newLock()}
 	// The order is part of the protocol: control, stdout, stderr.
 	var streams [3]*stream
@@ -67,7 +70,7 @@ func newConnection(
 			return nil, fmt.Errorf("plugin: connecting: %w", err)
 		}
 	}
-	c.control = newRPCClient(streams[0], s.spawn)
+	c.control = s.client(streams[0])
 	// Without the reason for an error: finding it out waits for the output.
 	c.output = [2]*yamux.Stream{streams[1].Stream, streams[2].Stream}
 	s.spawn(func() { acceptNumbered(c.broker) }) // ends with the session
@@ -243,7 +246,7 @@ type RPCServer struct {
 	done     func()    // closes DoneCh
 	outputs  [2]*output
 	calls    context.Context // ends when methods should return
-	endCalls context.CancelFunc
+	endCalls context.CancelCauseFunc
 	conns    context.Context // ends when connections should be closed
 	endConns context.CancelFunc
 
@@ -352,7 +355,7 @@ func (s *RPCServer) begin() {
 		if s.logger == nil {
 			s.logger = hclog.NewNullLogger()
 		}
-		s.calls, s.endCalls = context.WithCancel(context.Background())
+		s.calls, s.endCalls = context.WithCancelCause(context.Background())
 		s.conns, s.endConns = context.WithCancel(context.Background())
 		for i, src := range []io.Reader{s.Stdout, s.Stderr} {
 			if src == nil {
@@ -367,7 +370,7 @@ func (s *RPCServer) begin() {
 func (s *RPCServer) flush() {
 	s.begin()
 	s.flushed.Do(func() {
-		s.endCalls()
+		s.endCalls(errExiting)
 		if s.endOutput != nil {
 			s.endOutput()
 		}

@@ -229,7 +229,8 @@ func TestOutput(t *testing.T) {
 	t.Parallel()
 	var stdout, stderr syncBuffer
 	gate := make(chan struct{})
-	cfg := newLab(t).config("plugin say cry", sayEnv+"=last words")
+	l := newLab(t)
+	cfg := l.config("plugin say cry", sayEnv+"=last words")
 	cfg.SyncStdout, cfg.SyncStderr = gatedWriter(gate, &stdout), gatedWriter(gate, &stderr)
 	logger, records := recorder()
 	cfg.Logger = logger
@@ -241,9 +242,10 @@ func TestOutput(t *testing.T) {
 	call := test.Go("Plugin.Wait", "", new(string), nil)
 	await(t, "a call", func() bool { return test.self(t).Waiting > 0 })
 	killed := async(func() bool { c.Kill(); return true })
-	receive(t, "the end of a context", call.Done)
+	l.read("cause") // the context of the call has ended
 	close(gate)
 	receive(t, "Kill", killed)
+	checkEqual(t, "the error of the call", receive(t, "the call", call.Done).Error, rpc.ErrShutdown)
 	if stdout.String() != out || stderr.String() != errs {
 		t.Errorf("of %d bytes each, %d and %d have arrived", size, len(stdout.String()), len(stderr.String()))
 	}

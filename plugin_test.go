@@ -545,8 +545,8 @@ func TestCrashAfterReattach(t *testing.T) {
 	}
 }
 
-// After a crash, all that is done with the plugin fails at once, with the reason or
-// with rpc.ErrShutdown.
+// After a crash, all that is done with the plugin fails at once, with the reason and
+// rpc.ErrShutdown.
 func TestAfterCrash(t *testing.T) {
 	t.Parallel()
 	for _, crash := range crashes {
@@ -564,7 +564,7 @@ func TestAfterCrash(t *testing.T) {
 					t.Errorf("a later call returned %v", err)
 				}
 				err = callIn(context.Background(), c.Client, "Echo")
-				if !errors.Is(err, rpc.ErrShutdown) && !isA[*plugin.ExitError](err) {
+				if !errors.Is(err, rpc.ErrShutdown) || !isA[*plugin.ExitError](err) {
 					t.Errorf("a later Call returned %v", err)
 				}
 			}

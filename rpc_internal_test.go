@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/rpc"
+	"runtime"
 	"testing"
 	"time"
 )
@@ -41,7 +42,7 @@ func spawn(f func()) bool {
 // including those that begin after the loss.
 func TestCallsWaitForReason(t *testing.T) {
 	conn := &brokenConn{written: make(chan struct{}, 100), known: make(chan struct{})}
-	c := newRPCClient(conn, spawn)
+	c := newRPCClient(conn, anyPeer, spawn)
 	defer c.Close()
 	calls := []*rpc.Call{c.Go("Plugin.Echo", "", new(string), nil)}
 	receive(t, "a Write", conn.written)
@@ -68,6 +69,34 @@ func TestCallsWaitForReason(t *testing.T) {
 	for err := error(nil); err != rpc.ErrShutdown; {
 		if err = c.Call("Plugin.Echo", "", new(string)); err != rpc.ErrShutdown && !errors.Is(err, errLoss) {
 			t.Fatalf("a later call returned %v", err)
+		}
+	}
+}
+
+// A client that has ended is kept only as long as the caller keeps it.
+func TestClientsAreCollected(t *testing.T) {
+	kept := func() (n int) {
+		clientEnds.Range(func(any, any) bool { n++; return true })
+		return n
+	}
+	conn := &brokenConn{written: make(chan struct{}, 10000), known: make(chan struct{})}
+	close(conn.known)
+	clients := make([]*rpc.Client, 10000)
+	for i := range clients {
+		clients[i] = newRPCClient(conn, anyPeer, spawn)
+	}
+	for _, c := range clients {
+		if err := Call(context.Background(), c, "Plugin.Echo", "", new(string)); !errors.Is(err, errLoss) {
+			t.Fatal(err)
+		}
+	}
+	if n := kept(); n < len(clients) {
+		t.Fatalf("of %d clients, %d are kept", len(clients), n)
+	}
+	clients = nil
+	for deadline := time.Now().Add(20 * time.Second); kept() > 100; runtime.GC() { // others are of other tests
+		if time.Now().After(deadline) {
+			t.Fatalf("%d clients are kept", kept())
 		}
 	}
 }

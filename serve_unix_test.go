@@ -3,6 +3,7 @@
 package plugin_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"os/signal"
@@ -21,7 +22,13 @@ func init() {
 	signal.Stop(signals)
 }
 
-// SIGTERM and SIGHUP end a plugin as Kill does. SIGINT is left to the host.
+// callWait calls Wait.
+func callWait(c *testClient) error {
+	return plugin.Call(context.Background(), c.Client, "Plugin.Wait", "", new(string))
+}
+
+// SIGTERM and SIGHUP end a plugin as Kill does. A call in flight fails with the end of the
+// plugin, when main has finished. SIGINT is left to the host.
 func TestServeSignals(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP} {
 		t.Run(sig.String(), func(t *testing.T) {
@@ -34,7 +41,7 @@ func TestServeSignals(t *testing.T) {
 				check(t, cfg.Cmd.Process.Signal(syscall.SIGINT))
 				echo(t, test.Client)
 			}
-			test.Go("Plugin.Wait", "", new(string), nil)
+			call := async(func() error { return callWait(test) })
 			l.read("in a call")
 			check(t, cfg.Cmd.Process.Signal(sig))
 			l.read("cause")
@@ -44,6 +51,11 @@ func TestServeSignals(t *testing.T) {
 			var exit *plugin.ExitError
 			if !errors.As(c.Err(), &exit) || exit.State == nil || !exit.State.Success() {
 				t.Errorf("the plugin ended with %v", c.Err())
+			}
+			// The context of the call has not ended.
+			err := receive(t, "the call in flight", call)
+			if !errors.As(err, &exit) || errors.Is(err, context.Canceled) {
+				t.Errorf("the call in flight returned %v", err)
 			}
 			l.read("plugin finished")
 		})

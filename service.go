@@ -8,8 +8,10 @@ import (
 	"net/rpc"
 	"reflect"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -23,6 +25,9 @@ type service struct {
 	uncallable map[string]string // exported methods that cannot be called: name to reason
 	err        error             // if not nil, the error of every call
 	calls      group             // that are running; closed when the service is stopped
+	// callErrors are those of the call whose argument this is, or nil. They are set
+	// before the peer learns of the service.
+	callErrors atomic.Pointer[callErrors]
 }
 
 // method is one method of a service.
@@ -141,6 +146,7 @@ var (
 	errCallerGone = errors.New("plugin: the caller is gone")
 	errGoexit     = errors.New("plugin: the method called runtime.Goexit")
 	errStopped    = errors.New("plugin: the peer has stopped serving this")
+	errExiting    = fmt.Errorf("plugin: the plugin is about to exit: %w", context.Canceled)
 )
 
 // answerCalls answers calls until the caller closes the stream, and returns why it ended.
@@ -307,14 +313,30 @@ func (s *rpcServer) answer(call *servedCall, err error) {
 		// about to end, and this would be the wrong reason.
 		return
 	}
-	if context.Cause(call.ctx) == errStopped {
+	switch context.Cause(call.ctx) {
+	case errStopped:
 		err = errStopped
+	case errExiting:
+		if isCanceled(err) {
+			// The context of the caller has not ended. The call fails with the
+			// reason when the connection is closed, which is about to happen.
+			return
+		}
 	}
 	if err != nil {
-		s.respondError(call.request, err)
+		s.respondError(call.request, err, call.service.callErrors.Load().add(err)...)
 		return
 	}
 	s.respond(call.request, call.reply.Interface())
+}
+
+// isCanceled reports whether err is context.Canceled, also as the error of a call.
+func isCanceled(err error) bool {
+	if err == nil {
+		return false
+	}
+	_, names := sendable(err) // does not panic if the methods of err do
+	return slices.Contains(names, context.Canceled.Error())
 }
 
 // release ends the context of a call that has been answered.
@@ -337,9 +359,10 @@ func (s *rpcServer) respond(req *rpc.Request, reply any) {
 		req.ServiceMethod, reply, err))
 }
 
-// respondError answers a call with an error.
-func (s *rpcServer) respondError(req *rpc.Request, err error) {
+// respondError answers a call with an error, which has more names than its own.
+func (s *rpcServer) respondError(req *rpc.Request, err error, more ...string) {
 	text, names := sendable(err)
+	names = append(names, more...)
 	resp := &response{Seq: req.Seq, Error: text, Is: strings.Join(names, nameSeparator)}
 	_ = s.w.send(resp, struct{}{}) // fails only if the caller is gone
 }

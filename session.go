@@ -25,6 +25,7 @@ type session struct {
 	frames  *frameConn // the connection of mux
 	host    bool       // this is the host's side
 	logger  hclog.Logger
+	peer    string       // how errors name the peer
 	whyLost func() error // why the connection ended; may wait for the end of the process
 
 	calls  context.Context // ends when methods of this side should return
@@ -38,7 +39,7 @@ type session struct {
 // newSession starts a session on conn. Contexts of methods end with ctx. If why is not
 // nil, it returns why the connection ended; heard reports whether anything was received.
 func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func(heard bool) error) (*session, error) {
-	s := &session{host: host, logger: logger, frames: &frameConn{conn: conn, flows: make(map[uint32]*flow)}}
+	s := &session{host: host, logger: logger, peer: anyPeer, frames: &frameConn{conn: conn, flows: make(map[uint32]*flow)}}
 	s.calls, s.cancel = context.WithCancel(ctx)
 	s.whyLost = sync.OnceValue(func() error {
 		switch {

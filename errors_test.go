@@ -1,0 +1,205 @@
+package plugin_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/rpc"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/muxplug/plugin"
+)
+
+// ---- Errors of the caller's own arguments ----
+
+// Troubled uses its arguments, which fail.
+type Troubled interface {
+	Use(ctx context.Context, how string, r io.Reader, w io.Writer, f func(n int) error) error
+}
+
+// troubled is a Troubled in the plugin.
+type troubled struct{ kept error }
+
+func (p *troubled) Use(_ context.Context, how string, r io.Reader, w io.Writer, f func(n int) error) (err error) {
+	switch how {
+	case "callback":
+		err = f(1)
+	case "many callbacks":
+		for n := range 2000 {
+			err = errors.Join(err, f(n))
+		}
+	case "two callbacks":
+		err = errors.Join(f(1), f(2))
+	case "reader":
+		_, err = io.ReadAll(r)
+	case "writer":
+		_, err = io.Copy(w, strings.NewReader("text"))
+		if err == nil {
+			return nil // Invoke returns the error of the writer
+		}
+	case "kept":
+		return p.kept
+	}
+	p.kept = err
+	return fmt.Errorf("using: %w", err)
+}
+
+type troubledClient struct{ remote *plugin.Remote }
+
+func (c troubledClient) Use(ctx context.Context, how string, r io.Reader, w io.Writer, f func(n int) error) error {
+	_, err := plugin.Invoke[struct{}](ctx, c.remote, "Use", how, r, w, f)
+	return err
+}
+
+func troubledPlugin(impl Troubled) plugin.Plugin {
+	return plugin.For(impl, func(r *plugin.Remote) Troubled { return troubledClient{r} })
+}
+
+func init() {
+	modes["troubled"] = func() {
+		servePlugin(func(c *plugin.ServeConfig) {
+			c.Plugins = plugin.PluginSet{"test": troubledPlugin(&troubled{})}
+		})
+	}
+}
+
+// trouble is an error that is not registered. Two of them are different errors.
+type trouble struct{ n int }
+
+func (t *trouble) Error() string { return fmt.Sprint("trouble ", t.n) }
+
+// What a callback, reader or writer of the caller returned is itself in the error of
+// Invoke, and in no other call's.
+func TestErrorsOfArguments(t *testing.T) {
+	t.Parallel()
+	cfg := testConfig("troubled")
+	cfg.Plugins = plugin.PluginSet{"test": troubledPlugin(nil)}
+	_, p := startPlugin(t, cfg)
+	client, err := plugin.Dispense[Troubled](p, "test")
+	check(t, err)
+	var troubles []*trouble
+	use := func(how string) error {
+		troubles = nil
+		fail := func(n int) error {
+			err := &trouble{n}
+			troubles = append(troubles, err)
+			return err
+		}
+		var r io.Reader
+		if how == "reader" { // which is read ahead, whatever the method does
+			r = readerFunc(func([]byte) (int, error) { return 0, fail(1) })
+		}
+		w := writerFunc(func([]byte) (int, error) { return 0, fail(1) })
+		return client.Use(boundedContext(t), how, r, w, fail)
+	}
+	for _, how := range []string{"callback", "two callbacks", "reader", "writer"} {
+		err := use(how)
+		if len(troubles) == 0 {
+			t.Fatalf("%s: nothing has failed: %v", how, err)
+		}
+		for _, failed := range troubles {
+			if !errors.Is(err, failed) {
+				t.Errorf("%s: the error is %v, and not %v itself", how, err, failed)
+			}
+		}
+		errorSays(t, err, "trouble 1")
+		before := troubles
+		if err := use("kept"); err == nil || errors.Is(err, before[0]) {
+			t.Errorf("%s: another call returned %v", how, err)
+		}
+	}
+	err = use("many callbacks")
+	if last := troubles[len(troubles)-1]; !errors.Is(err, last) {
+		t.Error("the last of many errors is not itself")
+	}
+}
+
+// ---- Calls that are not answered ----
+
+// startGreeter starts a plugin whose binary is named greeter, and dispenses its Kit.
+func startGreeter(t testing.TB) (*plugin.Client, kitClient) {
+	t.Helper()
+	cfg := testConfig("kit")
+	cfg.Cmd.Path = copyBinary(t, "greeter")
+	cfg.Plugins = plugin.PluginSet{"kit": newKitPlugin(nil)}
+	c, p := startPlugin(t, cfg)
+	return c, dispenseKit(t, p)
+}
+
+// checkUnanswered checks the errors of Call and Invoke with a context.
+func (k kitClient) checkUnanswered(ctx context.Context, t testing.TB, text string, is ...error) {
+	t.Helper()
+	_, invoked := plugin.Invoke[struct{}](ctx, k.remote, "Await", "nothing")
+	called := plugin.Call(ctx, k.hand.Client, "Plugin.Await", "nothing", nil)
+	for _, err := range []error{invoked, called} {
+		if err == nil {
+			t.Fatal("a call that is not answered returned no error")
+		}
+		checkEqual(t, "the text", err.Error(), text)
+		for _, want := range is {
+			errorIs(t, "a call", err, want)
+		}
+	}
+}
+
+// The error of a call that was not answered names the plugin and the method, once each.
+// Later calls say why the connection has ended.
+func TestUnanswered(t *testing.T) {
+	t.Parallel()
+	c, kit := startGreeter(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	for range 2 { // the second begins when the context has ended
+		kit.checkUnanswered(ctx, t, "plugin greeter: Await: context deadline exceeded", context.DeadlineExceeded)
+	}
+	canceled, cancelCause := context.WithCancelCause(context.Background())
+	cancelCause(errCause)
+	kit.checkUnanswered(canceled, t, "plugin greeter: Await: context canceled: "+errCause.Error(),
+		context.Canceled, errCause)
+
+	const crash = "plugin greeter: Fail: panic: boom (exit status 2)"
+	inFlight := errorOf[string](t, kit.remote, "Fail", "panic")
+	checkEqual(t, "the call in flight", inFlight.Error(), crash)
+	errorIs(t, "the call in flight", inFlight, io.ErrUnexpectedEOF)
+	receive(t, "Done", c.Done())
+	for range 3 {
+		later := errorOf[string](t, kit.remote, "Fail", "nil")
+		checkEqual(t, "a later call", later.Error(), crash)
+		errorIs(t, "a later call", later, rpc.ErrShutdown)
+		errorIs(t, "a later call", later, c.Err())
+		kit.checkUnanswered(canceled, t, "plugin greeter: Await: context canceled: "+errCause.Error(), errCause)
+	}
+	checkEqual(t, "the error of net/rpc", kit.hand.Call("Plugin.Add", 1, nil), rpc.ErrShutdown)
+}
+
+// After Kill, and after Close of the client, calls fail with rpc.ErrShutdown.
+func TestUnansweredAfterKill(t *testing.T) {
+	t.Parallel()
+	c, kit := startGreeter(t)
+	waiting := async(func() error { return errorOf[struct{}](t, kit.remote, "Await", "nothing") })
+	c.Kill()
+	const killed = "plugin greeter: Await: Kill or Close ended the connection: connection is shut down"
+	inFlight := receive(t, "the call in flight", waiting)
+	checkEqual(t, "the call in flight", inFlight.Error(), killed)
+	errorIs(t, "the call in flight", inFlight, rpc.ErrShutdown)
+	kit.checkUnanswered(context.Background(), t, killed, rpc.ErrShutdown)
+
+	_, kit = startGreeter(t)
+	check(t, kit.hand.Close())
+	kit.checkUnanswered(context.Background(), t, "plugin greeter: Await: connection is shut down", rpc.ErrShutdown)
+}
+
+// A call says that the connection was lost if the process lives.
+func TestUnansweredByLivingProcess(t *testing.T) {
+	hostEnd, pluginEnd := plugin.TestConn(t)
+	_, client, _ := joinEnds(t, hostEnd, pluginEnd)
+	echo(t, client.Client)
+	check(t, pluginEnd.Close())
+	for err := error(nil); !errors.Is(err, rpc.ErrShutdown); { // until a call begins when the end is known
+		err = plugin.Call(boundedContext(t), client.Client, "Plugin.Echo", "", new(string))
+		errorSays(t, err, "plugin: Echo: the connection was lost")
+	}
+}
