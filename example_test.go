@@ -29,7 +29,8 @@ var examplePlugins = map[string]func(){
 	"store":    ExampleInvokeSeq,
 	"account":  ExampleRemote_Close,
 	"byhand":   ExamplePlugin,
-	"worker":   ExampleClient_Exited,
+	"brewer":   ExampleSupervisor,
+	"logging":  ExampleNewSlogLogger,
 	"sleeper":  ExampleCall,
 	"numberer": ExampleMuxBroker_ServeReader,
 	"baker":    ExampleMuxBroker_ServeRPC,
@@ -117,6 +118,7 @@ func config(name string, p plugin.Plugin) *plugin.ClientConfig {
 	handshake := plugin.HandshakeConfig{ProtocolVersion: 1, MagicCookieKey: "EXAMPLE_PLUGIN", MagicCookieValue: name}
 	plugins := plugin.PluginSet{name: p}
 	if os.Getenv(handshake.MagicCookieKey) == name {
+		slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, nil))) // for the Logger of the host
 		plugin.Serve(&plugin.ServeConfig{HandshakeConfig: handshake, Plugins: plugins})
 		os.Exit(0)
 	}
@@ -409,79 +411,98 @@ func ExamplePlugin() {
 	// Output: Hello, Gopher! <nil>
 }
 
-// Worker is a plugin that panics at the first attempt of Work.
-type Worker struct{}
-
-func (Worker) Server(*plugin.MuxBroker) (any, error)                  { return Worker{}, nil }
-func (Worker) Client(_ *plugin.MuxBroker, c *rpc.Client) (any, error) { return c, nil }
-
-func (Worker) Work(attempt int, result *string) error {
-	if attempt == 1 {
-		panic("out of tea")
-	}
-	*result = fmt.Sprint("done at attempt ", attempt)
-	return nil
+// Brewer is implemented by the plugin and called by the host.
+type Brewer interface {
+	Brew(ctx context.Context, cup, attempt int) (string, error)
 }
 
-// Keeper keeps a plugin running. All methods may be called concurrently.
-type Keeper struct {
-	config *plugin.ClientConfig
+// BrewerClient is the Brewer in the host.
+type BrewerClient struct{ remote *plugin.Remote }
 
-	mu     sync.Mutex // guards the fields below
-	client *plugin.Client
-	worker *rpc.Client
+func (c BrewerClient) Brew(ctx context.Context, cup, attempt int) (string, error) {
+	return plugin.Invoke[string](ctx, c.remote, "Brew", cup, attempt)
 }
 
-// Worker returns the plugin. It starts the plugin if it is not running.
-func (k *Keeper) Worker() (*rpc.Client, error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.client != nil && !k.client.Exited() {
-		return k.worker, nil
-	}
-	client := plugin.NewClient(k.config) // a config can be used again
-	conn, err := client.Client()
-	if err == nil {
-		k.worker, err = plugin.Dispense[*rpc.Client](conn, "worker")
-	}
-	if err != nil {
-		client.Kill()
-		return nil, err
-	}
-	k.client = client
-	return k.worker, nil
+func NewBrewerPlugin(impl Brewer) plugin.Plugin {
+	return plugin.For(impl, func(r *plugin.Remote) Brewer { return BrewerClient{r} })
 }
 
-// Close kills the plugin.
-func (k *Keeper) Close() {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.client != nil {
-		k.client.Kill()
+// Kettle is the Brewer in the plugin. It has a fault.
+type Kettle struct{}
+
+func (Kettle) Brew(_ context.Context, cup, attempt int) (string, error) {
+	if cup == 3 && attempt == 0 {
+		panic("out of water")
 	}
+	return fmt.Sprint("cup ", cup), nil
 }
 
-// A plugin that has died is started again when it is needed. When a call has
-// failed because the plugin died, Exited is true.
-func ExampleClient_Exited() {
-	config := config("worker", Worker{})
+// A host serves many requests with one plugin. When the plugin dies, the requests that it
+// was working on are tried again, and the first of them starts it again.
+func ExampleSupervisor() {
+	config := config("brewer", NewBrewerPlugin(Kettle{}))
 	config.Logger = hclog.NewNullLogger() // it would show the panic
-	keeper := &Keeper{config: config}
-	defer keeper.Close()
+	brewers := plugin.NewSupervisor[Brewer](config, "brewer")
+	defer brewers.Kill()
 
-	for attempt := 1; attempt <= 2; attempt++ {
-		worker, err := keeper.Worker()
-		if err != nil {
-			log.Fatal(err)
+	serve := func(ctx context.Context, cup int) (string, error) {
+		var died *plugin.ExitError
+		for attempt := range 2 {
+			brewer, err := brewers.Get(ctx) // starts the plugin, if it does not run
+			if err != nil {
+				return "", err
+			}
+			result, err := brewer.Brew(ctx, cup, attempt)
+			if !errors.As(err, &died) {
+				return result, err
+			}
 		}
-		var result string
-		err = plugin.Call(context.Background(), worker, "Plugin.Work", attempt, &result)
-		var exit *plugin.ExitError
-		fmt.Printf("%q, died: %v\n", result, errors.As(err, &exit))
+		return "", died
 	}
+
+	var requests sync.WaitGroup
+	var served [5]string
+	for i := range served {
+		requests.Go(func() {
+			result, err := serve(context.Background(), i+1)
+			served[i] = fmt.Sprint(result, " ", err)
+		})
+	}
+	requests.Wait()
+	fmt.Println(strings.Join(served[:], "\n"))
 	// Output:
-	// "", died: true
-	// "done at attempt 2", died: false
+	// cup 1 <nil>
+	// cup 2 <nil>
+	// cup 3 <nil>
+	// cup 4 <nil>
+	// cup 5 <nil>
+}
+
+// What a plugin logs comes out of a handler of slog in the host.
+func ExampleNewSlogLogger() {
+	handler := slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{
+		Level: slog.LevelInfo,
+		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.TimeKey || a.Key == "logger" {
+				return slog.Attr{} // they differ from run to run
+			}
+			return a
+		},
+	})
+	config := config("logging", NewGreeterPlugin(English{}))
+	config.Logger = plugin.NewSlogLogger(handler)
+	greeters := plugin.NewSupervisor[Greeter](config, "logging")
+
+	greeter, err := greeters.Get(context.Background())
+	if err != nil {
+		log.Fatal(err)
+	}
+	greeting, err := greeter.Greet(context.Background(), "Gopher")
+	greeters.Kill() // and with it, all of the log has arrived
+	fmt.Println(greeting, err)
+	// Output:
+	// level=INFO msg=greeting name=Gopher
+	// Hello, Gopher! <nil>
 }
 
 // Sleeper is a plugin that can be told to sleep.

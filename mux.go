@@ -172,6 +172,9 @@ func (c *RPCClient) Close() error {
 // isEnding reports whether this side has asked the plugin to quit.
 func (c *RPCClient) isEnding() bool { return c.session.isEnding() }
 
+// ended returns a channel that is closed when the connection has ended.
+func (c *RPCClient) ended() <-chan struct{} { return c.session.ended() }
+
 // disconnect ends the connection at once.
 func (c *RPCClient) disconnect() { c.session.disconnect() }
 

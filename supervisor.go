@@ -1,0 +1,232 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// This file has Supervisor, which starts a plugin when it is needed.
+
+const (
+	firstPause  = 100 * time.Millisecond // before the start that follows a failure
+	maxPause    = 10 * time.Second       // before a start that follows many
+	healthyLife = 10 * time.Second       // of a plugin whose end is no failure
+)
+
+// Supervisor starts a plugin when it is first needed, and again when it has died. Its
+// methods may be called concurrently.
+//
+// A start that follows a start that failed, or a life of less than ten seconds, waits 100
+// milliseconds after that, and twice as long each time, up to ten seconds. The start after
+// a longer life does not wait. Calls are never repeated: the caller knows which may be.
+type Supervisor[T any] struct {
+	config ClientConfig
+	name   string
+
+	// ending is never started. Kill and CleanupClients kill it, which ends the supervisor.
+	ending *Client
+
+	mu     sync.Mutex // guards the fields below
+	life   *life[T]   // the last one; nil before the first Get
+	client *Client    // of the last life that has one
+}
+
+// life is one start of the plugin, and the time until its end.
+type life[T any] struct {
+	previous    *life[T]
+	lastFailure error // of the previous start, or nil
+
+	// starting has the instance. client, lost and final are constant when it is there.
+	starting *result[T]
+	client   *Client
+	lost     <-chan struct{} // closed when the connection has ended
+	final    bool            // the start has failed, and there is no other
+
+	over    chan struct{} // closed when the plugin has ended, and the fields below are set
+	endedAt time.Time
+	pause   time.Duration // from endedAt to the next start
+}
+
+// NewSupervisor returns a Supervisor for the plugin with that name. It does not start it:
+// [Supervisor.Get] does. Call [Supervisor.Kill] when the plugin is no longer needed.
+// NewSupervisor panics if config is nil or has Reattach set.
+func NewSupervisor[T any](config *ClientConfig, name string) *Supervisor[T] {
+	if config == nil || config.Reattach != nil {
+		panic("plugin: NewSupervisor needs a ClientConfig without Reattach")
+	}
+	return &Supervisor[T]{config: *config, name: name, ending: NewClient(config)}
+}
+
+// Get returns the instance of the plugin that runs. All callers share it, so do not close
+// it. If the plugin has not been started, has exited or has lost its connection, Get starts
+// it, and kills the process of a lost connection before. Callers at the same time share one
+// start. A caller leaves when its ctx ends, and the start goes on.
+//
+// The errors are those of [Client.Client] and [Dispense]. If ctx ends first, errors.Is
+// finds ctx.Err(), and the error of the start before if that has failed. After
+// [Supervisor.Kill], [CleanupClients] if config has Managed set, and the end of the context
+// of config.Cmd, Get fails for good.
+func (s *Supervisor[T]) Get(ctx context.Context) (T, error) {
+	life := s.currentLife()
+	instance, err, started := life.starting.get()
+	if started {
+		return instance, err // also if ctx has ended
+	}
+	select {
+	case <-life.starting.ready:
+		instance, err, _ = life.starting.get()
+		return instance, err
+	case <-ctx.Done():
+	}
+	err = fmt.Errorf("plugin %s: waiting for its start: %w", s.name, contextError(ctx))
+	if life.lastFailure != nil {
+		err = fmt.Errorf("%w; the last start failed: %w", err, life.lastFailure)
+	}
+	return instance, err
+}
+
+// currentLife returns the life that lasts, or begins one.
+func (s *Supervisor[T]) currentLife() *life[T] {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.life != nil && s.life.lasts() {
+		return s.life
+	}
+	next := &life[T]{previous: s.life, starting: newResult[T](), over: make(chan struct{})}
+	if s.life != nil {
+		_, next.lastFailure, _ = s.life.starting.get()
+	}
+	s.life = next
+	go s.live(next) // ends with the plugin, which Kill ends
+	return next
+}
+
+// lasts reports whether the plugin starts or runs, or cannot be started any more.
+func (l *life[T]) lasts() bool {
+	_, err, started := l.starting.get()
+	switch {
+	case !started:
+		return true
+	case err != nil:
+		return l.final
+	}
+	return !l.client.Exited() && !isClosed(l.lost)
+}
+
+// live starts the plugin and waits for its end.
+func (s *Supervisor[T]) live(l *life[T]) {
+	defer close(l.over)
+	lastPause := s.waitPause(l)
+	instance, err := s.start(l)
+	startedAt := time.Now()
+	l.starting.set(instance, err)
+	if err == nil {
+		s.waitEnd(l)
+	}
+	l.endedAt = time.Now()
+	l.pause = nextPause(lastPause, err == nil && l.endedAt.Sub(startedAt) >= healthyLife)
+	l.previous = nil // for the garbage collector
+}
+
+// waitPause waits until the plugin may be started. It returns how long it had to be.
+func (s *Supervisor[T]) waitPause(l *life[T]) time.Duration {
+	if l.previous == nil {
+		return 0
+	}
+	<-l.previous.over // it has ended, or is being killed
+	pause := l.previous.pause
+	waitFor(pause-time.Since(l.previous.endedAt), s.ending.Done())
+	return pause
+}
+
+// nextPause returns how long the start waits that follows one that waited for last.
+func nextPause(last time.Duration, healthy bool) time.Duration {
+	if healthy {
+		return 0
+	}
+	return min(max(2*last, firstPause), maxPause)
+}
+
+// start starts the plugin and dispenses the instance.
+func (s *Supervisor[T]) start(l *life[T]) (instance T, err error) {
+	l.client = NewClient(&s.config)
+	ended := s.setClient(l.client)
+	if !ended {
+		instance, err = s.dispense(l)
+		if err == nil {
+			return instance, nil
+		}
+	}
+	l.client.Kill()
+	neverRan := l.client.ID() == ""
+	contextEnded := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+	switch {
+	case s.ending.Exited():
+		l.final = true
+		err = fmt.Errorf("plugin %s: it is not started any more: Kill or CleanupClients was called", s.name)
+	case neverRan && contextEnded:
+		l.final = true
+		err = fmt.Errorf("plugin %s: it is not started any more: the context of ClientConfig.Cmd has ended: %w",
+			s.name, err)
+	}
+	return instance, err
+}
+
+// setClient sets the client that Kill has to kill, unless the supervisor has ended.
+func (s *Supervisor[T]) setClient(client *Client) (ended bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ending.Exited() {
+		return true
+	}
+	s.client = client
+	return false
+}
+
+func (s *Supervisor[T]) dispense(l *life[T]) (instance T, err error) {
+	conn, err := l.client.Client()
+	if err != nil {
+		return instance, err
+	}
+	l.lost = conn.(*RPCClient).ended() // it is always one
+	return Dispense[T](conn, s.name)
+}
+
+// waitEnd waits until the plugin has exited. It kills a plugin that cannot be called any
+// more.
+func (s *Supervisor[T]) waitEnd(l *life[T]) {
+	select {
+	case <-l.client.Done():
+	case <-l.lost:
+		// The process may be exiting, or else the calls in flight say that it lives.
+		waitFor(lostTimeout+drainTimeout, l.client.Done())
+	case <-s.ending.Done():
+	}
+	l.client.Kill() // does nothing if it has exited
+}
+
+// Client returns the Client of the plugin that runs or ran last, or nil before the first
+// start. It dispenses other plugins of the same process.
+func (s *Supervisor[T]) Client() *Client {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.client
+}
+
+// Kill ends the plugin as [Client.Kill] does, or its start, and no other is started. It is
+// safe to call Kill more than once and at any time.
+func (s *Supervisor[T]) Kill() {
+	s.ending.Kill()
+	s.mu.Lock()
+	client, life := s.client, s.life
+	s.mu.Unlock()
+	if client != nil {
+		client.Kill()
+	}
+	if life != nil {
+		waitFor(reapTimeout, life.over) // unless the host's own code is in the way
+	}
+}
