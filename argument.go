@@ -78,7 +78,7 @@ func (s *signature) serveArguments(
 		if param.kind == plainValue || args[i] == nil || param.Kind() == reflect.Func && arg.IsNil() {
 			continue
 		}
-		o := param.serveArgument(b, arg)
+		o := param.serveValue(b, arg, untilStopped, nil)
 		o.service.callErrors.Store(errs)
 		offers = append(offers, o)
 		s.param(sent, i).SetUint(uint64(o.id))
@@ -86,18 +86,21 @@ func (s *signature) serveArguments(
 	return offers
 }
 
-// serveArgument serves arg, which is not plain, to the peer.
-func (v value) serveArgument(b *MuxBroker, arg reflect.Value) *offer {
+// serveValue serves x, which is not plain, to the peer, which must dial it in time. For a
+// stream, closer is called when the peer closes it or the serving ends, if it is not nil.
+func (v value) serveValue(
+	b *MuxBroker, x reflect.Value, timeout time.Duration, closer func() error,
+) *offer {
 	switch v.kind {
 	case readerValue:
-		return b.offerReader(arg.Interface().(io.Reader), untilStopped, nil)
+		return b.offerReader(x.Interface().(io.Reader), timeout, closer)
 	case writerValue:
-		return b.offerWriter(arg.Interface().(io.Writer), untilStopped, nil)
+		return b.offerWriter(x.Interface().(io.Writer), timeout, closer)
 	case sequenceValue:
-		return b.offerSequence(arg)
+		return b.offerSequence(x)
 	}
-	svc := &service{methods: map[string]*method{"Call": v.function.method(b, arg)}}
-	return b.offer(svc, &svc.calls, untilStopped)
+	svc := &service{methods: map[string]*method{"Call": v.function.method(b, x)}}
+	return b.offer(svc, &svc.calls, timeout)
 }
 
 // usesTimeout is how long the Writes and callbacks that are running delay an Invoke whose
@@ -251,18 +254,9 @@ func (f *implementation) callForStream(call context.Context, sent, id reflect.Va
 		defer cancel(nil)
 		return stream.Close()
 	}
-	o := f.result.serveResult(f.broker, out[0], closeStream)
+	o := f.result.serveValue(f.broker, out[0], brokerTimeout, closeStream)
 	id.SetUint(uint64(o.id))
 	return nil
-}
-
-// serveResult serves a stream to the peer, which owns it. closeStream is called when the
-// peer closes it or the serving ends.
-func (v value) serveResult(b *MuxBroker, stream reflect.Value, closeStream func() error) *offer {
-	if v.kind == readerValue {
-		return b.offerReader(stream.Interface().(io.Reader), brokerTimeout, closeStream)
-	}
-	return b.offerWriter(stream.Interface().(io.Writer), brokerTimeout, closeStream)
 }
 
 // arguments are those of one call, at the end of the function.
@@ -281,7 +275,8 @@ func (a *arguments) dial(ctx context.Context, b *MuxBroker, param value, sent re
 	}
 	id := uint32(sent.Uint())
 	if param.kind == sequenceValue { // nil is an empty one
-		q := &remoteSequence{ctx: ctx, broker: b, id: id}
+		q := &remoteSequence{broker: b, id: id}
+		q.ctx, q.end = context.WithCancelCause(ctx)
 		a.add(ctx, reflect.MakeFunc(param.Type, q.call), q)
 		return nil
 	}
@@ -354,22 +349,20 @@ type remoteFunction struct {
 	client *rpc.Client
 }
 
-// call calls the function. A function that takes no context is called with that of the
-// method.
+// call calls the function. Without a context, it is called with that of the method.
 func (f *remoteFunction) call(in []reflect.Value) []reflect.Value {
 	ctx := f.ctx
 	if f.takesContext {
-		ctx, _ = in[0].Interface().(context.Context) // nil is an error below
+		if passed, ok := in[0].Interface().(context.Context); ok {
+			ctx = passed
+		}
 		in = in[1:]
 	}
 	args := make([]any, len(in))
 	for i, v := range in {
 		args[i] = v.Interface()
 	}
-	result, err := reflect.Zero(f.result.Type), errNilContext
-	if ctx != nil {
-		result, err = f.invoke(ctx, f.broker, f.client, "Call", args)
-	}
+	result, err := f.invoke(ctx, f.broker, f.client, "Call", args)
 	if err != nil {
 		result = reflect.Zero(f.result.Type)
 	}
@@ -379,5 +372,3 @@ func (f *remoteFunction) call(in []reflect.Value) []reflect.Value {
 	}
 	return []reflect.Value{result, asError}
 }
-
-var errNilContext = errors.New("plugin: a function was called with a nil context")

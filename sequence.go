@@ -42,10 +42,10 @@ func sendSequence(ctx context.Context, w io.Writer, encode func(io.Writer) error
 	values := newValueBuffer()
 	stop := context.AfterFunc(ctx, func() { values.abort(context.Cause(ctx)) })
 	defer stop()
-	defer values.abort(errGoexit) // if the sequence panics
+	defer values.abort(errGoexit) // if encode does not return
 	written := make(chan error, 1)
 	// Ends when all has been written or values is aborted; waited for below.
-	go func() { written <- values.writeTo(w) }()
+	go func() { written <- values.copyTo(w) }()
 	err := encode(values)
 	values.finish(io.EOF)
 	if failed := <-written; failed != nil {
@@ -115,7 +115,11 @@ func receiveSequence(
 	go func() {
 		defer close(returned)
 		failed = call(ctx, values)
-		values.finish(failed)
+		end := failed
+		if end == nil {
+			end = io.EOF
+		}
+		values.finish(end)
 	}()
 	defer func() { // also if the body of the loop panics
 		leave()
@@ -192,12 +196,12 @@ func decodeValue(values *gob.Decoder, v any) (err error) {
 type valueBuffer struct {
 	mu      sync.Mutex // guards the fields below
 	changed sync.Cond
-	data    *bytes.Buffer
+	data    bytes.Buffer
 	err     error // nothing is written any more, and Read ends with this
 }
 
 func newValueBuffer() *valueBuffer {
-	b := &valueBuffer{data: new(bytes.Buffer)}
+	b := &valueBuffer{}
 	b.changed.L = &b.mu
 	return b
 }
@@ -220,82 +224,40 @@ func (b *valueBuffer) Write(p []byte) (int, error) {
 func (b *valueBuffer) Read(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if err := b.waitLocked(); err != nil {
-		return 0, err
+	for b.data.Len() == 0 && b.err == nil {
+		b.changed.Wait()
+	}
+	if b.data.Len() == 0 {
+		return 0, b.err
 	}
 	b.changed.Broadcast()
 	return b.data.Read(p)
 }
 
-// waitLocked waits until there is something to read, or an error instead.
-func (b *valueBuffer) waitLocked() error {
-	for b.data.Len() == 0 && b.err == nil {
-		b.changed.Wait()
-	}
-	if b.data.Len() == 0 {
-		return b.err
-	}
-	return nil
+// copyTo writes what is read to w. If that fails, so does Write.
+func (b *valueBuffer) copyTo(w io.Writer) error {
+	_, err := io.Copy(w, b)
+	b.abort(err)
+	return err
 }
 
-// writeTo writes what is written to b to w, until b has ended.
-func (b *valueBuffer) writeTo(w io.Writer) error {
-	out := new(bytes.Buffer)
-	for {
-		out.Reset()
-		var err error
-		out, err = b.swap(out)
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if _, err := w.Write(out.Bytes()); err != nil {
-			b.abort(err)
-			return err
-		}
-	}
-}
-
-// swap waits until there is something to read, and returns all of it. From then on,
-// empty is written to.
-func (b *valueBuffer) swap(empty *bytes.Buffer) (full *bytes.Buffer, err error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if err := b.waitLocked(); err != nil {
-		return empty, err
-	}
-	b.changed.Broadcast()
-	full, b.data = b.data, empty
-	return full, nil
-}
-
-// finish ends the buffer with err, or io.EOF if it is nil. What has been written can
-// still be read.
+// finish ends the buffer with err, or an earlier error. What has been written can still
+// be read.
 func (b *valueBuffer) finish(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.endLocked(err)
-}
-
-// abort ends the buffer with err, and drops what has been written.
-func (b *valueBuffer) abort(err error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.endLocked(err)
-	b.data.Reset()
-}
-
-// endLocked keeps the first error.
-func (b *valueBuffer) endLocked(err error) {
-	if err == nil {
-		err = io.EOF
-	}
 	if b.err == nil {
 		b.err = err
 	}
 	b.changed.Broadcast()
+}
+
+// abort is finish, but drops what has been written.
+func (b *valueBuffer) abort(err error) {
+	b.finish(err)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.data.Reset()
 }
 
 // servedSequence is a sequence of this end that the peer uses as a reader of its values.
@@ -341,16 +303,13 @@ func (s *servedSequence) encode(w io.Writer) (err error) {
 }
 
 // remoteSequence is a sequence of the peer that was passed to a method of this end. It is
-// dialled when the method ranges over it, and closed when the method has returned.
+// dialled when the method ranges over it.
 type remoteSequence struct {
-	ctx    context.Context // of the method
+	ctx    context.Context // ends with the context of the method, or when it has returned
+	end    context.CancelCauseFunc
 	broker *MuxBroker
 	id     uint32 // 0 for an empty sequence
-
-	mu     sync.Mutex // guards the fields below
-	used   bool
-	closed error     // why it cannot be used any more, or nil
-	reader io.Closer // of the range that is running, or nil
+	used   atomic.Bool
 }
 
 // call is the sequence: it calls the function that it gets with each value.
@@ -359,7 +318,11 @@ func (q *remoteSequence) call(in []reflect.Value) []reflect.Value {
 		return nil
 	}
 	yield := yieldValue{yield: in[0], element: in[0].Type().In(0)}
-	if err := q.each(yield.next); err != nil {
+	err := q.each(yield.next)
+	if err != nil && q.ctx.Err() != nil {
+		err = context.Cause(q.ctx)
+	}
+	if err != nil {
 		yield.call(reflect.Zero(yield.element), err)
 	}
 	return nil
@@ -367,79 +330,23 @@ func (q *remoteSequence) call(in []reflect.Value) []reflect.Value {
 
 // each calls next for each value, and returns the error with which the sequence ends.
 func (q *remoteSequence) each(next nextValue) error {
-	reader, err := q.open()
+	if q.used.Swap(true) {
+		return errSequenceUsed
+	}
+	reader, err := q.broker.dialReader(q.ctx, q.id, false)
 	if err != nil {
 		return err
 	}
 	defer reader.Close() // ends the sequence of the peer, if the loop was left
-	err = decodeSequence(q.ctx, reader, next)
-	if err == io.ErrClosedPipe {
-		return q.reason()
-	}
-	return err
+	stop := context.AfterFunc(q.ctx, func() { _ = reader.Close() })
+	defer stop()
+	return decodeSequence(q.ctx, reader, next)
 }
 
-// open dials the sequence, once.
-func (q *remoteSequence) open() (*dialledReader, error) {
-	if err := q.begin(); err != nil {
-		return nil, err
-	}
-	reader, err := q.broker.dialReader(q.ctx, q.id, false)
-	if err != nil {
-		return nil, err
-	}
-	if err := q.use(reader); err != nil {
-		_ = reader.Close() // err says more
-		return nil, err
-	}
-	return reader, nil
-}
-
-// use sets the reader of the range that is running.
-func (q *remoteSequence) use(reader io.Closer) error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.reader = reader
-	return q.closed
-}
-
-// begin fails if the sequence has been used or closed.
-func (q *remoteSequence) begin() error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.closed != nil {
-		return q.closed
-	}
-	if q.used {
-		return errSequenceUsed
-	}
-	q.used = true
-	return nil
-}
-
-// reason returns why the sequence is closed.
-func (q *remoteSequence) reason() error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return q.closed
-}
-
-// Close ends the use of the sequence, because the method has returned or its context has
-// ended.
+// Close ends the use of the sequence, because the method has returned.
 func (q *remoteSequence) Close() error {
-	q.mu.Lock()
-	if q.closed == nil {
-		q.closed = context.Cause(q.ctx)
-	}
-	if q.closed == nil {
-		q.closed = errSequenceEnded
-	}
-	reader := q.reader
-	q.mu.Unlock()
-	if reader == nil {
-		return nil
-	}
-	return reader.Close()
+	q.end(errSequenceEnded)
+	return nil
 }
 
 // yieldValue yields values of a type that only reflection knows.
