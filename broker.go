@@ -103,14 +103,9 @@ func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 	}
 }
 
-// acknowledge tells the peer that a stream has been accepted. The peer waits for this,
-// but may have no room for it.
+// acknowledge tells the peer that a stream has been accepted.
 func acknowledge(st *stream, id uint32) error {
-	_ = st.SetWriteDeadline(time.Now().Add(brokerTimeout))
-	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
-		return err
-	}
-	return st.SetWriteDeadline(time.Time{})
+	return st.queue(binary.LittleEndian.AppendUint32(nil, id))
 }
 
 // Dial is [MuxBroker.DialContext] with a limit of five seconds.
@@ -173,7 +168,7 @@ func (b *MuxBroker) sendDialled(ctx context.Context, id uint32, dialled chan<- d
 
 // introduce opens a stream as id and waits for the acknowledgement.
 func (b *MuxBroker) introduce(ctx context.Context, id uint32) (*stream, error) {
-	st, err := b.openAs(ctx, id)
+	st, err := b.openAs(id)
 	if err != nil {
 		return nil, err
 	}
@@ -191,14 +186,12 @@ func (b *MuxBroker) introduce(ctx context.Context, id uint32) (*stream, error) {
 }
 
 // openAs opens a stream and sends its id.
-func (b *MuxBroker) openAs(ctx context.Context, id uint32) (*stream, error) {
+func (b *MuxBroker) openAs(id uint32) (*stream, error) {
 	st, err := b.session.open()
 	if err != nil {
 		return nil, err
 	}
-	stop := context.AfterFunc(ctx, func() { abort(st) })
-	defer stop()
-	if _, err := st.Write(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
+	if err := st.queue(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
 		abort(st)
 		return nil, err
 	}
@@ -432,7 +425,7 @@ func (b *MuxBroker) dialService(ctx context.Context, id uint32) (*rpc.Client, er
 // dialOffered opens a stream as an id that the peer expects. It does not wait for the
 // acknowledgement: that would be a round trip, and the peer accepts the stream at once.
 func (b *MuxBroker) dialOffered(ctx context.Context, id uint32) (*offeredStream, error) {
-	st, err := b.openAs(ctx, id)
+	st, err := b.openAs(id)
 	if err != nil {
 		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
 	}

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -13,57 +14,123 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
+// This file is the connection below yamux. Frames travel on it as described in
+// https://github.com/hashicorp/yamux/blob/master/spec.md.
+//
+// yamux opens, numbers and closes the streams, checks what arrives, keeps data until it is
+// read, and grants the peer room for more. Two things of yamux are not used:
+//
+//   - Sending data. yamux copies it, starts a timer, and has another goroutine write it in
+//     two pieces. Here, the caller of Write writes it in one piece.
+//   - Waiting for data. When a session ends, all Reads that wait in yamux spin until yamux
+//     has closed their streams, which takes minutes if there are thousands. Here, they wait
+//     for a channel, and call yamux for what it certainly has.
+//
+// So frameConn reads the header of each frame that passes, and keeps in a flow how much a
+// stream may send and how much of it can be read. This is right for these reasons:
+//
+//   - yamux sends only frames without a body: window updates, which also open, acknowledge,
+//     close and reset streams, pings, and the end of the session. Each is one call of
+//     frameConn.Write. This file sends data without flags, and nothing else.
+//   - yamux calls frameConn.Read in one goroutine, and only when it has handled every frame
+//     that Read has returned. So at the next call of Read, a flow gets what these frames say.
+//   - Whoever writes to the connection holds the turn, and writes whole frames: those in the
+//     queue first, then its own. What yamux sends is queued. So a stream is opened before its
+//     data is sent. It is closed behind its data, because finish is called before yamux
+//     queues the end, and no data is sent after finish.
+//   - Only a Write of data waits for the connection, and one that waits for its turn can be
+//     interrupted. yamux never waits here. So neither does who reads, opens, accepts or
+//     closes a stream. A peer that lets the queue grow above its limit loses the connection.
+//
+// An error of writing is not returned: the peer is gone, but data from it may not have
+// been read. The session ends when reading ends, which has a limit from then on.
+
 const (
 	streamWindow = 1 << 20 // how many bytes a stream holds that have not been read
 	socketBuffer = 1 << 20 // the size of the system's send buffer
 	maxJoined    = 4 << 10 // the longest body that is copied behind its header
-	maxPings     = 1 << 14 // how many pings may wait for room for their answers
-	// lastTimeout limits reading after an error of writing, and the writing of the
-	// ends of streams when a session is closed.
+	maxQueue     = 1 << 20 // how many bytes may be queued; maxStreams ends are fewer
+	maxPings     = 1 << 14 // how many pings yamux may be answering
+	// lastTimeout limits reading after an error of writing, and writing the queue when
+	// a session is closed.
 	lastTimeout = 250 * time.Millisecond
 )
 
-// frameConn is the connection below yamux. yamux manages the streams and handles what
-// arrives. Data is written here directly, because yamux copies it, starts a timer, and
-// lets another goroutine write it in two pieces. So frameConn reads the frames that pass
-// to know how much each stream may send. The frames are described in
-// https://github.com/hashicorp/yamux/blob/master/spec.md.
-//
-// An error of writing is not returned: the peer is gone, but data from it may not have
-// been read. The session ends when reading ends, which has a limit from then on.
+// frameConn is the connection of a session. Its methods Read, Write and Close are for yamux.
 type frameConn struct {
-	conn  io.ReadWriteCloser
-	pings atomic.Int32 // received and not answered: yamux has a goroutine for each
-	heard atomic.Bool  // something has been received
+	conn     io.ReadWriteCloser
+	received atomic.Bool  // the peer has sent something
+	pings    atomic.Int32 // received and not answered: yamux has a goroutine for each
 
-	writing sync.Mutex // serialises writers; guards the fields below
-	broken  bool       // nothing can be written any more
-	frame   []byte     // a buffer for writing
+	turn   lock   // of who writes; guards the fields below
+	broken bool   // nothing can be written any more
+	buffer []byte // what is written
 
-	mu    sync.Mutex // guards flows and each flow
-	flows map[uint32]*flow
+	mu     sync.Mutex // guards the fields below, and each flow
+	flows  map[uint32]*flow
+	queue  []byte // frames to be written
+	closed bool   // nothing is queued any more
 
-	// The state of the one reader:
-	header [frameHeader]byte
-	have   int    // how many bytes of the header have been read
-	body   uint32 // how many bytes of the body have not been read
+	queued  chan struct{} // holds one if something has been queued
+	flushed chan struct{} // closed when the queue has been closed and written
+
+	// The state of Read:
+	header  header
+	have    int      // how many bytes of the header have been read
+	body    uint32   // how many bytes of the body have not been read
+	handled []header // frames that yamux has handled when it calls Read again
+	err     error    // for the next Read
 }
 
-// flow is the sending side of a stream. It exists from the first frame of the stream to
-// the last.
+// flow is what frameConn knows about a stream, from its first frame to its last.
 type flow struct {
-	window   uint32        // how many bytes may be sent
-	received bool          // the peer has closed its side
-	finished bool          // this side is closed
-	sent     bool          // the peer has been told so
-	reset    bool          // the stream was reset
-	changed  chan struct{} // holds one if a field has changed
+	id         uint32
+	window     uint32 // how many bytes may be sent
+	unread     uint32 // how many bytes yamux has for Read
+	peerClosed bool   // the peer has closed its side
+	told       bool   // the peer has been told that this side is closed
+	reset      bool   // one side has reset the stream
+
+	readable chan struct{} // holds one if Read should look again
+	writable chan struct{} // holds one if Write should look again
+	finished chan struct{} // closed when this side sends no more data
 }
+
+func newFrameConn(conn io.ReadWriteCloser) *frameConn {
+	return &frameConn{
+		conn:    conn,
+		turn:    newLock(),
+		flows:   make(map[uint32]*flow),
+		queued:  make(chan struct{}, 1),
+		flushed: make(chan struct{}),
+	}
+}
+
+func newFlow(id uint32) *flow {
+	return &flow{
+		id:       id,
+		window:   firstWindow,
+		readable: make(chan struct{}, 1),
+		writable: make(chan struct{}, 1),
+		finished: make(chan struct{}),
+	}
+}
+
+// notify makes ch, which has room for one, hold one.
+func notify(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// ---- Frames ----
+
+// header is the header of a frame: version, type, flags (2 bytes), stream (4), length or
+// window (4).
+type header [12]byte
 
 const (
-	frameHeader = 12 // version, type, flags (2), stream (4), length or window (4)
-	firstWindow = 256 << 10
-
 	frameData   = 0
 	frameWindow = 1
 	framePing   = 2
@@ -71,173 +138,331 @@ const (
 	flagSYN = 1
 	flagFIN = 4
 	flagRST = 8
+
+	firstWindow = 256 << 10 // of a new stream
 )
+
+func (h *header) kind() byte     { return h[1] }
+func (h *header) stream() uint32 { return binary.BigEndian.Uint32(h[4:]) }
+func (h *header) length() uint32 { return binary.BigEndian.Uint32(h[8:]) }
+
+func (h *header) has(flag uint16) bool { return binary.BigEndian.Uint16(h[2:])&flag != 0 }
+
+// ofStream reports whether the frame belongs to a stream.
+func (h *header) ofStream() bool { return h.kind() <= frameWindow }
+
+func appendDataHeader(b []byte, stream, length uint32) []byte {
+	b = append(b, 0, frameData, 0, 0)
+	b = binary.BigEndian.AppendUint32(b, stream)
+	return binary.BigEndian.AppendUint32(b, length)
+}
+
+// ---- What arrives ----
 
 // Read reads for yamux.
 func (c *frameConn) Read(p []byte) (int, error) {
+	c.updateFlows()
+	if c.err != nil {
+		return 0, c.err
+	}
 	n, err := c.conn.Read(p)
-	if n > 0 {
-		c.heard.Store(true)
-	}
-	for b := p[:n]; len(b) > 0; {
-		if c.body > 0 {
-			inside := min(c.body, uint32(len(b)))
-			c.body -= inside
-			b = b[inside:]
-			continue
-		}
-		more := copy(c.header[c.have:], b)
-		c.have += more
-		b = b[more:]
-		if c.have == frameHeader {
-			c.have = 0
-			c.pass(c.header[:], true)
-			switch c.header[1] {
-			case frameData:
-				c.body = binary.BigEndian.Uint32(c.header[8:])
-			case framePing:
-				if c.pings.Add(1) > maxPings {
-					return 0, errors.New("plugin: the peer sends pings and reads no answers")
-				}
-			}
-		}
-	}
-	return n, err
-}
-
-// Write writes a frame for yamux, which has no body.
-func (c *frameConn) Write(p []byte) (int, error) {
-	c.writing.Lock()
-	defer c.writing.Unlock()
-	if p[1] == framePing {
-		c.pings.Add(-1)
-	}
-	c.pass(p, false)
-	c.send(p, nil)
-	return len(p), nil
-}
-
-func (c *frameConn) Close() error { return c.conn.Close() }
-
-// pass updates the flow of a frame.
-func (c *frameConn) pass(header []byte, received bool) {
-	flags := binary.BigEndian.Uint16(header[2:])
-	id := binary.BigEndian.Uint32(header[4:])
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if header[1] > frameWindow { // a ping, or the end of the session
-		return
-	}
-	f := c.flows[id]
-	if f == nil && flags&flagSYN != 0 {
-		f = &flow{window: firstWindow, changed: make(chan struct{}, 1)}
-		c.flows[id] = f
-	}
-	if f == nil || received && header[1] == frameData && flags == 0 {
-		return
-	}
-	if received && header[1] == frameWindow {
-		f.window += binary.BigEndian.Uint32(header[8:])
-	}
-	f.received = f.received || received && flags&flagFIN != 0
-	f.sent = f.sent || !received && flags&flagFIN != 0
-	f.reset = f.reset || flags&flagRST != 0
-	if f.reset || f.sent && f.received {
-		delete(c.flows, id)
-	}
-	f.signal()
-}
-
-// hasEnded reports whether the peer has closed its side.
-func (c *frameConn) hasEnded(f *flow) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return f.received
-}
-
-// finish closes this side.
-func (c *frameConn) finish(f *flow) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	f.finished = true
-	f.signal()
-}
-
-// signal wakes a Write that waits for a change.
-func (f *flow) signal() {
-	select {
-	case f.changed <- struct{}{}:
-	default:
-	}
-}
-
-// flow returns the flow of a stream.
-func (c *frameConn) flow(id uint32) *flow {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if f := c.flows[id]; f != nil {
-		return f
-	}
-	return &flow{reset: true, changed: make(chan struct{}, 1)} // the stream has ended
-}
-
-// reserve takes up to size bytes of what f may send.
-func (c *frameConn) reserve(f *flow, size int) (int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	switch {
-	case f.reset:
-		return 0, yamux.ErrConnectionReset
-	case f.finished:
-		return 0, yamux.ErrStreamClosed
-	}
-	n := min(uint32(min(size, math.MaxInt32)), f.window)
-	f.window -= n
-	return int(n), nil
-}
-
-// sendData sends as much of p as the window allows, which may be nothing.
-func (c *frameConn) sendData(id uint32, f *flow, p []byte) (int, error) {
-	if _, err := c.reserve(f, 0); err != nil {
-		return 0, err // without waiting for other writers
-	}
-	c.writing.Lock()
-	defer c.writing.Unlock()
-	n, err := c.reserve(f, len(p))
 	if n == 0 {
 		return 0, err
 	}
-	c.frame = append(c.frame[:0], 0, frameData, 0, 0)
-	c.frame = binary.BigEndian.AppendUint32(c.frame, id)
-	c.frame = binary.BigEndian.AppendUint32(c.frame, uint32(n))
-	if n <= maxJoined {
-		c.frame = append(c.frame, p[:n]...)
-		c.send(c.frame, nil)
-	} else {
-		c.send(c.frame, p[:n])
+	c.received.Store(true)
+	c.err = err // after these bytes
+	for rest := p[:n]; len(rest) > 0; {
+		parsed, err := c.parse(rest)
+		if err != nil {
+			return 0, err
+		}
+		rest = rest[parsed:]
 	}
 	return n, nil
 }
 
-// send writes a frame, if possible in one system call.
-func (c *frameConn) send(header, body []byte) {
-	if c.broken {
+// parse reads a header or a body, or a piece of one, and returns its length.
+func (c *frameConn) parse(b []byte) (int, error) {
+	if c.body > 0 {
+		n := min(c.body, uint32(len(b)))
+		c.body -= n
+		if c.body == 0 {
+			c.handled = append(c.handled, c.header)
+		}
+		return int(n), nil
+	}
+	n := copy(c.header[c.have:], b)
+	c.have += n
+	if c.have < len(c.header) {
+		return n, nil
+	}
+	c.have = 0
+	if c.header.kind() == frameData {
+		c.body = c.header.length()
+	}
+	if c.body == 0 {
+		c.handled = append(c.handled, c.header)
+	}
+	if c.header.kind() == framePing && c.pings.Add(1) > maxPings {
+		return 0, errors.New("plugin: the peer sends pings and reads no answers")
+	}
+	if c.header.ofStream() && c.header.has(flagSYN) {
+		// At once: the stream is accepted while yamux handles the frames.
+		c.openFlow(c.header.stream())
+	}
+	return n, nil
+}
+
+func (c *frameConn) openFlow(id uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.flows[id] == nil {
+		c.flows[id] = newFlow(id)
+	}
+}
+
+// updateFlows tells the flows what yamux has handled.
+func (c *frameConn) updateFlows() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range c.handled {
+		h := &c.handled[i]
+		f := c.flows[h.stream()]
+		if f == nil || !h.ofStream() {
+			continue
+		}
+		if h.kind() == frameData {
+			f.unread += h.length()
+			notify(f.readable)
+		} else {
+			f.window += h.length()
+			notify(f.writable)
+		}
+		if h.has(flagFIN) {
+			f.peerClosed = true
+			notify(f.readable)
+		}
+		if h.has(flagRST) {
+			f.resetLocked()
+		}
+		c.forgetLocked(f)
+	}
+	c.handled = c.handled[:0]
+}
+
+func (f *flow) resetLocked() {
+	f.reset = true
+	notify(f.readable)
+	notify(f.writable)
+}
+
+// forgetLocked drops f if its stream has ended.
+func (c *frameConn) forgetLocked(f *flow) {
+	if f.reset || f.told && f.peerClosed {
+		delete(c.flows, f.id)
+	}
+}
+
+// flow returns the flow of a stream that yamux has opened or accepted.
+func (c *frameConn) flow(id uint32) *flow {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f := c.flows[id]
+	if f == nil { // the stream has ended
+		f = newFlow(id)
+		f.reset = true
+	}
+	return f
+}
+
+// take takes up to size bytes from what yamux has for a Read, which may be nothing.
+func (c *frameConn) take(f *flow, size int) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := min(uint32(min(size, math.MaxInt32)), f.unread)
+	f.unread -= n
+	if f.unread > 0 || f.peerClosed || f.reset {
+		notify(f.readable) // for another Read
+	}
+	if f.reset {
+		return 0, yamux.ErrConnectionReset
+	}
+	if n == 0 && f.peerClosed {
+		return 0, io.EOF
+	}
+	return int(n), nil
+}
+
+// ---- What is sent ----
+
+// Write queues a frame of yamux.
+func (c *frameConn) Write(p []byte) (int, error) {
+	h := header(p)
+	if h.kind() == framePing {
+		c.pings.Add(-1)
+	}
+	if size := c.queueFrame(&h); size > maxQueue {
+		_ = c.conn.Close() // the peer does not read
+	}
+	return len(p), nil
+}
+
+// queueFrame queues a frame without a body, and returns the size of the queue.
+func (c *frameConn) queueFrame(h *header) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if h.ofStream() {
+		c.announceLocked(h)
+	}
+	c.queueLocked(h[:])
+	return len(c.queue)
+}
+
+// announceLocked tells a flow what the peer is told.
+func (c *frameConn) announceLocked(h *header) {
+	f := c.flows[h.stream()]
+	if f == nil && h.has(flagSYN) {
+		f = newFlow(h.stream())
+		c.flows[f.id] = f
+	}
+	if f == nil {
+		return
+	}
+	if h.has(flagFIN) {
+		f.told = true
+	}
+	if h.has(flagRST) {
+		f.resetLocked()
+	}
+	c.forgetLocked(f)
+}
+
+// queueLocked queues a frame, unless closeQueue has been called.
+func (c *frameConn) queueLocked(frame []byte) {
+	if c.closed {
+		return
+	}
+	c.queue = append(c.queue, frame...)
+	notify(c.queued)
+}
+
+// writeQueue writes what is queued, until closeQueue or Close is called.
+func (c *frameConn) writeQueue() {
+	defer close(c.flushed)
+	for range c.queued {
+		_ = c.turn.lock(context.Background()) // who holds it ends with the connection
+		c.mu.Lock()
+		c.takeQueueLocked()
+		c.mu.Unlock()
+		c.writeLocked(nil)
+		c.turn.unlock()
+	}
+}
+
+// closeQueue ends the queue. When it has been written, flushed is closed.
+func (c *frameConn) closeQueue() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.closed {
+		c.closed = true
+		close(c.queued)
+	}
+}
+
+// Close closes the connection.
+func (c *frameConn) Close() error {
+	c.closeQueue()
+	return c.conn.Close()
+}
+
+// finish ends the sending of data.
+func (c *frameConn) finish(f *flow) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !isClosed(f.finished) {
+		close(f.finished)
+	}
+}
+
+// reserveLocked takes up to size bytes of what f may send, which may be nothing.
+func (f *flow) reserveLocked(size int) (uint32, error) {
+	if f.reset {
+		return 0, yamux.ErrConnectionReset
+	}
+	if isClosed(f.finished) {
+		return 0, yamux.ErrStreamClosed
+	}
+	n := min(uint32(min(size, math.MaxInt32)), f.window)
+	f.window -= n
+	return n, nil
+}
+
+// queueData queues p, which is short. It fails if the peer has no room for it now.
+func (c *frameConn) queueData(f *flow, p []byte) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n, err := f.reserveLocked(len(p))
+	if err != nil {
+		return err
+	}
+	if n < uint32(len(p)) {
+		return errors.New("the peer leaves no room for its number")
+	}
+	c.queueLocked(append(appendDataHeader(nil, f.id, n), p...))
+	return nil
+}
+
+// sendLocked sends as much of p as the peer has room for, which may be nothing. The
+// caller holds the turn. The end of the connection ends sendLocked, and nothing else does.
+func (c *frameConn) sendLocked(f *flow, p []byte) (int, error) {
+	c.mu.Lock()
+	n, err := f.reserveLocked(len(p))
+	if n == 0 {
+		c.mu.Unlock()
+		return 0, err
+	}
+	c.takeQueueLocked()
+	c.mu.Unlock()
+	c.buffer = appendDataHeader(c.buffer, f.id, n)
+	if n <= maxJoined {
+		c.buffer = append(c.buffer, p[:n]...)
+		c.writeLocked(nil)
+	} else {
+		c.writeLocked(p[:n])
+	}
+	return int(n), nil
+}
+
+// takeQueueLocked moves the queue into the buffer. The caller holds the turn, too.
+func (c *frameConn) takeQueueLocked() {
+	c.buffer = append(c.buffer[:0], c.queue...)
+	c.queue = c.queue[:0]
+}
+
+// writeLocked writes the buffer and then body, if possible in one system call. The caller
+// holds the turn.
+func (c *frameConn) writeLocked(body []byte) {
+	if c.broken || len(c.buffer) == 0 {
 		return
 	}
 	var err error
 	if body == nil {
-		_, err = c.conn.Write(header)
+		_, err = c.conn.Write(c.buffer)
 	} else {
-		pieces := net.Buffers{header, body}
+		pieces := net.Buffers{c.buffer, body}
 		_, err = pieces.WriteTo(c.conn)
 	}
-	if err == nil {
-		return
+	if err != nil {
+		c.broken = true
+		c.limitReading()
 	}
-	c.broken = true
+}
+
+// limitReading ends reading in a moment.
+func (c *frameConn) limitReading() {
+	conn, ok := c.conn.(interface{ SetReadDeadline(time.Time) error })
 	// Files have this method, but it may fail.
-	d, ok := c.conn.(interface{ SetReadDeadline(time.Time) error })
-	if !ok || d.SetReadDeadline(time.Now().Add(lastTimeout)) != nil {
+	if !ok || conn.SetReadDeadline(time.Now().Add(lastTimeout)) != nil {
 		_ = c.conn.Close()
 	}
 }

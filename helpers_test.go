@@ -575,6 +575,8 @@ func joinEnds(
 	client := dispense(t, host)
 	t.Cleanup(func() { _ = client.broker.Close() })
 	s := <-dispensed
+	// Dispense does not wait until its stream has been opened.
+	await(t, "control, stdout, stderr and the instance", func() bool { return counter.count() == 4 })
 	counter.is(t, client.broker)
 	counter.is(t, s.broker)
 	return host, client, s

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"github.com/hashicorp/yamux"
 )
 
 const (
@@ -34,7 +33,7 @@ type RPCClient struct {
 	control *rpc.Client
 	plugins map[string]Plugin
 
-	output [2]*yamux.Stream // stdout and stderr of the plugin
+	output [2]io.Reader     // stdout and stderr of the plugin
 	copied [2]chan struct{} // closed when the output has been copied
 
 	flushes bool // the plugin sends its output before it answers Quit
@@ -71,8 +70,7 @@ func newConnection(
 		}
 	}
 	c.control = s.client(streams[0])
-	// Without the reason for an error: finding it out waits for the output.
-	c.output = [2]*yamux.Stream{streams[1].Stream, streams[2].Stream}
+	c.output = [2]io.Reader{unexplained{stream: streams[1]}, unexplained{stream: streams[2]}}
 	s.spawn(func() { acceptNumbered(c.broker) }) // ends with the session
 	return c, nil
 }

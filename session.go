@@ -16,62 +16,143 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
-// maxStreams is how many streams a session may have.
-const maxStreams = 1 << 16
+const (
+	// maxStreams is how many streams a session may have when this side opens another.
+	maxStreams = 1 << 16
+	// maxUnacknowledged is how many streams a side may open that the other has not
+	// accepted. It is a number of the protocol.
+	maxUnacknowledged = 256
+)
 
 // session is one connection: a yamux session and what runs on it.
 type session struct {
-	mux     *yamux.Session
-	frames  *frameConn // the connection of mux
-	host    bool       // this is the host's side
-	logger  hclog.Logger
-	peer    string       // how errors name the peer
-	whyLost func() error // why the connection ended; may wait for the end of the process
+	mux    *yamux.Session
+	frames *frameConn // the connection of mux
+	host   bool       // this is the host's side
+	logger hclog.Logger
+	peer   string // how errors name the peer
 
 	calls  context.Context // ends when methods of this side should return
 	cancel context.CancelFunc
-	ending atomic.Bool // this side has asked the peer to quit, or closes the session
+	ending atomic.Bool // expectEnd has been called
+
+	why     func(received bool) error // of newSession
+	whyLost func() error              // why the connection ended; may wait for the end of the process
 
 	running group // goroutines of spawn; closed with the session
-	ends    group // streams whose end is being written; closed with the session
 }
 
 // newSession starts a session on conn. Contexts of methods end with ctx. If why is not
-// nil, it returns why the connection ended; heard reports whether anything was received.
-func newSession(ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func(heard bool) error) (*session, error) {
-	s := &session{host: host, logger: logger, peer: anyPeer, frames: &frameConn{conn: conn, flows: make(map[uint32]*flow)}}
+// nil, it returns why the connection ended; received reports whether the peer has sent
+// anything.
+func newSession(
+	ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func(received bool) error,
+) (*session, error) {
+	s := &session{host: host, logger: logger, peer: anyPeer, frames: newFrameConn(conn), why: why}
 	s.calls, s.cancel = context.WithCancel(ctx)
-	s.whyLost = sync.OnceValue(func() error {
-		switch {
-		case why != nil:
-			return &lostError{why(s.frames.heard.Load())}
-		case s.isEnding():
-			return fmt.Errorf("plugin: the connection was closed: %w", rpc.ErrShutdown)
-		}
-		return &lostError{errors.New("plugin: the connection was lost")}
-	})
+	s.whyLost = sync.OnceValue(s.findWhyLost)
 	if b, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
 		_ = b.SetWriteBuffer(socketBuffer) // only for speed
-	}
-	config := &yamux.Config{
-		AcceptBacklog: 256, // as in go-plugin, which refuses more
-		// No timeouts: a process that is stopped keeps its connection.
-		KeepAliveInterval:      math.MaxInt64,
-		ConnectionWriteTimeout: math.MaxInt64,
-		MaxStreamWindowSize:    streamWindow,
-		// Errors of calls and streams have what matters of yamux's messages.
-		Logger: log.New(&lineWriter{max: maxJoined, emit: func(line []byte, _ int) { s.debug(string(line)) }}, "", 0),
 	}
 	begin := yamux.Server
 	if host {
 		begin = yamux.Client
 	}
 	var err error
-	if s.mux, err = begin(s.frames, config); err != nil {
+	if s.mux, err = begin(s.frames, s.muxConfig()); err != nil {
 		_ = conn.Close()
 		return nil, err
 	}
+	s.spawn(s.frames.writeQueue) // ends with the connection
 	return s, nil
+}
+
+func (s *session) muxConfig() *yamux.Config {
+	messages := &lineWriter{max: maxJoined, emit: func(line []byte, _ int) { s.debug(string(line)) }}
+	return &yamux.Config{
+		AcceptBacklog: maxUnacknowledged,
+		// No timeouts: a process that is stopped keeps its connection.
+		KeepAliveInterval:      math.MaxInt64,
+		ConnectionWriteTimeout: math.MaxInt64,
+		MaxStreamWindowSize:    streamWindow,
+		// At Debug: errors of calls and streams have what matters of these messages.
+		Logger: log.New(messages, "", 0),
+	}
+}
+
+// ---- Streams ----
+
+// open returns a new stream. The peer does not know it before something is sent.
+func (s *session) open() (*stream, error) {
+	if s.mux.NumStreams() >= maxStreams {
+		return nil, fmt.Errorf("the connection has %d open streams, and cannot have more", maxStreams)
+	}
+	st, err := s.mux.OpenStream()
+	if err != nil {
+		return nil, s.explain(err)
+	}
+	return s.stream(st), nil
+}
+
+// accept returns the next stream that the peer opens. A stream with a number of this side
+// ends the session, because yamux would lose it when this side uses the number. So does a
+// stream far above the limit. The peer may count less than this side, because streams are
+// on the way in both directions.
+func (s *session) accept() (*stream, error) {
+	st, err := s.mux.AcceptStream()
+	if err != nil {
+		return nil, err
+	}
+	ofHost := st.StreamID()%2 == 1
+	if ofHost == s.host || s.mux.NumStreams() > maxStreams+2*maxUnacknowledged {
+		s.debug("the peer opened a stream that is not allowed", "stream", st.StreamID())
+		s.disconnect()
+		return nil, yamux.ErrInvalidMsgType
+	}
+	return s.stream(st), nil
+}
+
+func (s *session) stream(st *yamux.Stream) *stream {
+	return &stream{
+		Stream:        st,
+		session:       s,
+		flow:          s.frames.flow(st.StreamID()),
+		writing:       newLock(),
+		readDeadline:  newDeadline(),
+		writeDeadline: newDeadline(),
+	}
+}
+
+// ---- The end ----
+
+// expectEnd says that this side is about to end the session. Its loss is no failure then.
+func (s *session) expectEnd() { s.ending.Store(true) }
+
+// isEnding reports whether this side has called expectEnd or close.
+func (s *session) isEnding() bool { return s.ending.Load() }
+
+// disconnect closes the connection, which ends the session. It waits for nothing.
+func (s *session) disconnect() { _ = s.frames.Close() }
+
+// ended returns a channel that is closed when the session has ended.
+func (s *session) ended() <-chan struct{} { return s.mux.CloseChan() }
+
+// close closes the session and waits for its goroutines, but not for one that runs the
+// caller's code, such as a GobEncode.
+func (s *session) close() {
+	// What fails from here on is no failure.
+	s.expectEnd()
+	// No goroutine begins that nobody would wait for.
+	s.running.close()
+	// Methods that serve the peer should return.
+	s.cancel()
+	// The ends of streams that were closed before arrive, if the peer reads.
+	s.frames.closeQueue()
+	waitFor(lastTimeout, s.frames.flushed)
+	// Every Read, Write, open and accept ends, and then the connection.
+	_ = s.mux.Close()
+	// So the goroutines end.
+	waitFor(reapTimeout, s.running.allDone())
 }
 
 // spawn runs f in a goroutine that close waits for. It returns false if the session is
@@ -87,41 +168,22 @@ func (s *session) spawn(f func()) bool {
 	return true
 }
 
-// close closes the session and waits for its goroutines, but not for one that runs the
-// caller's code, such as a GobEncode.
-func (s *session) close() {
-	s.expectEnd()
-	s.running.close()
-	s.ends.close()
-	s.cancel()
-	ends := s.ends.allDone()
-	waitFor(lastTimeout, ends)
-	// Readers of yamux streams spin while Close waits for the end of receiving. So
-	// end receiving first.
-	_ = s.frames.Close()
-	waitFor(lastTimeout, s.ended())
-	_ = s.mux.Close()
-	waitFor(reapTimeout, ends, s.running.allDone())
-}
-
-// expectEnd says that this side is about to end the session. Its loss is no failure then.
-func (s *session) expectEnd() { s.ending.Store(true) }
-
-// isEnding reports whether this side has called expectEnd or close.
-func (s *session) isEnding() bool { return s.ending.Load() }
-
-// disconnect closes the connection, which ends the session. It waits for nothing.
-func (s *session) disconnect() { _ = s.frames.Close() }
-
-// ended returns a channel that is closed when the session has ended.
-func (s *session) ended() <-chan struct{} { return s.mux.CloseChan() }
-
 // explain returns why the connection was lost, if it was, and otherwise err.
 func (s *session) explain(err error) error {
 	if err == nil || !s.mux.IsClosed() {
 		return err
 	}
 	return s.whyLost()
+}
+
+func (s *session) findWhyLost() error {
+	switch {
+	case s.why != nil:
+		return &lostError{s.why(s.frames.received.Load())}
+	case s.isEnding():
+		return fmt.Errorf("plugin: the connection was closed: %w", rpc.ErrShutdown)
+	}
+	return &lostError{errors.New("plugin: the connection was lost")}
 }
 
 // debug logs, unless the session is about to end.
@@ -131,66 +193,149 @@ func (s *session) debug(msg string, args ...any) {
 	}
 }
 
+// ---- A stream ----
+
 // stream is one stream of a session. If the session was lost, its errors have the reason.
 type stream struct {
-	*yamux.Stream
-	session *session
-	flow    *flow
-
-	writing sync.Mutex                // serialises writers
-	late    atomic.Pointer[time.Time] // the deadline of Write; nil or zero for none
+	*yamux.Stream // keeps what arrives
+	session       *session
+	flow          *flow
+	writing       lock // of Write
+	readDeadline  *deadline
+	writeDeadline *deadline
 }
 
 func (st *stream) Read(p []byte) (int, error) {
-	n, err := st.Stream.Read(p)
-	if err == io.EOF && st.session.frames.hasEnded(st.flow) {
+	n, err := st.read(p)
+	if err == io.EOF {
 		return n, err // also if the connection was lost later
 	}
 	return n, st.session.explain(err)
 }
 
-func (st *stream) Write(p []byte) (n int, err error) {
-	st.writing.Lock()
-	defer st.writing.Unlock()
-	for n < len(p) && err == nil {
-		var sent int
-		sent, err = st.session.frames.sendData(st.StreamID(), st.flow, p[n:])
-		n += sent
-		switch {
-		case st.session.mux.IsClosed():
-			err = yamux.ErrSessionShutdown
-		case sent == 0 && err == nil:
-			err = st.waitWindow()
+// read reads like Read. If the session was lost, its error does not have the reason.
+func (st *stream) read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	lost := false
+	for {
+		n, err := st.session.frames.take(st.flow, len(p))
+		if err != nil {
+			return 0, err
+		}
+		if n > 0 {
+			return st.Stream.Read(p[:n]) // has so much, and does not wait
+		}
+		if lost {
+			return 0, yamux.ErrSessionShutdown
+		}
+		select {
+		case <-st.flow.readable:
+		case <-st.session.ended():
+			lost = true // but something may have arrived before
+		case <-st.readDeadline.passed():
+			return 0, yamux.ErrTimeout
 		}
 	}
-	return n, st.session.explain(err)
 }
 
-// waitWindow waits until the peer has read something.
-func (st *stream) waitWindow() error {
-	var late <-chan time.Time
-	if t := st.late.Load(); t != nil && !t.IsZero() {
-		late = time.After(time.Until(*t))
+// unexplained is a stream whose Read does not find out why the session was lost, because
+// that waits for the end of what is read.
+type unexplained struct{ *stream }
+
+func (u unexplained) Read(p []byte) (int, error) { return u.read(p) }
+
+// Write has few frames on the stack, because it is called in new goroutines, and a stack
+// that must grow takes as long as all the rest of Write.
+func (st *stream) Write(p []byte) (sent int, err error) {
+	if err := st.lock(st.writing); err != nil {
+		return 0, st.session.explain(err)
+	}
+	defer st.writing.unlock()
+	frames := st.session.frames
+	for sent < len(p) {
+		if err := st.lock(frames.turn); err != nil {
+			return sent, st.session.explain(err)
+		}
+		n, err := frames.sendLocked(st.flow, p[sent:])
+		frames.turn.unlock()
+		sent += n
+		if err == nil && n == 0 {
+			err = st.waitForRoom()
+		}
+		if err == nil && st.session.mux.IsClosed() {
+			err = yamux.ErrSessionShutdown
+		}
+		if err != nil {
+			return sent, st.session.explain(err)
+		}
+	}
+	return sent, nil
+}
+
+// lock locks l for Write.
+func (st *stream) lock(l lock) error {
+	if l.tryLock() {
+		return nil
 	}
 	select {
-	case <-st.flow.changed:
+	case l <- struct{}{}:
+		return nil
+	case <-st.flow.finished:
+		return yamux.ErrStreamClosed
 	case <-st.session.ended():
-	case <-late:
+		return yamux.ErrSessionShutdown
+	case <-st.writeDeadline.passed():
 		return yamux.ErrTimeout
 	}
-	return nil
+}
+
+// waitForRoom waits until the peer has read something.
+func (st *stream) waitForRoom() error {
+	select {
+	case <-st.flow.writable:
+		return nil
+	case <-st.flow.finished:
+		return yamux.ErrStreamClosed
+	case <-st.session.ended():
+		return yamux.ErrSessionShutdown
+	case <-st.writeDeadline.passed():
+		return yamux.ErrTimeout
+	}
+}
+
+// queue sends p, which is short, and waits for nothing. It fails if the peer has no room
+// for p.
+func (st *stream) queue(p []byte) error {
+	err := st.session.frames.queueData(st.flow, p)
+	return st.session.explain(err)
 }
 
 // Close closes the stream. It does not wait until that has been written.
 func (st *stream) Close() error {
 	st.session.frames.finish(st.flow)
-	if ends := &st.session.ends; ends.enter() {
-		// Ends when the end has been written, or with the session.
-		go func() {
-			defer ends.Done()
-			_ = st.Stream.Close()
-		}()
-	}
+	_ = st.Stream.Close() // fails if the session has ended
+	return nil
+}
+
+// SetDeadline sets the deadlines of Read and Write.
+func (st *stream) SetDeadline(t time.Time) error {
+	st.readDeadline.set(t)
+	st.writeDeadline.set(t)
+	return nil
+}
+
+// SetReadDeadline sets the deadline of Read.
+func (st *stream) SetReadDeadline(t time.Time) error {
+	st.readDeadline.set(t)
+	return nil
+}
+
+// SetWriteDeadline sets the deadline of Write. It does not end a Write whose data the
+// system is taking: the end of the connection does.
+func (st *stream) SetWriteDeadline(t time.Time) error {
+	st.writeDeadline.set(t)
 	return nil
 }
 
@@ -202,44 +347,51 @@ func abort(conn io.ReadWriteCloser) {
 	}
 }
 
-// SetDeadline sets the deadlines of Read and Write.
-func (st *stream) SetDeadline(t time.Time) error {
-	_ = st.SetReadDeadline(t)
-	return st.SetWriteDeadline(t)
+// deadline is a time that may change while it is waited for.
+type deadline struct {
+	mu    sync.Mutex // guards the fields below
+	at    time.Time
+	timer *time.Timer   // calls pass; nil if there is no need
+	over  chan struct{} // closed when the time has passed
 }
 
-// SetWriteDeadline sets the deadline until which Write waits for the peer to read.
-func (st *stream) SetWriteDeadline(t time.Time) error {
-	st.late.Store(&t)
-	st.flow.signal()
-	return nil
+func newDeadline() *deadline { return &deadline{over: make(chan struct{})} }
+
+// passed returns a channel that is closed when the time has passed.
+func (d *deadline) passed() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.over
 }
 
-// open returns a new stream. The peer does not know it before the first Write.
-func (s *session) open() (*stream, error) {
-	st, err := s.mux.OpenStream()
-	if err != nil {
-		return nil, s.explain(err)
+// set sets the time. The zero time is never.
+func (d *deadline) set(at time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.at = at
+	if d.timer != nil {
+		d.timer.Stop()
+		d.timer = nil
 	}
-	return s.stream(st), nil
+	if isClosed(d.over) {
+		d.over = make(chan struct{})
+	}
+	left := time.Until(at)
+	if at.IsZero() {
+		return
+	}
+	if left <= 0 {
+		close(d.over)
+		return
+	}
+	d.timer = time.AfterFunc(left, func() { d.pass(at) })
 }
 
-// accept returns the next stream that the peer opens. A stream with a number of this side
-// ends the session, because yamux would lose it when this side uses the number. So does a
-// stream above the limit.
-func (s *session) accept() (*stream, error) {
-	st, err := s.mux.AcceptStream()
-	if err != nil {
-		return nil, err
+// pass ends the waits, if the time has not been changed.
+func (d *deadline) pass(at time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.at == at && !isClosed(d.over) {
+		close(d.over)
 	}
-	if odd := st.StreamID()%2 == 1; odd == s.host || s.mux.NumStreams() > maxStreams {
-		s.debug("the peer opened a stream that is not allowed", "stream", st.StreamID())
-		s.disconnect()
-		return nil, yamux.ErrInvalidMsgType
-	}
-	return s.stream(st), nil
-}
-
-func (s *session) stream(st *yamux.Stream) *stream {
-	return &stream{Stream: st, session: s, flow: s.frames.flow(st.StreamID())}
 }

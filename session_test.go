@@ -259,7 +259,7 @@ func TestBadPeers(t *testing.T) {
 			frame(windowFrame, synFlag, 1000, 1<<32-firstWindow),
 			frame(dataFrame, 0, 1000, 4, dialled...),
 		)},
-		"pings": {frames: bytes.Repeat(frame(pingFrame, synFlag, 0, 7), 1<<16), unread: true},
+		"pings": {frames: bytes.Repeat(frame(pingFrame, synFlag, 0, 7), 1<<17), unread: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -2,7 +2,6 @@ package plugin
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -142,40 +141,6 @@ func (r *result[T]) get() (value T, err error, ok bool) {
 		return value, nil, false
 	}
 	return r.value, r.err, true
-}
-
-// once calls a function once and keeps its result.
-type once[T any] struct {
-	begun atomic.Bool
-	done  chan struct{} // closed when v and err are set
-	v     T
-	err   error
-}
-
-func newOnce[T any]() *once[T] { return &once[T]{done: make(chan struct{})} }
-
-// do calls f for the first caller. Other callers wait for the result or the end of ctx.
-func (o *once[T]) do(ctx context.Context, f func() (T, error)) (v T, err error) {
-	if o.begun.CompareAndSwap(false, true) {
-		defer close(o.done)
-		o.err = errors.New("plugin: the host's own code panicked") // if f does
-		o.v, o.err = f()
-		return o.v, o.err
-	}
-	select {
-	case <-o.done:
-		return o.v, o.err
-	case <-ctx.Done():
-		return v, fmt.Errorf("plugin: waiting for another call: %w", contextError(ctx))
-	}
-}
-
-// result returns the result of f, or the zero value before f has returned.
-func (o *once[T]) result() (v T) {
-	if isClosed(o.done) {
-		return o.v
-	}
-	return v
 }
 
 // waitFor waits until all channels are closed. It returns false after the timeout.
