@@ -16,6 +16,7 @@ import (
 // one, for one process. All methods may be called concurrently.
 type Client struct {
 	config ClientConfig
+	name   string // of the plugin, for errors
 
 	// The life of the plugin. The first Start, or Kill, begins it. A plugin that has
 	// started lives in the goroutine of live. These are the stages, in their order; if
@@ -52,6 +53,7 @@ func CleanupClients() {
 func NewClient(config *ClientConfig) *Client {
 	c := &Client{
 		config:        config.withDefaults(),
+		name:          config.name(),
 		launched:      make(chan struct{}),
 		starting:      newResult[handshake](),
 		exited:        newEvent(),
@@ -60,6 +62,7 @@ func NewClient(config *ClientConfig) *Client {
 	}
 	c.connector = connector{
 		config:        &c.config,
+		name:          c.name,
 		result:        newResult[*RPCClient](),
 		exited:        c.exited,
 		finished:      c.finished,
@@ -197,7 +200,7 @@ func (c *Client) adopt(p AttachedRunner) {
 func (c *Client) watch() {
 	err := c.process.Wait(c.finished.ctx)
 	if !errors.As(err, &c.exit) {
-		c.exit = &ExitError{Path: c.config.name(), Err: err}
+		c.exit = &ExitError{Path: c.name, Err: err}
 	}
 	if c.connector.askedToQuit() {
 		c.exited.set(errAsked)
@@ -276,7 +279,7 @@ func (c *Client) logExit(expected bool) {
 	case c.exit.State != nil && c.exit.State.Success():
 		level = hclog.Info
 	}
-	args := []any{"plugin", c.config.name(), "pid", c.process.ID(), "reason", reason}
+	args := []any{"plugin", c.name, "pid", c.process.ID(), "reason", reason}
 	if c.exit.Panic != "" {
 		args = append(args, "trace", printable(c.exit.Panic))
 	}

@@ -22,6 +22,7 @@ var (
 // connector makes the connection of a Client, once.
 type connector struct {
 	config        *ClientConfig
+	name          string // of the plugin, for errors
 	result        *result[*RPCClient]
 	exited        *event // those of Client
 	finished      *event
@@ -45,7 +46,7 @@ func (c *connector) makeConnection(ctx context.Context, h handshake) {
 	defer func() { c.result.set(rc, err) }()
 	rc, err = c.dial(ctx, h)
 	if err != nil {
-		err = fmt.Errorf("plugin %s: connecting: %w", c.config.name(), c.whyNotConnected(ctx, err))
+		err = fmt.Errorf("plugin %s: connecting: %w", c.name, c.whyNotConnected(ctx, err))
 	}
 }
 
@@ -76,7 +77,7 @@ func (c *connector) dial(ctx context.Context, h handshake) (*RPCClient, error) {
 	if err != nil {
 		return nil, err
 	}
-	rc, err := newConnection(conn, "plugin "+c.config.name(), c.config.VersionedPlugins[h.version], c.config.Logger, c.whyLost)
+	rc, err := newConnection(conn, "plugin "+c.name, c.config.VersionedPlugins[h.version], c.config.Logger, c.whyLost)
 	if err != nil {
 		return nil, err
 	}
@@ -134,7 +135,7 @@ func (c *connector) whyLost(received bool) error {
 	case c.askedToQuit():
 		why = fmt.Errorf("Kill or Close ended the connection: %w", rpc.ErrShutdown)
 	}
-	return fmt.Errorf("plugin %s: %w", c.config.name(), why)
+	return fmt.Errorf("plugin %s: %w", c.name, why)
 }
 
 // askedToQuit reports whether Kill or RPCClient.Close was called before the process ended.

@@ -32,6 +32,7 @@ type child struct {
 	config    *ClientConfig
 	cmd       *exec.Cmd     // a copy of callerCmd
 	callerCmd *exec.Cmd     // other clients may have the same
+	path      string        // of the binary, in callerCmd
 	published chan struct{} // closed when callerCmd has the process
 
 	hint     string          // a possible cause of the error of start
@@ -69,7 +70,7 @@ func launch(ctx context.Context, config *ClientConfig) (*child, error) {
 	case ErrSecureConfigNoChecksum, ErrSecureConfigNoHash, ErrChecksumsDoNotMatch:
 		return nil, err
 	}
-	return nil, &StartError{Path: config.Cmd.Path, Err: err, hint: p.hint}
+	return nil, &StartError{Path: p.path, Err: err, hint: p.hint}
 }
 
 func newChild(config *ClientConfig) *child {
@@ -81,6 +82,7 @@ func newChild(config *ClientConfig) *child {
 		config:     config,
 		cmd:        &cmd,
 		callerCmd:  config.Cmd,
+		path:       config.Cmd.Path,
 		published:  make(chan struct{}),
 		handshakes: make(chan string, 1),
 		log:        stderrLog{logger: config.Logger},
@@ -372,7 +374,7 @@ func (p *child) publishEnd() {
 // exitError returns how the process has ended. Waiting for it has returned err, which
 // matters only if there is no ProcessState.
 func (p *child) exitError(err error) *ExitError {
-	e := &ExitError{Path: p.callerCmd.Path, State: p.cmd.ProcessState, Stderr: p.log.tail.String()}
+	e := &ExitError{Path: p.path, State: p.cmd.ProcessState, Stderr: p.log.tail.String()}
 	if e.State == nil {
 		e.Err = fmt.Errorf("the process has ended, and its exit status is unknown: %w", err)
 	}
@@ -400,7 +402,7 @@ func (p *child) cutLifeline() {
 // startError describes a process that has not become a plugin, because of err. exited
 // reports whether it has exited by itself.
 func (p *child) startError(err error, exited bool) *StartError {
-	e := &StartError{Path: p.callerCmd.Path, Err: err, Stdout: p.noise.String(), Stderr: p.log.tail.String()}
+	e := &StartError{Path: p.path, Err: err, Stdout: p.noise.String(), Stderr: p.log.tail.String()}
 	if exited {
 		e.State = p.cmd.ProcessState
 	}
