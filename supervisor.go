@@ -36,14 +36,14 @@ type Supervisor[T any] struct {
 
 // life is one start of the plugin, and the time until its end.
 type life[T any] struct {
-	previous    *life[T]
-	lastFailure error // of the previous start, or nil
+	lastFailure error // of the start before
 
-	// starting has the instance. client, lost and final are constant when it is there.
-	starting *result[T]
+	started  chan struct{} // closed when the start is over, and the fields below are set
 	client   *Client
 	lost     <-chan struct{} // closed when the connection has ended
-	final    bool            // the start has failed, and there is no other
+	instance T
+	err      error
+	final    bool // the start has failed, and there is no other
 
 	over    chan struct{} // closed when the plugin has ended, and the fields below are set
 	endedAt time.Time
@@ -71,93 +71,84 @@ func NewSupervisor[T any](config *ClientConfig, name string) *Supervisor[T] {
 // of config.Cmd, Get fails for good.
 func (s *Supervisor[T]) Get(ctx context.Context) (T, error) {
 	life := s.currentLife()
-	instance, err, started := life.starting.get()
-	if started {
-		return instance, err // also if ctx has ended
-	}
 	select {
-	case <-life.starting.ready:
-		instance, err, _ = life.starting.get()
-		return instance, err
+	case <-life.started:
+		return life.instance, life.err
 	case <-ctx.Done():
 	}
-	err = fmt.Errorf("plugin %s: waiting for its start: %w", s.name, contextError(ctx))
+	if isClosed(life.started) {
+		return life.instance, life.err // the plugin runs
+	}
+	err := fmt.Errorf("plugin %s: waiting for its start: %w", s.name, contextError(ctx))
 	if life.lastFailure != nil {
 		err = fmt.Errorf("%w; the last start failed: %w", err, life.lastFailure)
 	}
-	return instance, err
+	var none T
+	return none, err
 }
 
 // currentLife returns the life that lasts, or begins one.
 func (s *Supervisor[T]) currentLife() *life[T] {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.life != nil && s.life.lasts() {
-		return s.life
+	last := s.life
+	if last != nil && last.lasts() {
+		return last
 	}
-	next := &life[T]{previous: s.life, starting: newResult[T](), over: make(chan struct{})}
-	if s.life != nil {
-		_, next.lastFailure, _ = s.life.starting.get()
+	s.life = &life[T]{started: make(chan struct{}), over: make(chan struct{})}
+	if last != nil {
+		s.life.lastFailure = last.err
 	}
-	s.life = next
-	go s.live(next) // ends with the plugin, which Kill ends
-	return next
+	go s.live(s.life, last) // ends with the plugin, which Kill ends
+	return s.life
 }
 
 // lasts reports whether the plugin starts or runs, or cannot be started any more.
 func (l *life[T]) lasts() bool {
-	_, err, started := l.starting.get()
 	switch {
-	case !started:
+	case !isClosed(l.started):
 		return true
-	case err != nil:
+	case l.err != nil:
 		return l.final
 	}
 	return !l.client.Exited() && !isClosed(l.lost)
 }
 
-// live starts the plugin and waits for its end.
-func (s *Supervisor[T]) live(l *life[T]) {
+// live starts the plugin and waits for its end. last is the life before, or nil.
+func (s *Supervisor[T]) live(l, last *life[T]) {
 	defer close(l.over)
-	lastPause := s.waitPause(l)
-	instance, err := s.start(l)
+	var pause time.Duration
+	if last != nil {
+		<-last.over // it has ended, or is being killed
+		pause = last.pause
+		waitFor(pause-time.Since(last.endedAt), s.ending.Done())
+	}
+	l.err = s.start(l)
 	startedAt := time.Now()
-	l.starting.set(instance, err)
-	if err == nil {
+	close(l.started)
+	if l.err == nil {
 		s.waitEnd(l)
 	}
 	l.endedAt = time.Now()
-	l.pause = nextPause(lastPause, err == nil && l.endedAt.Sub(startedAt) >= healthyLife)
-	l.previous = nil // for the garbage collector
+	l.pause = nextPause(pause, l.err == nil && l.endedAt.Sub(startedAt) >= healthyLife)
 }
 
-// waitPause waits until the plugin may be started. It returns how long it had to be.
-func (s *Supervisor[T]) waitPause(l *life[T]) time.Duration {
-	if l.previous == nil {
-		return 0
-	}
-	<-l.previous.over // it has ended, or is being killed
-	pause := l.previous.pause
-	waitFor(pause-time.Since(l.previous.endedAt), s.ending.Done())
-	return pause
-}
-
-// nextPause returns how long the start waits that follows one that waited for last.
-func nextPause(last time.Duration, healthy bool) time.Duration {
+// nextPause returns the pause after a start that had this one before it.
+func nextPause(pause time.Duration, healthy bool) time.Duration {
 	if healthy {
 		return 0
 	}
-	return min(max(2*last, firstPause), maxPause)
+	return min(max(2*pause, firstPause), maxPause)
 }
 
 // start starts the plugin and dispenses the instance.
-func (s *Supervisor[T]) start(l *life[T]) (instance T, err error) {
+func (s *Supervisor[T]) start(l *life[T]) error {
 	l.client = NewClient(&s.config)
-	ended := s.setClient(l.client)
-	if !ended {
-		instance, err = s.dispense(l)
+	var err error
+	if s.setClient(l.client) {
+		err = s.dispense(l)
 		if err == nil {
-			return instance, nil
+			return nil
 		}
 	}
 	l.client.Kill()
@@ -165,34 +156,35 @@ func (s *Supervisor[T]) start(l *life[T]) (instance T, err error) {
 	contextEnded := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 	switch {
 	case s.ending.Exited():
-		l.final = true
-		err = fmt.Errorf("plugin %s: it is not started any more: Kill or CleanupClients was called", s.name)
+		err = errors.New("Kill or CleanupClients was called")
 	case neverRan && contextEnded:
-		l.final = true
-		err = fmt.Errorf("plugin %s: it is not started any more: the context of ClientConfig.Cmd has ended: %w",
-			s.name, err)
+		err = fmt.Errorf("the context of ClientConfig.Cmd has ended: %w", err)
+	default:
+		return err
 	}
-	return instance, err
+	l.final = true
+	return fmt.Errorf("plugin %s: it is not started any more: %w", s.name, err)
 }
 
-// setClient sets the client that Kill has to kill, unless the supervisor has ended.
-func (s *Supervisor[T]) setClient(client *Client) (ended bool) {
+// setClient sets the client that Kill kills. It returns false if the supervisor has ended.
+func (s *Supervisor[T]) setClient(client *Client) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ending.Exited() {
-		return true
+		return false
 	}
 	s.client = client
-	return false
+	return true
 }
 
-func (s *Supervisor[T]) dispense(l *life[T]) (instance T, err error) {
+func (s *Supervisor[T]) dispense(l *life[T]) error {
 	conn, err := l.client.Client()
 	if err != nil {
-		return instance, err
+		return err
 	}
 	l.lost = conn.(*RPCClient).ended() // it is always one
-	return Dispense[T](conn, s.name)
+	l.instance, err = Dispense[T](conn, s.name)
+	return err
 }
 
 // waitEnd waits until the plugin has exited. It kills a plugin that cannot be called any
