@@ -75,7 +75,11 @@ func (English) Greet(_ context.Context, name string) (string, error) {
 // The host and its plugin are one program here, which starts itself. Most
 // hosts and plugins are two programs and import a package that both share.
 func Example() {
-	handshake := plugin.HandshakeConfig{ProtocolVersion: 1, MagicCookieKey: "EXAMPLE_PLUGIN", MagicCookieValue: "greeter"}
+	handshake := plugin.HandshakeConfig{
+		ProtocolVersion:  1,
+		MagicCookieKey:   "EXAMPLE_PLUGIN",
+		MagicCookieValue: "greeter",
+	}
 	if os.Getenv(handshake.MagicCookieKey) == handshake.MagicCookieValue {
 		// A host has started this process: it is the plugin.
 		slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, nil)))
@@ -115,7 +119,11 @@ func Example() {
 // config returns a configuration with which this program starts itself as the
 // plugin. In the plugin it serves p and does not return.
 func config(name string, p plugin.Plugin) *plugin.ClientConfig {
-	handshake := plugin.HandshakeConfig{ProtocolVersion: 1, MagicCookieKey: "EXAMPLE_PLUGIN", MagicCookieValue: name}
+	handshake := plugin.HandshakeConfig{
+		ProtocolVersion:  1,
+		MagicCookieKey:   "EXAMPLE_PLUGIN",
+		MagicCookieValue: name,
+	}
 	plugins := plugin.PluginSet{name: p}
 	if os.Getenv(handshake.MagicCookieKey) == name {
 		slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, nil))) // for the Logger of the host
@@ -145,15 +153,20 @@ func start[T any](name string, p plugin.Plugin) (T, *plugin.Client) {
 
 // Filter is implemented by the plugin and called by the host.
 type Filter interface {
-	Filter(ctx context.Context, prefix string, in io.Reader, out io.Writer, progress func(lines int) error) (Stats, error)
+	Filter(ctx context.Context, prefix string, in io.Reader, out io.Writer, progress Progress) (Stats, error)
 }
+
+// Progress is called after each line.
+type Progress = func(lines int) error
 
 type Stats struct{ Lines, Bytes int }
 
 // FilterClient is the Filter in the host.
 type FilterClient struct{ remote *plugin.Remote }
 
-func (c FilterClient) Filter(ctx context.Context, prefix string, in io.Reader, out io.Writer, progress func(lines int) error) (Stats, error) {
+func (c FilterClient) Filter(
+	ctx context.Context, prefix string, in io.Reader, out io.Writer, progress Progress,
+) (Stats, error) {
 	return plugin.Invoke[Stats](ctx, c.remote, "Filter", prefix, in, out, progress)
 }
 
@@ -164,7 +177,9 @@ func NewFilterPlugin(impl Filter) plugin.Plugin {
 // Prefixer is the Filter in the plugin.
 type Prefixer struct{}
 
-func (Prefixer) Filter(ctx context.Context, prefix string, in io.Reader, out io.Writer, progress func(lines int) error) (stats Stats, err error) {
+func (Prefixer) Filter(
+	ctx context.Context, prefix string, in io.Reader, out io.Writer, progress Progress,
+) (stats Stats, err error) {
 	text := bufio.NewScanner(in)
 	for text.Scan() {
 		n, err := fmt.Fprintln(out, prefix+text.Text())
@@ -212,6 +227,10 @@ func (c ShelfClient) Open(ctx context.Context, title string) (io.ReadCloser, err
 	return plugin.Invoke[io.ReadCloser](ctx, c.remote, "Open", title)
 }
 
+func NewShelfPlugin(impl Shelf) plugin.Plugin {
+	return plugin.For(impl, func(r *plugin.Remote) Shelf { return ShelfClient{r} })
+}
+
 // Poems are the Shelf in the plugin.
 type Poems map[string]string
 
@@ -227,7 +246,7 @@ func (p Poems) Open(_ context.Context, title string) (io.ReadCloser, error) {
 // keeps its identity.
 func ExampleInvoke() {
 	poems := Poems{"roses": "Roses are red.\n"}
-	shelf, client := start[Shelf]("shelf", plugin.For[Shelf](poems, func(r *plugin.Remote) Shelf { return ShelfClient{r} }))
+	shelf, client := start[Shelf]("shelf", NewShelfPlugin(poems))
 	defer client.Kill()
 
 	for _, title := range []string{"roses", "violets"} {

@@ -277,9 +277,13 @@ type textPatterns struct {
 }
 
 var levelPatterns = sync.OnceValue(func() textPatterns {
-	const date, clock = `\d{4}/\d\d/\d\d `, `\d\d:\d\d:\d\d(?:\.\d+)? `
+	const (
+		date  = `\d{4}/\d\d/\d\d `
+		clock = `\d\d:\d\d:\d\d(?:\.\d+)? `
+		level = `(TRACE|DEBUG|INFO|WARN|ERROR)`
+	)
 	return textPatterns{
-		bracket: regexp.MustCompile(`^(?:` + date + `)?(?:` + clock + `)?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?`),
+		bracket: regexp.MustCompile(`^(?:` + date + `)?(?:` + clock + `)?\[` + level + `\] ?`),
 		slog:    regexp.MustCompile(`^` + date + clock + `((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `),
 		keys:    regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) (?:source=\S+ )?msg=`),
 	}

@@ -230,7 +230,7 @@ var testCrashes = map[string]string{
 	"two lines":   "panic: two\nlines\n\n" + testTrace,
 	"long text":   "panic: many\n" + strings.Repeat("lines\n", 100) + "\n" + testTrace,
 	"deadlock":    "fatal error: all goroutines are asleep - deadlock!\n\n" + testTrace,
-	"nil pointer": "panic: runtime error: nil pointer dereference\n[signal SIGSEGV: code=0x1]\n\n" + testTrace,
+	"nil pointer": "panic: runtime error: nil pointer\n[signal SIGSEGV: code=0x1]\n\n" + testTrace,
 	"registers": "fatal error: unexpected signal\n\nruntime.throw({0x1?})\n\n" + testTrace +
 		"\nrax    0x0\nrip    0x4b\n",
 }

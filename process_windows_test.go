@@ -43,6 +43,8 @@ func TestWindowsBadFile(t *testing.T) {
 // Without any setting, only the host that started a plugin can connect to its port.
 func TestWindowsAutoMTLS(t *testing.T) {
 	t.Parallel()
+	set := func(_ testing.TB, c *plugin.ClientConfig) { c.AutoMTLS = true }
+	detach := func(_ testing.TB, c *plugin.ClientConfig) { c.Detach = true }
 	for name, test := range map[string]struct {
 		mode     string
 		edit     func(testing.TB, *plugin.ClientConfig)
@@ -51,9 +53,9 @@ func TestWindowsAutoMTLS(t *testing.T) {
 		open     bool // a stranger can connect
 	}{
 		"by itself":      {mode: "plugin", sends: true},
-		"set":            {mode: "plugin", sends: true, edit: func(_ testing.TB, c *plugin.ClientConfig) { c.AutoMTLS = true }},
+		"set":            {mode: "plugin", sends: true, edit: set},
 		"TLSConfig":      {mode: "tls", edit: testTLS},
-		"Detach":         {mode: "plugin", open: true, edit: func(_ testing.TB, c *plugin.ClientConfig) { c.Detach = true }},
+		"Detach":         {mode: "plugin", open: true, edit: detach},
 		"no certificate": {mode: "tcp", sends: true, warnings: 1, open: true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -68,7 +70,8 @@ func TestWindowsAutoMTLS(t *testing.T) {
 			addr, err := c.Start()
 			check(t, err)
 			self := mustCall[Self](t, dispense(t, p).Client, "Self", struct{}{})
-			checkEqual(t, "the host sends a certificate", len(envValues(self.Began, certVariable)) == 1, test.sends)
+			sent := envValues(self.Began, certVariable)
+			checkEqual(t, "the host sends a certificate", len(sent) == 1, test.sends)
 			checkEqual(t, "warnings", len(records.find("certificate")), test.warnings)
 			checkEqual(t, "a stranger can connect", strangerCanCall(t, addr, nil), test.open)
 		})

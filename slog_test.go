@@ -99,7 +99,8 @@ func TestSlogLogger(t *testing.T) {
 			l.With("odd").Info("x")
 			l.Info(fmt.Sprint(w.ImpliedArgs()))
 		}, []string{
-			"INFO x a=2 b=3 c=4", "INFO x logger=n a=2 b=3", "INFO x EXTRA_VALUE_AT_END=odd", "INFO [a 2 b 3]",
+			"INFO x a=2 b=3 c=4", "INFO x logger=n a=2 b=3",
+			"INFO x EXTRA_VALUE_AT_END=odd", "INFO [a 2 b 3]",
 		}},
 		{"arguments", func(l hclog.Logger) {
 			l.Info("x", "k", "v", "odd")
@@ -185,9 +186,10 @@ func TestSlogLoggerOfPlugin(t *testing.T) {
 	options := &slog.HandlerOptions{Level: slog.LevelDebug - 4}
 	cfg.Logger = plugin.NewSlogLogger(slog.NewJSONHandler(&out, options))
 	c, p := startPlugin(t, cfg)
+	const at = "2024-05-06T07:08:09.123456789Z"
 	printed := strings.Join([]string{
-		`{"@level":"trace","@message":"hclog","@timestamp":"2024-05-06T07:08:09.123456Z","n":1,"list":["a",{"b":2}]}`,
-		`{"time":"2024-05-06T07:08:09.123456789Z","level":"ERROR","msg":"slog","timestamp":"mine","ok":true}`,
+		`{"@level":"trace","@message":"hclog","@timestamp":"` + at + `","n":1,"list":["a",{"b":2}]}`,
+		`{"time":"` + at + `","level":"ERROR","msg":"slog","timestamp":"mine","ok":true}`,
 		`{"time":"noon","level":"INFO","msg":"no time"}`,
 		`2024/05/06 07:08:09 [WARN] text`,
 	}, "\n") + "\n"
@@ -197,8 +199,8 @@ func TestSlogLoggerOfPlugin(t *testing.T) {
 
 	name := `"logger":"` + pluginName(cfg.Cmd.Path) + `"`
 	for message, want := range map[string]string{
-		"hclog":   `{"time":"2024-05-06T07:08:09.123456Z","level":"DEBUG-4",` + name + `,"n":1,"list":["a",{"b":2}]}`,
-		"slog":    `{"time":"2024-05-06T07:08:09.123456789Z","level":"ERROR",` + name + `,"timestamp":"mine","ok":true}`,
+		"hclog":   `{"time":"` + at + `","level":"DEBUG-4",` + name + `,"n":1,"list":["a",{"b":2}]}`,
+		"slog":    `{"time":"` + at + `","level":"ERROR",` + name + `,"timestamp":"mine","ok":true}`,
 		"no time": `{"level":"INFO",` + name + `,"timestamp":"noon"}`,
 		"text":    `{"level":"WARN",` + name + `}`,
 	} {
