@@ -38,7 +38,8 @@ func TestBlockedUses(t *testing.T) {
 					use()
 					return len(p), nil
 				})
-				_, err := plugin.Invoke[int64](ctx, r, "Copy", bytes.NewReader(noise(1<<20, 1)), w, int64(1<<20))
+				data := noise(1<<20, 1)
+				_, err := plugin.Invoke[int64](ctx, r, "Copy", bytes.NewReader(data), w, int64(len(data)))
 				errs <- err
 			}()
 			go func() {
@@ -98,7 +99,8 @@ func (c starterClient) Start(background, untilThen func() error) error {
 }
 
 func newStarterPlugin(impl Starter) plugin.PluginSet {
-	return plugin.PluginSet{"starter": plugin.For(impl, func(r *plugin.Remote) Starter { return starterClient{r} })}
+	client := func(r *plugin.Remote) Starter { return starterClient{r} }
+	return plugin.PluginSet{"starter": plugin.For(impl, client)}
 }
 
 func init() {

@@ -85,10 +85,10 @@ func (e *sequenceEncoder) yield(in []reflect.Value) []reflect.Value {
 
 func (e *sequenceEncoder) encode(value reflect.Value) error {
 	if checkNil(value) != nil {
-		return fmt.Errorf("plugin: a nil %v cannot be sent as a value of a sequence", value.Type())
+		return fmt.Errorf("plugin: a nil %v cannot be sent in a sequence", value.Type())
 	}
 	if err := e.try(value); err != nil {
-		return fmt.Errorf("plugin: a value of the sequence, of type %v, cannot be sent: %w", value.Type(), err)
+		return fmt.Errorf("plugin: a value of type %v cannot be sent in a sequence: %w", value.Type(), err)
 	}
 	return nil
 }

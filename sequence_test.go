@@ -26,13 +26,14 @@ import (
 // Yielder has methods that take and return sequences.
 type Yielder interface {
 	Watch(ctx context.Context, how string, n int) iter.Seq2[Item, error]
-	Import(ctx context.Context, how string, rows iter.Seq2[Number, error]) (int, error)
-	Double(ctx context.Context, rows iter.Seq2[Number, error]) iter.Seq2[Number, error]
+	Import(ctx context.Context, how string, rows Numbers) (int, error)
+	Double(ctx context.Context, rows Numbers) Numbers
 	Points(n int) iter.Seq2[*Point, error]
 	Anything(values iter.Seq2[any, error]) iter.Seq2[any, error]
 	Await(ctx context.Context, event string) error
 	Goroutines() (int, error)
-	Follow(ctx context.Context, plan Plan, rows iter.Seq2[Number, error]) iter.Seq2[Number, error]
+	Follow(ctx context.Context, plan Plan, rows Numbers) Numbers
+	Log(ctx context.Context, out io.Writer) Numbers
 }
 
 type (
@@ -42,6 +43,9 @@ type (
 		Any  any
 	}
 	Number struct{ N int }
+
+	// Numbers is the type of most parameters.
+	Numbers = iter.Seq2[Number, error]
 
 	// Plan is what Follow does.
 	Plan struct {
@@ -90,7 +94,7 @@ func (s *yielder) Watch(ctx context.Context, how string, n int) iter.Seq2[Item, 
 }
 
 // Import returns the sum of the rows.
-func (s *yielder) Import(ctx context.Context, how string, rows iter.Seq2[Number, error]) (sum int, err error) {
+func (s *yielder) Import(ctx context.Context, how string, rows Numbers) (sum int, err error) {
 	switch how {
 	case "ignore":
 		return 0, nil
@@ -120,7 +124,7 @@ func (s *yielder) Import(ctx context.Context, how string, rows iter.Seq2[Number,
 	return sum, nil
 }
 
-func (s *yielder) Double(ctx context.Context, rows iter.Seq2[Number, error]) iter.Seq2[Number, error] {
+func (s *yielder) Double(ctx context.Context, rows Numbers) Numbers {
 	return func(yield func(Number, error) bool) {
 		for row, err := range rows {
 			if !yield(Number{2 * row.N}, err) {
@@ -144,7 +148,7 @@ func (s *yielder) Points(n int) iter.Seq2[*Point, error] {
 
 func (s *yielder) Anything(values iter.Seq2[any, error]) iter.Seq2[any, error] { return values }
 
-func (s *yielder) Follow(ctx context.Context, plan Plan, rows iter.Seq2[Number, error]) iter.Seq2[Number, error] {
+func (s *yielder) Follow(ctx context.Context, plan Plan, rows Numbers) Numbers {
 	return func(yield func(Number, error) bool) {
 		taken := 0
 		for row, err := range rows {
@@ -170,6 +174,18 @@ func (s *yielder) Follow(ctx context.Context, plan Plan, rows iter.Seq2[Number, 
 	}
 }
 
+// Log yields a number, and writes for ever.
+func (s *yielder) Log(ctx context.Context, out io.Writer) Numbers {
+	return func(yield func(Number, error) bool) {
+		yield(Number{}, nil)
+		for ctx.Err() == nil {
+			if _, err := out.Write([]byte("x")); err != nil {
+				return
+			}
+		}
+	}
+}
+
 func (s *yielder) Goroutines() (int, error) { return runtime.NumGoroutine(), nil }
 
 // yielderClient is a Yielder whose methods tests call with Invoke and InvokeSeq.
@@ -179,7 +195,8 @@ type yielderClient struct {
 }
 
 func newYielderPlugin(impl Yielder) plugin.PluginSet {
-	return plugin.PluginSet{"yielder": plugin.For(impl, func(r *plugin.Remote) Yielder { return yielderClient{remote: r} })}
+	client := func(r *plugin.Remote) Yielder { return yielderClient{remote: r} }
+	return plugin.PluginSet{"yielder": plugin.For(impl, client)}
 }
 
 func init() {
@@ -220,8 +237,14 @@ func collect[T any](t testing.TB, seq iter.Seq2[T, error]) (all []T, end error) 
 	return all, end
 }
 
+// collectFrom calls a method and collects its sequence.
+func collectFrom[T any](t testing.TB, r *plugin.Remote, method string, args ...any) (all []T, end error) {
+	t.Helper()
+	return collect(t, plugin.InvokeSeq[T](boundedContext(t), r, method, args...))
+}
+
 // rowsTo yields n rows, and then an error if it is not nil.
-func rowsTo(n int, end error) iter.Seq2[Number, error] {
+func rowsTo(n int, end error) Numbers {
 	return func(yield func(Number, error) bool) {
 		for i := range n {
 			if !yield(Number{i}, nil) {
@@ -254,7 +277,7 @@ func TestSequence(t *testing.T) {
 			invoke[struct{}](t, r, "Await", "left good")
 		}
 	}
-	all, err := collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "nil", 0))
+	all, err := collectFrom[Item](t, r, "Watch", "nil", 0)
 	check(t, err)
 	checkEqual(t, "values of nil", len(all), 0)
 }
@@ -264,26 +287,26 @@ func TestSequenceErrors(t *testing.T) {
 	leavesNothing(t)
 	_, r := startYielder(t)
 	for _, n := range []int{0, 1, 10_000} {
-		all, err := collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "fail", n))
+		all, err := collectFrom[Item](t, r, "Watch", "fail", n)
 		checkEqual(t, "values before an error", len(all), n)
 		errorIs(t, "the error", err, fs.ErrNotExist)
 
-		all, err = collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "bad value", n))
+		all, err = collectFrom[Item](t, r, "Watch", "bad value", n)
 		checkEqual(t, "values before one that cannot be sent", len(all), n)
 		errorSays(t, err, "Item", "chan")
 
-		points, err := collect(t, plugin.InvokeSeq[*Point](boundedContext(t), r, "Points", n))
+		points, err := collectFrom[*Point](t, r, "Points", n)
 		checkEqual(t, "points before nil", len(points), n)
 		errorSays(t, err, "nil *plugin_test.Point")
 
-		all, err = collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "go on", n))
+		all, err = collectFrom[Item](t, r, "Watch", "go on", n)
 		checkEqual(t, "values of a sequence that goes on after its error", len(all), n)
 		errorIs(t, "its error", err, fs.ErrNotExist)
 	}
-	all, err := collect(t, plugin.InvokeSeq[any](boundedContext(t), r, "Anything", valuesOf[any](nil, 1, "x", Point{1, 2}, nil)))
+	values, err := collectFrom[any](t, r, "Anything", valuesOf[any](nil, 1, "x", Point{1, 2}, nil))
 	check(t, err)
-	checkEqual(t, "values of any type", fmt.Sprint(all), "[<nil> 1 x {1 2} <nil>]")
-	_, err = collect(t, plugin.InvokeSeq[any](boundedContext(t), r, "Anything", valuesOf[any](1, hidden{})))
+	checkEqual(t, "values of any type", fmt.Sprint(values), "[<nil> 1 x {1 2} <nil>]")
+	_, err = collectFrom[any](t, r, "Anything", valuesOf[any](1, hidden{}))
 	errorSays(t, err, "hidden", "gob.Register")
 }
 
@@ -298,17 +321,29 @@ func valuesOf[T any](values ...T) iter.Seq2[T, error] {
 	}
 }
 
+// An error of the caller's own is the same value again, at the end of its parameter and
+// when it comes back in a sequence.
+func TestOwnErrorOfSequence(t *testing.T) {
+	t.Parallel()
+	_, r := startYielder(t)
+	own := errors.New("an error that is not registered")
+	errorIs(t, "the error of Invoke", errorOf[int](t, r, "Import", "", rowsTo(3, own)), own)
+	all, err := collectFrom[Number](t, r, "Double", rowsTo(3, own))
+	checkEqual(t, "values", len(all), 3)
+	errorIs(t, "the error of the sequence", err, own)
+}
+
 // The end of the plugin is the error of the sequence.
 func TestSequenceCrash(t *testing.T) {
 	t.Parallel()
 	c, r := startYielder(t)
-	all, err := collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "panic", 10))
+	all, err := collectFrom[Item](t, r, "Watch", "panic", 10)
 	var exit *plugin.ExitError
 	if !errors.As(err, &exit) || !strings.Contains(exit.Panic, "boom") || len(all) > 10 {
 		t.Errorf("a plugin that panics: %d values, %v", len(all), err)
 	}
 	<-c.Done()
-	all, err = collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "good", 10))
+	all, err = collectFrom[Item](t, r, "Watch", "good", 10)
 	if err == nil || len(all) > 0 {
 		t.Errorf("afterwards: %d values, %v", len(all), err)
 	}
@@ -324,6 +359,10 @@ func TestSequenceChecks(t *testing.T) {
 	check(t, host.Close()) // so what is sent fails with rpc.ErrShutdown
 	ctx := boundedContext(t)
 	var noContext context.Context
+	zero := new(plugin.Remote)
+	watch := func(args ...any) iter.Seq2[Item, error] {
+		return plugin.InvokeSeq[Item](ctx, r, "Watch", args...)
+	}
 	for _, test := range []struct {
 		what  string
 		seq   iter.Seq2[Item, error]
@@ -331,13 +370,13 @@ func TestSequenceChecks(t *testing.T) {
 	}{
 		{"a nil context", plugin.InvokeSeq[Item](noContext, r, "Watch", "", 1), []string{"nil context"}},
 		{"a nil Remote", plugin.InvokeSeq[Item](ctx, nil, "Watch", "", 1), []string{"nil"}},
-		{"the zero Remote", plugin.InvokeSeq[Item](ctx, new(plugin.Remote), "Watch", "", 1), []string{"Watch"}},
+		{"the zero Remote", plugin.InvokeSeq[Item](ctx, zero, "Watch", "", 1), []string{"Watch"}},
 		{"an unknown method", plugin.InvokeSeq[Item](ctx, r, "Look", "", 1), []string{`"Look"`, "Watch"}},
-		{"a method without a sequence", plugin.InvokeSeq[Item](ctx, r, "Import", "", nil), []string{"Import", "Item"}},
+		{"no sequence", plugin.InvokeSeq[Item](ctx, r, "Import", "", nil), []string{"Import", "Item"}},
 		{"another type", plugin.InvokeSeq[Item](ctx, r, "Double", nil), []string{"Double", "Number", "Item"}},
-		{"too few arguments", plugin.InvokeSeq[Item](ctx, r, "Watch", ""), []string{"Watch", "takes 2 arguments"}},
-		{"too many", plugin.InvokeSeq[Item](ctx, r, "Watch", "", 1, 2), []string{"takes 2 arguments"}},
-		{"an argument of another type", plugin.InvokeSeq[Item](ctx, r, "Watch", 1, 1), []string{"argument 1", "string"}},
+		{"too few arguments", watch(""), []string{"Watch", "takes 2 arguments"}},
+		{"too many", watch("", 1, 2), []string{"takes 2 arguments"}},
+		{"an argument of another type", watch(1, 1), []string{"argument 1", "string"}},
 	} {
 		_, err := collect(t, test.seq)
 		errorSays(t, err, test.words...)
@@ -347,7 +386,7 @@ func TestSequenceChecks(t *testing.T) {
 	}
 	errorSays(t, errorOf[iter.Seq2[Item, error]](t, r, "Watch", "", 1), "InvokeSeq")
 	errorSays(t, errorOf[struct{}](t, r, "Watch", "", 1), "InvokeSeq")
-	_, err = collect(t, plugin.InvokeSeq[Item](ctx, r, "Watch", "", 1))
+	_, err = collect(t, watch("", 1))
 	errorIs(t, "a correct call", err, rpc.ErrShutdown)
 }
 
@@ -418,6 +457,25 @@ func TestSequenceLeft(t *testing.T) {
 	invoke[struct{}](t, r, "Await", "left wait")
 }
 
+// A Write that blocks holds a loop that was left as it holds Invoke: for a second at most.
+func TestSequenceWithBlockedWrite(t *testing.T) {
+	t.Parallel()
+	_, r := startYielder(t)
+	began, release := make(chan struct{}, 10), make(chan struct{})
+	out := writerFunc(func(p []byte) (int, error) {
+		began <- struct{}{}
+		<-release
+		return len(p), nil
+	})
+	within(t, "leaving the loop", usesTimeout, func() {
+		for range plugin.InvokeSeq[Number](context.Background(), r, "Log", out) {
+			receive(t, "a Write", began)
+			break
+		}
+	})
+	close(release)
+}
+
 // The end of ctx is the error, and no value follows it.
 func TestSequenceCanceled(t *testing.T) {
 	leavesNothing(t)
@@ -453,12 +511,12 @@ func TestSlowLoop(t *testing.T) {
 	t.Parallel()
 	_, r := startYielder(t)
 	var pulled atomic.Int64
-	endless := func(yield func(Number, error) bool) {
+	var endless Numbers = func(yield func(Number, error) bool) {
 		for yield(Number{1 << 40}, nil) {
 			pulled.Add(1)
 		}
 	}
-	for _, err := range plugin.InvokeSeq[Number](boundedContext(t), r, "Double", iter.Seq2[Number, error](endless)) {
+	for _, err := range plugin.InvokeSeq[Number](boundedContext(t), r, "Double", endless) {
 		check(t, err)
 		for before := int64(-1); before != pulled.Load(); time.Sleep(100 * time.Millisecond) {
 			before = pulled.Load()
@@ -479,24 +537,25 @@ func TestSequenceParameter(t *testing.T) {
 	_, r := startYielder(t)
 	for _, n := range []int{0, 1, 20_000} {
 		checkEqual(t, "the sum", invoke[int](t, r, "Import", "", rowsTo(n, nil)), n*(n-1)/2)
-		errorIs(t, "its error", errorOf[int](t, r, "Import", "", rowsTo(n, fmt.Errorf("failing: %w", fs.ErrExist))), fs.ErrExist)
+		failing := rowsTo(n, fmt.Errorf("failing: %w", fs.ErrExist))
+		errorIs(t, "its error", errorOf[int](t, r, "Import", "", failing), fs.ErrExist)
 	}
 	checkEqual(t, "an untyped nil", invoke[int](t, r, "Import", "", nil), 0)
-	checkEqual(t, "a nil sequence", invoke[int](t, r, "Import", "", iter.Seq2[Number, error](nil)), 0)
-	all, err := collect(t, plugin.InvokeSeq[Number](boundedContext(t), r, "Double", nil))
+	checkEqual(t, "a nil sequence", invoke[int](t, r, "Import", "", Numbers(nil)), 0)
+	all, err := collectFrom[Number](t, r, "Double", nil)
 	check(t, err)
 	checkEqual(t, "the double of nil", len(all), 0)
 
 	errorSays(t, errorOf[int](t, r, "Import", "again", rowsTo(5, nil)), "once")
 	bad := func(yield func(any, error) bool) { yield(make(chan int), nil) }
-	_, err = collect(t, plugin.InvokeSeq[any](boundedContext(t), r, "Anything", iter.Seq2[any, error](bad)))
+	_, err = collectFrom[any](t, r, "Anything", iter.Seq2[any, error](bad))
 	errorSays(t, err, "chan int", "cannot be sent")
 	for what, broken := range map[string]func(){"boom": func() { panic("boom") }, "Goexit": runtime.Goexit} {
-		err := errorOf[int](t, r, "Import", "", iter.Seq2[Number, error](func(yield func(Number, error) bool) {
+		rows := Numbers(func(yield func(Number, error) bool) {
 			yield(Number{}, nil)
 			broken()
-		}))
-		errorSays(t, err, what)
+		})
+		errorSays(t, errorOf[int](t, r, "Import", "", rows), what)
 	}
 	invoke[int](t, r, "Import", "", rowsTo(10, nil))
 }
@@ -511,13 +570,14 @@ func TestEndOfParameter(t *testing.T) {
 			ctx, cancel = context.WithTimeout(context.Background(), 50*time.Millisecond)
 		}
 		begun, ended := false, false
-		_, err := plugin.Invoke[int](ctx, r, "Import", how, iter.Seq2[Number, error](func(yield func(Number, error) bool) {
+		rows := Numbers(func(yield func(Number, error) bool) {
 			begun = true
 			defer func() { ended = true }()
 			for yield(Number{}, nil) {
 			}
 			checkEqual(t, "yield after the end", yield(Number{}, nil), false)
-		}))
+		})
+		_, err := plugin.Invoke[int](ctx, r, "Import", how, rows)
 		cancel()
 		checkEqual(t, how+": begun", begun, how != "ignore")
 		checkEqual(t, how+": ended", ended, begun)
@@ -547,7 +607,7 @@ func TestWaitingSequence(t *testing.T) {
 	leavesNothing(t)
 	_, r := startYielder(t)
 	release, ended := make(chan struct{}), make(chan bool, 1)
-	waiting := iter.Seq2[Number, error](func(yield func(Number, error) bool) {
+	waiting := Numbers(func(yield func(Number, error) bool) {
 		yield(Number{1}, nil)
 		<-release
 		ended <- yield(Number{2}, nil)
@@ -571,7 +631,7 @@ func TestConversation(t *testing.T) {
 	say := make(chan int, 1)
 	turns := 0
 	say <- 1
-	questions := iter.Seq2[Number, error](func(yield func(Number, error) bool) {
+	questions := Numbers(func(yield func(Number, error) bool) {
 		for n := range say {
 			if !yield(Number{n}, nil) {
 				return
@@ -588,7 +648,7 @@ func TestConversation(t *testing.T) {
 		say <- row.N
 	}
 	checkEqual(t, "turns", turns, 20)
-	_, err := collect(t, plugin.InvokeSeq[Number](boundedContext(t), r, "Double", rowsTo(10, fs.ErrPermission)))
+	_, err := collectFrom[Number](t, r, "Double", rowsTo(10, fs.ErrPermission))
 	errorIs(t, "an error there and back", err, fs.ErrPermission)
 }
 
@@ -673,7 +733,7 @@ func TestSequencesOnWire(t *testing.T) {
 	s, err := plugin.Dispense[Yielder](host, "yielder")
 	check(t, err)
 	r := s.(yielderClient).remote
-	events, err := collect(t, plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "by hand", 7))
+	events, err := collectFrom[Item](t, r, "Watch", "by hand", 7)
 	check(t, err)
 	checkEqual(t, "the events", fmt.Sprint(events), "[{7 by hand <nil>} {1  {1 2}} {0  <nil>}]")
 	invoke[int](t, r, "Import", "", rowsTo(100, nil))
@@ -782,7 +842,7 @@ func (tr trial) run(t testing.TB, r *plugin.Remote) (values []Number, end error)
 	ctx, cancel := context.WithTimeout(context.Background(), hangs)
 	defer cancel()
 	var running atomic.Int64
-	rows := iter.Seq2[Number, error](func(yield func(Number, error) bool) {
+	rows := Numbers(func(yield func(Number, error) bool) {
 		running.Add(1)
 		defer running.Add(-1)
 		for i := range tr.rows {
@@ -875,14 +935,16 @@ func TestRandomSequences(t *testing.T) {
 			newTrial(rnd).check(t, r)
 		}
 	})
-	await(t, "the goroutines of the plugin to end", func() bool { return invoke[int](t, r, "Goroutines") <= before })
+	await(t, "the goroutines of the plugin to end", func() bool {
+		return invoke[int](t, r, "Goroutines") <= before
+	})
 	for round := range 40 {
 		c, r := startYielder(t)
 		end := func() { c.Kill() }
 		isRight := func(err error) bool { return err != nil }
 		if round%2 == 1 {
 			end = func() {
-				_, _ = collect(t, plugin.InvokeSeq[Number](boundedContext(t), r, "Follow", Plan{End: "panic"}, nil))
+				_, _ = collectFrom[Number](t, r, "Follow", Plan{End: "panic"}, nil)
 			}
 			isRight = func(err error) bool { return errors.As(err, new(*plugin.ExitError)) }
 		}

@@ -149,7 +149,7 @@ func isIterator(t reflect.Type) bool {
 func newSequenceValue(t reflect.Type, outer []reflect.Type) (value, error) {
 	yield := t.In(0)
 	if yield.NumIn() != 2 || yield.In(1) != typeOfError {
-		return value{}, fmt.Errorf("%v cannot be sent: it must be an iter.Seq2[T, error], to say why it ends", t)
+		return value{}, fmt.Errorf("%v cannot be sent: use an iter.Seq2[T, error], which can say why it ends", t)
 	}
 	if len(outer) > 0 {
 		return value{}, fmt.Errorf("%v cannot be sent: a callback takes and returns no sequences", t)
@@ -201,7 +201,7 @@ func checkParts(t reflect.Type, path string, checked map[reflect.Type]bool) erro
 		return fmt.Errorf("%s cannot be sent: it is a %v", path, t)
 	case reflect.Interface:
 		if isOfPackageIO(t) {
-			return fmt.Errorf("%s cannot be sent: it is an %v, which must be a parameter or result itself", path, t)
+			return fmt.Errorf("%s cannot be sent: an %v must be a parameter or result itself", path, t)
 		}
 	case reflect.Pointer:
 		return checkParts(t.Elem(), path, checked)

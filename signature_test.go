@@ -76,8 +76,8 @@ func TestForms(t *testing.T) {
 	for _, test := range []struct{ panics, want string }{
 		{forPanics[interface{ M(...int) error }](), "method M: func(...int) error is variadic"},
 		{forPanics[interface{ M() }](), "method M: the last result of func() is not an error"},
-		{forPanics[interface{ M() (error, int) }](), "method M: the last result of func() (error, int) is not an error"},
-		{forPanics[interface{ M() (int, int, error) }](), "method M: func() (int, int, error) returns more than one result"},
+		{forPanics[interface{ M() (error, int) }](), "last result of func() (error, int) is not an error"},
+		{forPanics[interface{ M() (int, int, error) }](), "(int, int, error) returns more than one result"},
 		{forPanics[Takes[func()]](), "method M: the last result of func() is not an error"},
 	} {
 		if !strings.Contains(test.panics, test.want) {
