@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"iter"
 	"log"
 	"log/slog"
 	"os"
@@ -13,7 +14,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/hashicorp/go-hclog"
 	"github.com/muxplug/plugin"
 )
 
@@ -21,23 +21,35 @@ import (
 type Greeter interface {
 	Greet(ctx context.Context, name string) (string, error)
 	GreetAll(ctx context.Context, names io.Reader, greetings io.Writer, progress func(greeted int) error) error
+	Guests(ctx context.Context, party string) iter.Seq2[Guest, error]
 }
 
-// Client is the Greeter in the host. Each method is a call to the plugin.
-type Client struct{ remote *plugin.Remote }
+// Guest is a value that crosses the connection.
+type Guest struct {
+	Name  string
+	Table int
+}
 
-func (c Client) Greet(ctx context.Context, name string) (string, error) {
+// client is the Greeter in the host. Each method is one call to the plugin.
+type client struct{ remote *plugin.Remote }
+
+func (c client) Greet(ctx context.Context, name string) (string, error) {
 	return plugin.Invoke[string](ctx, c.remote, "Greet", name)
 }
 
-func (c Client) GreetAll(ctx context.Context, names io.Reader, greetings io.Writer, progress func(int) error) error {
+func (c client) GreetAll(ctx context.Context, names io.Reader, greetings io.Writer, progress func(int) error) error {
 	_, err := plugin.Invoke[struct{}](ctx, c.remote, "GreetAll", names, greetings, progress)
 	return err
 }
 
-// Plugin joins the two ends. Only the plugin has an implementation.
+func (c client) Guests(ctx context.Context, party string) iter.Seq2[Guest, error] {
+	return plugin.InvokeSeq[Guest](ctx, c.remote, "Guests", party)
+}
+
+// Plugin joins both sides. The plugin passes its implementation, and the host,
+// which has none, passes nil.
 func Plugin(impl Greeter) plugin.Plugin {
-	return plugin.For(impl, func(r *plugin.Remote) Greeter { return Client{r} })
+	return plugin.For(impl, func(r *plugin.Remote) Greeter { return client{r} })
 }
 
 var handshake = plugin.HandshakeConfig{
@@ -73,6 +85,17 @@ func (English) GreetAll(_ context.Context, names io.Reader, greetings io.Writer,
 	return lines.Err()
 }
 
+// Guests yields guests until the host has heard enough.
+func (English) Guests(ctx context.Context, party string) iter.Seq2[Guest, error] {
+	return func(yield func(Guest, error) bool) {
+		for n := 1; ctx.Err() == nil; n++ {
+			if !yield(Guest{Name: fmt.Sprintf("%s %d", party, n), Table: n % 4}, nil) {
+				return
+			}
+		}
+	}
+}
+
 func main() {
 	if os.Getenv(handshake.MagicCookieKey) != "" {
 		servePlugin()
@@ -91,72 +114,60 @@ func servePlugin() {
 	})
 }
 
-// slogSink passes the records of an hclog logger to slog.
-type slogSink struct{ *slog.Logger }
-
-func (s slogSink) Accept(name string, level hclog.Level, msg string, args ...any) {
-	s.Log(context.Background(), slog.Level(4*(level-hclog.Info)), name+": "+msg, args...)
-}
-
-// start starts the plugin.
-func start(config *plugin.ClientConfig) (*plugin.Client, Greeter, error) {
-	client := plugin.NewClient(config)
-	conn, err := client.Client()
-	if err != nil {
-		return nil, nil, err
-	}
-	greeter, err := plugin.Dispense[Greeter](conn, "greeter")
-	if err != nil {
-		client.Kill()
-	}
-	return client, greeter, err
-}
-
 func runHost(out io.Writer) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
 	}
-	logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{Output: io.Discard})
-	logger.RegisterSink(slogSink{slog.Default()})
-	config := &plugin.ClientConfig{
+	greeters := plugin.NewSupervisor[Greeter](&plugin.ClientConfig{
 		HandshakeConfig: handshake,
 		Plugins:         plugin.PluginSet{"greeter": Plugin(nil)},
 		Cmd:             exec.Command(self),
-		Logger:          logger,
-	}
-	config.Cmd.Env = []string{"GOTRACEBACK=none"} // so a panic is one line of the log
-	client, greeter, err := start(config)
+		Logger:          plugin.NewSlogLogger(slog.Default().Handler()),
+	}, "greeter")
+	defer greeters.Kill()
+
+	greeter, err := greeters.Get(context.Background()) // starts the plugin
 	if err != nil {
 		return err
 	}
-	defer func() { client.Kill() }()
-	fmt.Fprintf(out, "The host is process %d and the plugin is process %s.\n", os.Getpid(), client.ID())
+	fmt.Fprintf(out, "The host is process %d and the plugin is process %s.\n", os.Getpid(), greeters.Client().ID())
+	showCalls(out, greeter)
 
+	_, err = greeter.Greet(context.Background(), "")
+	fmt.Fprintln(out, "The plugin panics:", err)
+
+	greeter, err = greeters.Get(context.Background())
+	if err != nil {
+		return err
+	}
+	greeting, err := greeter.Greet(context.Background(), "Gopher")
+	fmt.Fprintf(out, "It runs again, as process %s, and returns: %s %v\n", greeters.Client().ID(), greeting, err)
+	return nil
+}
+
+// showCalls calls each method, and cancels a call.
+func showCalls(out io.Writer, greeter Greeter) {
 	greeting, err := greeter.Greet(context.Background(), "Gopher")
 	fmt.Fprintln(out, "A call returns:", greeting, err)
 
-	var greetings strings.Builder
-	err = greeter.GreetAll(context.Background(), strings.NewReader("Ada\nGrace\n"), &greetings, func(greeted int) error {
+	progress := func(greeted int) error {
 		_, err := fmt.Fprintln(out, "The plugin calls back. Greeted:", greeted)
 		return err
-	})
+	}
+	var greetings strings.Builder
+	err = greeter.GreetAll(context.Background(), strings.NewReader("Ada\nGrace\n"), &greetings, progress)
 	fmt.Fprintf(out, "The plugin reads from the host and writes to it: %q %v\n", greetings.String(), err)
+
+	for guest, err := range greeter.Guests(context.Background(), "gopher") {
+		fmt.Fprintln(out, "The plugin yields:", guest, err)
+		if guest.Table == 3 || err != nil {
+			break // ends the method in the plugin
+		}
+	}
 
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
 	_, err = greeter.Greet(ctx, "Godot")
 	fmt.Fprintln(out, "A call is cancelled:", err)
-
-	_, err = greeter.Greet(context.Background(), "")
-	fmt.Fprintln(out, "The plugin panics:", err)
-
-	if client.Exited() {
-		if client, greeter, err = start(config); err != nil {
-			return err
-		}
-	}
-	greeting, err = greeter.Greet(context.Background(), "Gopher")
-	fmt.Fprintf(out, "The plugin runs again as process %s, and returns: %s %v\n", client.ID(), greeting, err)
-	return nil
 }

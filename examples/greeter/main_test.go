@@ -41,6 +41,7 @@ func TestHost(t *testing.T) {
 		`"Hello, Ada!\nHello, Grace!\n" <nil>`,
 		"deadline",
 		"panic: there is no name",
+		"The plugin yields: {gopher 3 3} <nil>",
 		", and returns: Hello, Gopher! <nil>",
 	} {
 		if !strings.Contains(out.String(), want) {
