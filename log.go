@@ -111,9 +111,10 @@ func (c *crashTrace) add(line []byte) {
 // forget forgets a panic that the program has survived.
 func (c *crashTrace) forget() { *c = crashTrace{} }
 
-// String returns the message and the trace, or "".
-func (c *crashTrace) String() string {
-	if !c.traced {
+// ofExit returns the message and the trace if they are of a process that exited with that
+// status, or "". With GOTRACEBACK=none there is no trace, but a Go program exits with 2.
+func (c *crashTrace) ofExit(status int) string {
+	if !c.traced && status != 2 {
 		return ""
 	}
 	return strings.TrimSpace(string(c.text))

@@ -242,7 +242,19 @@ func crashOf(stderr ...string) string {
 	for _, s := range stderr {
 		_, _ = io.WriteString(w, s) // never fails
 	}
-	return l.crash.String()
+	return l.crash.ofExit(-1)
+}
+
+// Without a trace, the message of a panic counts if the exit status is that of a panic.
+func TestPanicWithoutTrace(t *testing.T) {
+	l := &stderrLog{logger: hclog.NewNullLogger()}
+	w := &lineWriter{max: defaultLogBufferSize, emit: l.line}
+	_, _ = io.WriteString(w, "panic: boom\n") // never fails
+	for status, want := range map[int]string{-1: "", 0: "", 1: "", 2: "panic: boom"} {
+		if got := l.crash.ofExit(status); got != want {
+			t.Errorf("of a crash with the exit status %d there is kept %q", status, got)
+		}
+	}
 }
 
 // The lines of a panic are logged at Debug as they come, and the last panic is kept.

@@ -379,7 +379,7 @@ func (p *child) exitError(err error) *ExitError {
 		e.Err = fmt.Errorf("the process has ended, and its exit status is unknown: %w", err)
 	}
 	if e.State == nil || !e.State.Success() {
-		e.Panic = p.log.crash.String()
+		e.Panic = p.log.crash.ofExit(e.State.ExitCode()) // -1 without a State
 	}
 	return e
 }

@@ -119,10 +119,12 @@ func runHost(out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	command := exec.Command(self)
+	command.Env = []string{"GOTRACEBACK=none"} // so that a panic is a short record of the log
 	greeters := plugin.NewSupervisor[Greeter](&plugin.ClientConfig{
 		HandshakeConfig: handshake,
 		Plugins:         plugin.PluginSet{"greeter": Plugin(nil)},
-		Cmd:             exec.Command(self),
+		Cmd:             command,
 		Logger:          plugin.NewSlogLogger(slog.Default().Handler()),
 	}, "greeter")
 	defer greeters.Kill()
