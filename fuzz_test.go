@@ -2,8 +2,13 @@ package plugin_test
 
 import (
 	"bytes"
+	"context"
 	"io"
+	"net"
+	"runtime"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/muxplug/plugin"
 )
@@ -76,3 +81,249 @@ func FuzzSessionPlugin(f *testing.F) {
 // ---- What a plugin prints ----
 
 // ---- All shapes ----
+
+// ---- Brokers ----
+
+// FuzzBroker opens, accepts, dials, serves, uses, closes and stops at random on both
+// ends of a connection. Nothing hangs, and nothing is left.
+func FuzzBroker(f *testing.F) {
+	for seed := range uint64(20) {
+		f.Add(noise(20+int(seed)*10, seed))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		goroutines := runtime.NumGoroutine()
+		a, b := plugin.TestConn(t)
+		host, client, server := joinEnds(t, a, b)
+		z := &brokerFuzz{t: t, ends: [2]*plugin.MuxBroker{client.broker, server.broker}}
+		z.ctx, z.cancel = context.WithCancel(context.Background())
+		for ; len(data) >= 2; data = data[2:] {
+			op := brokerOps[int(data[0])%len(brokerOps)]
+			op(z, int(data[1]))
+		}
+		z.end()
+		_ = host.Close()
+		if !poll(hangs, func() bool { return runtime.NumGoroutine() <= goroutines }) {
+			t.Errorf("there were %d goroutines, and now %d\n%s", goroutines, runtime.NumGoroutine(), stacks())
+		}
+	})
+}
+
+// brokerOps are what is done to a broker. The number says to which of its streams and
+// how.
+var brokerOps = []func(z *brokerFuzz, n int){
+	(*brokerFuzz).accept,
+	(*brokerFuzz).dial,
+	(*brokerFuzz).meet,
+	(*brokerFuzz).carry,
+	(*brokerFuzz).closeConn,
+	(*brokerFuzz).serve,
+	(*brokerFuzz).dialServed,
+	(*brokerFuzz).use,
+	(*brokerFuzz).closeEnd,
+	(*brokerFuzz).stop,
+}
+
+// brokerNumbers is how many numbers are accepted and dialled.
+const brokerNumbers = 4
+
+// brokerFuzz is both ends of a connection, and what is open on it.
+type brokerFuzz struct {
+	t      *testing.T
+	ends   [2]*plugin.MuxBroker
+	ctx    context.Context
+	cancel context.CancelFunc
+	all    sync.WaitGroup // what has been begun
+
+	mu     sync.Mutex // guards the fields below
+	conns  []net.Conn
+	served []servedNumber
+	dialed []peerEnd
+	over   bool // what opens now is closed at once
+}
+
+// servedNumber is something that one end serves.
+type servedNumber struct {
+	side, kind int
+	id         uint32
+	stop       func()
+}
+
+// addConn keeps a stream that was opened.
+func (z *brokerFuzz) addConn(conn net.Conn, err error) {
+	if err != nil {
+		return
+	}
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.conns = append(z.conns, conn)
+	if z.over {
+		_ = conn.Close()
+	}
+}
+
+// pick returns one of several.
+func pick[T any](z *brokerFuzz, list *[]T, n int) (v T, ok bool) {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	if len(*list) == 0 {
+		return v, false
+	}
+	return (*list)[n%len(*list)], true
+}
+
+// accept accepts one of a few numbers.
+func (z *brokerFuzz) accept(n int) {
+	z.all.Go(func() { z.addConn(z.ends[n%2].AcceptContext(z.ctx, uint32(n/2%brokerNumbers))) })
+}
+
+// dial dials one of a few numbers.
+func (z *brokerFuzz) dial(n int) {
+	z.all.Go(func() { z.addConn(z.ends[n%2].DialContext(z.ctx, uint32(n/2%brokerNumbers))) })
+}
+
+// meet opens a stream, and waits until it is open, so that all before has arrived.
+func (z *brokerFuzz) meet(n int) {
+	here, there := z.ends[n%2], z.ends[1-n%2]
+	a, b := joined(z.t, here.Dial, there.Accept)
+	z.addConn(a, nil)
+	z.addConn(b, nil)
+}
+
+// carry reads or writes on a stream.
+func (z *brokerFuzz) carry(n int) {
+	conn, ok := pick(z, &z.conns, n/2)
+	if !ok {
+		return
+	}
+	buf := make([]byte, n<<12)
+	z.all.Go(func() {
+		if n%2 == 0 {
+			_, _ = conn.Write(buf)
+		} else {
+			_, _ = conn.Read(buf)
+		}
+	})
+}
+
+func (z *brokerFuzz) closeConn(n int) {
+	if conn, ok := pick(z, &z.conns, n); ok {
+		_ = conn.Close()
+	}
+}
+
+// serve serves something of one of the kinds.
+func (z *brokerFuzz) serve(n int) {
+	side, kind := n%2, n/2%len(servedKinds)
+	id, stop := servedKinds[kind].serve(z.ends[side], func() {})
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.served = append(z.served, servedNumber{side, kind, id, stop})
+}
+
+// dialServed dials what the other end serves, in one of four cases as another kind.
+func (z *brokerFuzz) dialServed(n int) {
+	s, ok := pick(z, &z.served, n/4)
+	if !ok {
+		return
+	}
+	kind := s.kind
+	if n%4 == 0 {
+		kind = (kind + 1) % len(servedKinds)
+	}
+	z.all.Go(func() {
+		end, err := servedKinds[kind].dial(z.ends[1-s.side], s.id)
+		if err != nil {
+			return
+		}
+		z.mu.Lock()
+		z.dialed = append(z.dialed, end)
+		over := z.over
+		z.mu.Unlock()
+		if over {
+			_ = end.Close()
+		}
+	})
+}
+
+// use uses what was dialled.
+func (z *brokerFuzz) use(n int) {
+	if end, ok := pick(z, &z.dialed, n/4); ok {
+		z.all.Go(func() {
+			for range n % 4 {
+				_ = end.next()
+			}
+		})
+	}
+}
+
+func (z *brokerFuzz) closeEnd(n int) {
+	if end, ok := pick(z, &z.dialed, n); ok {
+		z.all.Go(func() { _ = end.Close() })
+	}
+}
+
+// stop stops what is served. It waits only for what is being used.
+func (z *brokerFuzz) stop(n int) {
+	if s, ok := pick(z, &z.served, n); ok {
+		within(z.t, "stop", 0, s.stop)
+	}
+}
+
+// end stops and closes everything. If all that was begun ends with that, no stream is
+// left but those of the connection. Otherwise something dials what is not served any
+// more, which takes five seconds, and the end of the connection must end it.
+func (z *brokerFuzz) end() {
+	z.cancel()
+	z.mu.Lock()
+	z.over = true
+	conns, served, dialed := z.conns, z.served, z.dialed
+	z.mu.Unlock()
+	for _, conn := range conns {
+		_ = conn.Close()
+	}
+	for _, s := range served {
+		s.stop()
+	}
+	for _, end := range dialed {
+		z.all.Go(func() { _ = end.Close() })
+	}
+	done := async(func() bool {
+		z.all.Wait()
+		return true
+	})
+	ended := poll(100*time.Millisecond, func() bool { return len(done) > 0 })
+	z.drain()
+	if ended && !poll(hangs, func() bool { return openStreams(z.ends[0]) <= connectionStreams }) {
+		z.t.Errorf("%d streams are left", openStreams(z.ends[0]))
+	}
+	check(z.t, z.ends[0].Close())
+	receive(z.t, "the end of what was begun", done)
+}
+
+// drain closes the streams that wait to be accepted, which they would do for five
+// seconds.
+func (z *brokerFuzz) drain() {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	defer cancel()
+	var all sync.WaitGroup
+	closeAll := func(side int, id uint32) {
+		for ctx.Err() == nil {
+			if conn, err := z.ends[side].AcceptContext(ctx, id); err == nil {
+				_ = conn.Close()
+			}
+		}
+	}
+	for side := range z.ends {
+		for id := range uint32(brokerNumbers) {
+			all.Go(func() { closeAll(side, id) })
+		}
+	}
+	for _, s := range z.served {
+		all.Go(func() { closeAll(s.side, s.id) })
+	}
+	all.Wait()
+}
+
+// connectionStreams is how many streams a connection has over which one plugin was
+// dispensed: for control, stdout, stderr, and the plugin.
+const connectionStreams = 4

@@ -605,15 +605,19 @@ func joinedRaw(t testing.TB, raw *rawPeer, c *testClient) (dialled, accepted net
 func leavesNoStreams(t testing.TB, brokers ...*plugin.MuxBroker) {
 	t.Helper()
 	for _, b := range brokers {
-		found, _ := counters.Load(b)
-		counter := found.(*streamCounter)
-		before := counter.count()
+		before := openStreams(b)
 		t.Cleanup(func() {
-			if !poll(hangs, func() bool { return counter.count() <= before }) {
-				t.Errorf("%d streams were open, and now %d", before, counter.count())
+			if !poll(hangs, func() bool { return openStreams(b) <= before }) {
+				t.Errorf("%d streams were open, and now %d", before, openStreams(b))
 			}
 		})
 	}
+}
+
+// openStreams returns how many streams are open on such a connection.
+func openStreams(b *plugin.MuxBroker) int {
+	counter, _ := counters.Load(b)
+	return counter.(*streamCounter).count()
 }
 
 // counters has the streamCounter of each broker's connection.

@@ -698,15 +698,6 @@ func init() {
 		go hostedTest().Call("Plugin.Block", "", new(string)) // ends with the process
 		awaitNote("in a call")
 	}
-	// Ends when the plugin is gone.
-	modes["busy"] = func() {
-		test := hostedTest()
-		note(fmt.Sprintf("busy-%d", os.Getpid()), hosted.client.ID())
-		if test.traffic(context.Background(), func() {}) == errWrong {
-			note("a wrong reply", "")
-		}
-		hosted.client.Kill()
-	}
 	modes["kill"] = func() { hosted.client.Kill() }
 	modes["reattachable"] = func() { note("reattach", strconv.Itoa(hosted.client.ReattachConfig().Pid)) }
 	modes["ready"] = func() { note("host is ready", "") }

@@ -4,10 +4,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
-	"math/rand/v2"
 	"net"
 	"os"
 	"reflect"
@@ -68,43 +66,6 @@ func TestOrphans(t *testing.T) {
 			}
 		})
 	}
-}
-
-// ---- Torture ----
-
-// errWrong is a wrong reply.
-var errWrong = errors.New("a wrong reply")
-
-// traffic makes calls, streams and prints until ctx ends or a call fails.
-func (c *testClient) traffic(ctx context.Context, progress func()) error {
-	for n := 0; ctx.Err() == nil; n++ {
-		progress()
-		data := string(noise(1+n*7919%200_000, rand.Uint64()))
-		got := data
-		var err error
-		switch n % 3 {
-		case 0:
-			err = plugin.Call(ctx, c.Client, "Plugin.Echo", data, &got)
-		case 1:
-			var back syncBuffer
-			from, stopReader := c.broker.ServeReader(strings.NewReader(data))
-			to, stopWriter := c.broker.ServeWriter(&back)
-			err = plugin.Call(ctx, c.Client, "Plugin.Copy", Transfer{Reader: from, Writer: to}, new(int64))
-			stopReader()
-			stopWriter()
-			got = back.String()
-		case 2:
-			text := fmt.Sprintf("%x\n", data[:min(len(data), 5000)])
-			err = c.Call("Plugin.Print", Output{Stdout: text, Stderr: text}, new(struct{}))
-		}
-		if err != nil {
-			return err
-		}
-		if got != data {
-			return errWrong
-		}
-	}
-	return nil
 }
 
 // ---- Processes of other hosts ----
