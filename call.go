@@ -37,8 +37,11 @@ import (
 // calls that were not answered name the plugin and the method, as in "plugin greeter:
 // Greet: context deadline exceeded".
 //
-// Arguments and replies are copies. The calls that run at once, and those that were
-// cancelled and whose methods run on, have no limit.
+// Arguments and replies are copies. Each is encoded as a whole before it is sent, and both
+// processes need several times its size in memory: a reader or writer costs a large value
+// less. A value that holds itself, is nested more than 100,000 levels deep, or is larger
+// than gob's limit of 8 GiB (1 GiB on 32-bit systems) is an error of its call. The calls
+// that run at once, and those that were cancelled and whose methods run on, have no limit.
 //
 // Errors and cancelling work as described if c is the client that [Plugin].Client gets or
 // that [MuxBroker.DialRPC] returns. With another rpc.Client, args must not be changed until
@@ -345,7 +348,7 @@ func (c *clientCodec) readReply(call *pendingCall) {
 		call.lost = cutShort(err)
 	case err != nil:
 		call.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w",
-			call.method, call.reply, err)
+			call.method, call.reply, misfit(err))
 	case waiting:
 		call.setReply()
 	}

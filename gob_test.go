@@ -459,9 +459,14 @@ func TestBadValues(t *testing.T) {
 		{"Box", Box{make(chan int)}, new(Box), []string{"Box", "chan int"}},
 		{"Box", nil, new(Box), []string{"nil"}},
 		{"Box", (*Box)(nil), new(Box), []string{"Box", "nil"}},
-		{"Pair", "text", new(Pair), []string{"Pair"}},
+		{"Pair", "text", new(Pair), []string{"Pair", "ProtocolVersion"}},
+		{"Pair", Tree{Leaf: 1}, new(Pair), []string{"Pair", "ProtocolVersion"}},
+		{"Echo", Pair{"x", 1}, nil, []string{"string", "the peer sent the type Pair = struct {", "ProtocolVersion"}},
+		{"Echo", 1, nil, []string{"string", "the peer sent the type int", "ProtocolVersion"}},
+		{"Echo", struct{ A0, A1 int }{1, 2}, nil, []string{"the peer sent the type struct { A0 int; A1 int; }", "ProtocolVersion"}},
 		{"Bad", "", new(Box), []string{"Box", "chan int"}},
-		{"Echo", "text", new(Pair), []string{"Pair"}},
+		{"Echo", "text", new(Pair), []string{"Pair", "ProtocolVersion"}},
+		{"Echo", "text", new(int), []string{"int", "the peer sent the type string", "ProtocolVersion"}},
 	} {
 		c := wires[0].connect(t, mirror{newTestServer()})
 		err := plugin.Call(boundedContext(t), c, "Plugin."+test.method, test.arg, test.reply)

@@ -96,6 +96,9 @@ func (e *sequenceEncoder) encode(value reflect.Value) error {
 // try encodes a value. A panic in gob or in GobEncode is an error.
 func (e *sequenceEncoder) try(value reflect.Value) (err error) {
 	defer recoverTo(&err)
+	if err := inspect(value, nil); err != nil {
+		return err
+	}
 	return withAdvice(e.encoder.EncodeValue(value))
 }
 

@@ -210,7 +210,7 @@ func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*servedCall,
 	}
 	if err != nil {
 		return nil, fmt.Errorf("plugin: %s takes a %v, and what was sent cannot be read into that: %w",
-			req.ServiceMethod, m.arg, err)
+			req.ServiceMethod, m.arg, misfit(err))
 	}
 	reply := reflect.New(m.reply)
 	switch m.reply.Kind() {
