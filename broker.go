@@ -20,6 +20,9 @@ const (
 	brokerTimeout = 5 * time.Second
 	// untilStopped is no limit.
 	untilStopped = math.MaxInt64
+	// maxWaiting is how many dialled streams may wait to be accepted. Then no other is
+	// received, and yamux refuses those behind the next 256.
+	maxWaiting = 256
 )
 
 // MuxBroker opens numbered streams between host and plugin. [Plugin].Server and
@@ -38,6 +41,7 @@ const (
 type MuxBroker struct {
 	session *session
 	ids     atomic.Uint32
+	waiting chan struct{} // holds one for each dialled stream that has not been accepted
 
 	mu         sync.Mutex // guards the fields below, and the users of each rendezvous
 	rendezvous map[uint32]*rendezvous
@@ -49,6 +53,7 @@ type MuxBroker struct {
 func newMuxBroker(s *session) *MuxBroker {
 	return &MuxBroker{
 		session:    s,
+		waiting:    make(chan struct{}, maxWaiting),
 		rendezvous: make(map[uint32]*rendezvous),
 		expected:   make(map[uint32]func(*stream)),
 	}
@@ -76,8 +81,9 @@ func (b *MuxBroker) Accept(id uint32) (net.Conn, error) {
 }
 
 // AcceptContext waits until the peer dials id, and returns the stream. The peer may have
-// dialled it up to five seconds before. AcceptContext fails when ctx ends, with an error
-// that wraps ctx.Err(), and when the connection ends.
+// dialled it up to five seconds before; what it has given up since is not returned.
+// AcceptContext fails when ctx ends, with an error that wraps ctx.Err(), and when the
+// connection ends.
 func (b *MuxBroker) AcceptContext(ctx context.Context, id uint32) (net.Conn, error) {
 	st, err := b.accept(ctx, id)
 	if err != nil {
@@ -89,17 +95,23 @@ func (b *MuxBroker) AcceptContext(ctx context.Context, id uint32) (net.Conn, err
 func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 	meeting := b.join(id)
 	defer b.leave(id, meeting)
-	select {
-	case st := <-meeting.streams:
-		if err := acknowledge(st, id); err != nil {
-			abort(st)
-			return nil, err
+	for {
+		select {
+		case st := <-meeting.streams:
+			if isClosed(st.flow.gone) {
+				_ = st.Close() // the peer has given up
+				continue
+			}
+			if err := acknowledge(st, id); err != nil {
+				abort(st)
+				return nil, err
+			}
+			return st, nil
+		case <-ctx.Done():
+			return nil, fmt.Errorf("the peer has not dialled it: %w", contextError(ctx))
+		case <-b.session.ended():
+			return nil, b.session.explain(net.ErrClosed)
 		}
-		return st, nil
-	case <-ctx.Done():
-		return nil, fmt.Errorf("the peer has not dialled it: %w", contextError(ctx))
-	case <-b.session.ended():
-		return nil, b.session.explain(net.ErrClosed)
 	}
 }
 
@@ -129,46 +141,9 @@ func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error
 	return st, nil
 }
 
-// dialResult is what introduce returns.
-type dialResult struct {
-	stream *stream
-	err    error
-}
-
-// dial returns when ctx ends. introduce may not: while the process of the peer is stopped,
-// it may wait to write.
+// dial opens a stream as id and waits for the acknowledgement.
 func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
-	dialled := make(chan dialResult)
-	// Ends with the answer of the peer, ctx or the session.
-	running := b.session.spawn(func() {
-		b.sendDialled(ctx, id, dialled)
-	})
-	if !running {
-		return nil, net.ErrClosed
-	}
-	select {
-	case result := <-dialled:
-		return result.stream, result.err
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
-// sendDialled sends the result of introduce to dial, if dial still waits for it.
-func (b *MuxBroker) sendDialled(ctx context.Context, id uint32, dialled chan<- dialResult) {
-	st, err := b.introduce(ctx, id)
-	select {
-	case dialled <- dialResult{stream: st, err: err}:
-	case <-ctx.Done():
-		if err == nil {
-			abort(st)
-		}
-	}
-}
-
-// introduce opens a stream as id and waits for the acknowledgement.
-func (b *MuxBroker) introduce(ctx context.Context, id uint32) (*stream, error) {
-	st, err := b.openAs(id)
+	st, err := b.openAs(ctx, id)
 	if err != nil {
 		return nil, err
 	}
@@ -186,8 +161,8 @@ func (b *MuxBroker) introduce(ctx context.Context, id uint32) (*stream, error) {
 }
 
 // openAs opens a stream and sends its id.
-func (b *MuxBroker) openAs(id uint32) (*stream, error) {
-	st, err := b.session.open()
+func (b *MuxBroker) openAs(ctx context.Context, id uint32) (*stream, error) {
+	st, err := b.session.open(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -216,11 +191,17 @@ func readAcknowledgement(st *stream, id uint32) error {
 // calls it for every MuxBroker.
 func (b *MuxBroker) Run() {
 	for {
+		select {
+		case b.waiting <- struct{}{}:
+		case <-b.session.ended():
+			return
+		}
 		st, err := b.session.accept()
 		if err != nil {
 			return
 		}
-		// Ends when the stream is accepted, after five seconds, or with the session.
+		// Ends when the stream is accepted and, if it was expected, not needed any more;
+		// when the peer has closed what was refused; or with the session.
 		b.session.spawn(func() { b.receive(st) })
 	}
 }
@@ -228,33 +209,55 @@ func (b *MuxBroker) Run() {
 // receive reads the id that a stream was dialled as, and hands the stream to what expects
 // it, or to Accept.
 func (b *MuxBroker) receive(st *stream) {
+	handle, err := b.route(st)
+	if err != nil {
+		refuse(st)
+	}
+	<-b.waiting // holds one for st
+	if handle != nil {
+		handle(st)
+	}
+}
+
+// route returns what expects a stream, or waits until the stream is accepted.
+func (b *MuxBroker) route(st *stream) (handle func(*stream), err error) {
 	_ = st.SetReadDeadline(time.Now().Add(brokerTimeout))
 	id, err := readID(st)
 	if err != nil {
-		abort(st)
-		return
+		return nil, err
 	}
 	_ = st.SetReadDeadline(time.Time{})
-	handle := b.takeExpected(id)
-	if handle == nil {
-		b.handOver(st, id)
-		return
+	handle = b.takeExpected(id)
+	if handle != nil {
+		return handle, nil
 	}
-	handle(st)
+	return nil, b.handOver(st, id)
 }
 
 // handOver waits until a stream that was dialled as id is accepted.
-func (b *MuxBroker) handOver(st *stream, id uint32) {
+func (b *MuxBroker) handOver(st *stream, id uint32) error {
 	timeout := time.NewTimer(brokerTimeout)
 	defer timeout.Stop()
 	meeting := b.join(id)
 	defer b.leave(id, meeting)
 	select {
 	case meeting.streams <- st:
+		return nil
 	case <-timeout.C:
-		abort(st)
+		return errors.New("nobody accepts it")
+	case <-st.flow.gone:
+		return errors.New("the peer has given up")
 	case <-b.session.ended():
+		return net.ErrClosed
 	}
+}
+
+// refuse closes a stream and waits until the peer has closed it, too. What arrives
+// meanwhile is dropped, because yamux would keep it.
+func refuse(st *stream) {
+	_ = st.Close()
+	_ = st.SetReadDeadline(time.Time{})
+	_, _ = io.Copy(io.Discard, st)
 }
 
 func readID(st *stream) (uint32, error) {
@@ -425,7 +428,7 @@ func (b *MuxBroker) dialService(ctx context.Context, id uint32) (*rpc.Client, er
 // dialOffered opens a stream as an id that the peer expects. It does not wait for the
 // acknowledgement: that would be a round trip, and the peer accepts the stream at once.
 func (b *MuxBroker) dialOffered(ctx context.Context, id uint32) (*offeredStream, error) {
-	st, err := b.openAs(id)
+	st, err := b.openAs(ctx, id)
 	if err != nil {
 		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
 	}

@@ -51,6 +51,9 @@ const (
 	maxJoined    = 4 << 10 // the longest body that is copied behind its header
 	maxQueue     = 1 << 20 // how many bytes may be queued; maxStreams ends are fewer
 	maxPings     = 1 << 14 // how many pings yamux may be answering
+	// maxUnacknowledged is how many streams a side may open that the other has not
+	// accepted. It is a number of the protocol.
+	maxUnacknowledged = 256
 	// lastTimeout limits reading after an error of writing, and writing the queue when
 	// a session is closed.
 	lastTimeout = 250 * time.Millisecond
@@ -71,6 +74,8 @@ type frameConn struct {
 	queue  []byte // frames to be written
 	closed bool   // nothing is queued any more
 
+	unaccepted chan struct{} // holds one for each stream that the peer has not accepted
+
 	queued  chan struct{} // holds one if something has been queued
 	flushed chan struct{} // closed when the queue has been closed and written
 
@@ -90,10 +95,12 @@ type flow struct {
 	peerClosed bool   // the peer has closed its side
 	told       bool   // the peer has been told that this side is closed
 	reset      bool   // one side has reset the stream
+	unaccepted bool   // this side has opened the stream, and the peer has not accepted it
 
 	readable chan struct{} // holds one if Read should look again
 	writable chan struct{} // holds one if Write should look again
 	finished chan struct{} // closed when this side sends no more data
+	gone     chan struct{} // closed when peerClosed or reset is set
 }
 
 func newFrameConn(conn io.ReadWriteCloser) *frameConn {
@@ -103,6 +110,8 @@ func newFrameConn(conn io.ReadWriteCloser) *frameConn {
 		flows:   make(map[uint32]*flow),
 		queued:  make(chan struct{}, 1),
 		flushed: make(chan struct{}),
+
+		unaccepted: make(chan struct{}, maxUnacknowledged),
 	}
 }
 
@@ -113,6 +122,7 @@ func newFlow(id uint32) *flow {
 		readable: make(chan struct{}, 1),
 		writable: make(chan struct{}, 1),
 		finished: make(chan struct{}),
+		gone:     make(chan struct{}),
 	}
 }
 
@@ -136,6 +146,7 @@ const (
 	framePing   = 2
 
 	flagSYN = 1
+	flagACK = 2
 	flagFIN = 4
 	flagRST = 8
 
@@ -241,9 +252,13 @@ func (c *frameConn) updateFlows() {
 		if h.has(flagFIN) {
 			f.peerClosed = true
 			notify(f.readable)
+			f.goneLocked()
 		}
 		if h.has(flagRST) {
 			f.resetLocked()
+		}
+		if h.has(flagACK) {
+			c.acceptedLocked(f)
 		}
 		c.forgetLocked(f)
 	}
@@ -254,11 +269,27 @@ func (f *flow) resetLocked() {
 	f.reset = true
 	notify(f.readable)
 	notify(f.writable)
+	f.goneLocked()
+}
+
+func (f *flow) goneLocked() {
+	if !isClosed(f.gone) {
+		close(f.gone)
+	}
+}
+
+// acceptedLocked makes room for another stream.
+func (c *frameConn) acceptedLocked(f *flow) {
+	if f.unaccepted {
+		f.unaccepted = false
+		<-c.unaccepted // holds one for f
+	}
 }
 
 // forgetLocked drops f if its stream has ended.
 func (c *frameConn) forgetLocked(f *flow) {
 	if f.reset || f.told && f.peerClosed {
+		c.acceptedLocked(f)
 		delete(c.flows, f.id)
 	}
 }
@@ -270,7 +301,7 @@ func (c *frameConn) flow(id uint32) *flow {
 	f := c.flows[id]
 	if f == nil { // the stream has ended
 		f = newFlow(id)
-		f.reset = true
+		f.resetLocked()
 	}
 	return f
 }
@@ -323,6 +354,7 @@ func (c *frameConn) announceLocked(h *header) {
 	f := c.flows[h.stream()]
 	if f == nil && h.has(flagSYN) {
 		f = newFlow(h.stream())
+		f.unaccepted = true
 		c.flows[f.id] = f
 	}
 	if f == nil {

@@ -64,7 +64,7 @@ func newConnection(
 	// The order is part of the protocol: control, stdout, stderr.
 	var streams [3]*stream
 	for i := range streams {
-		if streams[i], err = s.open(); err != nil {
+		if streams[i], err = s.open(context.Background()); err != nil {
 			s.close()
 			return nil, fmt.Errorf("plugin: connecting: %w", err)
 		}

@@ -289,14 +289,9 @@ func (s *servedSequence) Read(ctx context.Context, id uint32, _ *struct{}) error
 		return errStopped
 	}
 	defer s.uses.Done()
-	conn, err := s.broker.DialContext(ctx, id)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { abort(conn) })
-	defer stop()
-	return sendSequence(ctx, conn, s.encode)
+	return s.broker.copyOver(ctx, id, func(conn io.ReadWriter) error {
+		return sendSequence(ctx, conn, s.encode)
+	})
 }
 
 // encode encodes the values. A panic in the sequence is its error.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log"
 	"math"
+	"net"
 	"net/rpc"
 	"sync"
 	"sync/atomic"
@@ -16,13 +17,8 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
-const (
-	// maxStreams is how many streams a session may have when this side opens another.
-	maxStreams = 1 << 16
-	// maxUnacknowledged is how many streams a side may open that the other has not
-	// accepted. It is a number of the protocol.
-	maxUnacknowledged = 256
-)
+// maxStreams is how many streams a session may have when this side opens another.
+const maxStreams = 1 << 16
 
 // session is one connection: a yamux session and what runs on it.
 type session struct {
@@ -82,13 +78,21 @@ func (s *session) muxConfig() *yamux.Config {
 
 // ---- Streams ----
 
-// open returns a new stream. The peer does not know it before something is sent.
-func (s *session) open() (*stream, error) {
+// open returns a new stream. The peer does not know it before something is sent. While the
+// peer accepts none, open waits, until ctx ends.
+func (s *session) open(ctx context.Context) (*stream, error) {
 	if s.mux.NumStreams() >= maxStreams {
 		return nil, fmt.Errorf("the connection has %d open streams, and cannot have more", maxStreams)
 	}
+	select {
+	case s.frames.unaccepted <- struct{}{}: // so yamux, which counts them too, does not wait
+	case <-ctx.Done():
+		return nil, contextError(ctx)
+	case <-s.ended():
+		return nil, s.explain(net.ErrClosed)
+	}
 	st, err := s.mux.OpenStream()
-	if err != nil {
+	if err != nil { // none can be opened any more
 		return nil, s.explain(err)
 	}
 	return s.stream(st), nil

@@ -150,20 +150,25 @@ func (s *servedStream) closeWith(closer func() error) (err error) {
 	return closer()
 }
 
-// copy copies to or from the stream that the peer accepts as id. A copy ends early when
-// ctx, the context of the call, ends.
+// copy copies to or from the stream that the peer accepts as id.
 func (s *servedStream) copy(ctx context.Context, id uint32) error {
 	if s.copied.Swap(true) {
 		return errors.New("plugin: the peer uses the stream twice")
 	}
-	conn, err := s.broker.dialOffered(ctx, id)
+	return s.broker.copyOver(ctx, id, s.copyBytes)
+}
+
+// copyOver lets copy copy to or from the stream that the peer expects as id, until ctx, the
+// context of the call, ends.
+func (b *MuxBroker) copyOver(ctx context.Context, id uint32, copy func(io.ReadWriter) error) error {
+	conn, err := b.dialOffered(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { abort(conn) })
 	defer stop()
-	err = s.copyOver(conn)
+	err = copy(conn)
 	if err != nil {
 		// The peer takes an error for a refusal while it does not have the stream.
 		_ = conn.waitAcknowledged() // err is what matters
@@ -171,7 +176,7 @@ func (s *servedStream) copy(ctx context.Context, id uint32) error {
 	return err
 }
 
-func (s *servedStream) copyOver(conn io.ReadWriter) (err error) {
+func (s *servedStream) copyBytes(conn io.ReadWriter) (err error) {
 	defer recoverTo(&err) // a Read or Write of the caller's may panic
 	buf, isBuffer := s.broker.copyBuffers.Get().(*copyBuffer)
 	if !isBuffer {
