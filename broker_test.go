@@ -220,6 +220,114 @@ func TestNotAccepted(t *testing.T) {
 	}
 }
 
+// A stream that was dialled and given up is not accepted. The next one is.
+func TestDialGivenUp(t *testing.T) {
+	raw, c, _ := rawPlugin(t)
+	leavesNoStreams(t, c.broker)
+	for id := range uint32(10) {
+		number := binary.LittleEndian.AppendUint32(nil, id)
+		givenUp, err := raw.Open()
+		check(t, err)
+		_, err = givenUp.Write(number)
+		check(t, errors.Join(err, givenUp.Close()))
+		live, err := raw.Open()
+		check(t, err)
+		_, err = live.Write(number)
+		check(t, err)
+		_, err = raw.Ping() // the host has received both
+		check(t, err)
+		accepted, err := c.broker.Accept(id)
+		check(t, err)
+		_, err = io.ReadFull(live, number)
+		check(t, err)
+		check(t, errors.Join(live.Close(), accepted.Close()))
+	}
+}
+
+// At most 256 streams wait to be accepted, and as many to be received. When they
+// are closed, others can be dialled.
+func TestManyDialled(t *testing.T) {
+	const limit = 256
+	raw, c, _ := rawPlugin(t)
+	dialled := make(chan net.Conn, 4*limit)
+	for id := range uint32(cap(dialled)) {
+		go func() { // ends when the host receives its stream, or with the connection
+			st, err := raw.Open()
+			if err == nil {
+				_, _ = st.Write(binary.LittleEndian.AppendUint32(nil, id))
+				dialled <- st
+			}
+		}()
+	}
+	await(t, "dialled streams", func() bool { return len(dialled) == 2*limit })
+	for range 100 {
+		_, err := raw.Ping() // so long it could receive others
+		check(t, err)
+	}
+	if n := len(dialled); n > 2*limit {
+		t.Errorf("%d streams wait", n)
+	}
+	for range cap(dialled) {
+		check(t, receive(t, "a stream", dialled).Close())
+	}
+	st, accepted := joined(t, func(id uint32) (net.Conn, error) { return raw.dial(t, id), nil }, c.broker.Accept)
+	check(t, errors.Join(st.Close(), accepted.Close()))
+}
+
+// Dials end with their context while the peer accepts none, however many they are.
+func TestDialWithoutAccept(t *testing.T) {
+	raw, c, _ := rawPlugin(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	concurrently(t, 1000, func(i int) {
+		conn, err := c.broker.DialContext(ctx, uint32(i))
+		if conn != nil || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("DialContext returned %v, %v", conn, err)
+		}
+	})
+	go func() { // ends with the connection
+		for {
+			st, err := raw.Accept()
+			if err != nil {
+				return
+			}
+			id := make([]byte, 4)
+			_, _ = io.ReadFull(st, id)
+			_, _ = st.Write(id)
+			_ = st.Close()
+		}
+	}()
+	_, err := c.broker.Dial(1)
+	check(t, err)
+}
+
+// A number that the peer serves is used before the peer has acknowledged that.
+// What is read then depends on the acknowledgement.
+func TestDialServed(t *testing.T) {
+	for name, test := range map[string]struct {
+		answer []byte
+		says   string
+	}{
+		"another number": {[]byte{8, 0, 0, 0}, "the peer accepted another"},
+		"nothing":        {nil, "the peer closed it and did not accept it"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			raw, c, _ := rawPlugin(t)
+			dialling := async(func() error {
+				_, err := c.broker.DialReader(7)
+				return err
+			})
+			st, err := raw.Accept()
+			check(t, err)
+			_, err = io.ReadFull(st, make([]byte, 20)) // the number, and the begin of a call
+			check(t, err)
+			_, err = st.Write(test.answer)
+			check(t, errors.Join(err, st.Close()))
+			errorSays(t, receive(t, "DialReader", dialling), "7", test.says)
+		})
+	}
+}
+
 // Closing a client ends its serving at the peer, and what runs there.
 func TestClosingClient(t *testing.T) {
 	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
@@ -764,6 +872,11 @@ func TestStopWhileStuck(t *testing.T) {
 			if _, err := here.DialContext(ctx, 8); !errors.Is(err, context.DeadlineExceeded) {
 				t.Error("DialContext returned", err)
 			}
+			waits = append(waits, async(func() error { return errorOfConn(there.Dial(9)) }))
+			check(t, receive(t, "AcceptContext", async(func() error {
+				_, err := here.AcceptContext(context.Background(), 9) // its answer is in a queue
+				return err
+			})))
 			if closeHere {
 				check(t, here.Close())
 			} else {
