@@ -318,7 +318,7 @@ func TestDialServed(t *testing.T) {
 				return err
 			})
 			st, err := raw.Accept()
-			check(t, err)
+			check(t, errors.Join(err, st.SetReadDeadline(time.Now().Add(hangs))))
 			_, err = io.ReadFull(st, make([]byte, 20)) // the number, and the begin of a call
 			check(t, err)
 			_, err = st.Write(test.answer)
