@@ -389,7 +389,6 @@ func TestEnvironment(t *testing.T) {
 			versionsVariable:             {"3"},
 			portMinVariable:              {"10000"},
 			portMaxVariable:              {"60000"},
-			certVariable:                 nil,
 			multiplexVariable:            nil,
 			plugin.EnvUnixSocketGroup:    nil,
 		} {
@@ -691,7 +690,7 @@ func TestSharedContext(t *testing.T) {
 // seconds. One that was reattached to is killed if its socket tells whose it is.
 func TestKillReattached(t *testing.T) {
 	t.Parallel()
-	first, _ := startPlugin(t, newLab(t).config("plugin endless"))
+	first, _ := startPlugin(t, detached(newLab(t).config("plugin endless")))
 	c, _ := startPlugin(t, attachTo(first.ReattachConfig()))
 	began := time.Now()
 	within(t, "Kill", 4*time.Second, c.Kill)

@@ -85,6 +85,13 @@ func attachTo(rc *plugin.ReattachConfig) *plugin.ClientConfig {
 	return cfg
 }
 
+// detached changes a configuration so that other hosts can connect to the plugin, on
+// Windows as well.
+func detached(config *plugin.ClientConfig) *plugin.ClientConfig {
+	config.Detach = true
+	return config
+}
+
 // startPlugin starts a plugin and kills it when the test ends.
 func startPlugin(t testing.TB, config *plugin.ClientConfig) (*plugin.Client, plugin.ClientProtocol) {
 	t.Helper()

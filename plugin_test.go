@@ -520,7 +520,7 @@ func TestCrashAfterReattach(t *testing.T) {
 	for _, crash := range crashes {
 		t.Run(crash.how, func(t *testing.T) {
 			t.Parallel()
-			first, p := startPlugin(t, newLab(t).config("plugin"))
+			first, p := startPlugin(t, detached(newLab(t).config("plugin")))
 			second, other := startPlugin(t, attachTo(first.ReattachConfig()))
 			inFlight := dispense(t, other).block(t, 2)
 			if dispense(t, p).Call("Plugin.Do", crash.how, new(string)) == nil {

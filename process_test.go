@@ -121,8 +121,8 @@ func TestStranger(t *testing.T) {
 	receive(t, "an end", dead.ended)
 	stranger := l.start("late")
 	pid := stranger.Process.Pid
-	guest, _ := startPlugin(t, newLab(t).config("plugin"))
-	other, _ := startPlugin(t, newLab(t).config("plugin"))
+	guest, _ := startPlugin(t, detached(newLab(t).config("plugin")))
+	other, _ := startPlugin(t, detached(newLab(t).config("plugin")))
 	silent, now := l.silent("plugin-1-1"), context.Background()
 	ended, cancel := context.WithCancel(now)
 	cancel()
@@ -226,7 +226,7 @@ type boxed struct {
 func startBoxed(t *testing.T, mode string, told bool) boxed {
 	t.Helper()
 	t.Parallel()
-	cfg := newLab(t).config(mode)
+	cfg := detached(newLab(t).config(mode))
 	first, _ := startPlugin(t, cfg)
 	r := newTestRunner(t, false)
 	if told {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -176,7 +177,9 @@ func TestSupervisorPauses(t *testing.T) {
 // The pause counts from the end of the plugin, and not from the next Get.
 func TestSupervisorPausesFromEnd(t *testing.T) {
 	t.Parallel()
-	s := supervise(t, testConfig("exit3"))
+	cfg := testConfig("plugin")
+	cfg.Cmd.Path = filepath.Join(t.TempDir(), "missing") // which fails at once
+	s := supervise(t, cfg)
 	for range 4 {
 		_, _ = s.Get(boundedContext(t)) // fails
 	}
@@ -192,7 +195,7 @@ func TestSupervisorPausesFromEnd(t *testing.T) {
 func TestSupervisorAfterLongLife(t *testing.T) {
 	t.Parallel()
 	s := supervise(t, testConfig("plugin"))
-	for range 4 { // short lives, so that the next pause is 1.6 seconds
+	for range 5 { // short lives, so that the next pause is 3.2 seconds
 		_ = mustGet(t, s).Call("Plugin.Do", "exit3", new(string))
 	}
 	instance := mustGet(t, s)
@@ -200,7 +203,7 @@ func TestSupervisorAfterLongLife(t *testing.T) {
 	_ = instance.Call("Plugin.Do", "exit3", new(string))
 	began := time.Now()
 	echo(t, mustGet(t, s).Client)
-	if took := time.Since(began); took > 1500*time.Millisecond {
+	if took := time.Since(began); took > 3*time.Second {
 		t.Errorf("after a long life, the start took %v", took)
 	}
 }
