@@ -256,11 +256,10 @@ func (r *Remote) invoke(
 // iter.Seq2[T, error]. The args are those behind the context, as for [Invoke].
 //
 // Each range over what InvokeSeq returns is one call. Nothing is sent before. The loop
-// gets the values in their order. The first error ends it, and comes once, with a zero
-// value: that of the sequence, of ctx, of the connection, or of an argument. It keeps its
-// identity, as those of Invoke do. All values that were yielded before the method
-// returned arrive, unless ctx or the connection has ended. No value comes after ctx has
-// ended.
+// gets the values in their order. The first error comes with a zero value, and nothing
+// follows it: it is that of the sequence, of ctx, of the connection, or of an argument,
+// and keeps its identity as those of Invoke do. All values that were yielded before it
+// arrive, unless ctx or the connection has ended.
 //
 // When the loop is left, by break, return or a panic, the method's context ends and its
 // yield returns false. The range ends when Invoke would have returned. A slow loop holds

@@ -47,7 +47,7 @@ func sendSequence(ctx context.Context, w io.Writer, encode func(io.Writer) error
 	// Ends when all has been written or values is aborted; waited for below.
 	go func() { written <- values.copyTo(w) }()
 	err := encode(values)
-	values.finish(io.EOF)
+	values.finish(nil)
 	if failed := <-written; failed != nil {
 		return failed
 	}
@@ -112,29 +112,25 @@ func receiveSequence(
 	values := newValueBuffer()
 	stop := context.AfterFunc(ctx, func() { values.abort(contextError(ctx)) })
 	defer stop()
-	returned := make(chan struct{})
-	var failed error
+	returned := make(chan error, 1)
 	// Ends with the call, which ends with ctx; waited for below.
 	go func() {
-		defer close(returned)
-		failed = call(ctx, values)
-		end := failed
-		if end == nil {
-			end = io.EOF
-		}
-		values.finish(end)
+		err := call(ctx, values)
+		values.finish(err)
+		returned <- err
 	}()
-	defer func() { // also if the body of the loop panics
+	endCall := sync.OnceValue(func() error {
 		leave()
-		<-returned
-	}()
+		return <-returned
+	})
+	defer endCall() // also if the body of the loop panics
 	err := decodeSequence(ctx, values, next)
 	if err == nil || outer.Err() == nil {
 		return err
 	}
-	<-returned
-	if errors.Is(failed, outer.Err()) {
-		return failed // it names the method
+	callErr := endCall()
+	if errors.Is(callErr, outer.Err()) {
+		return callErr // it names the method
 	}
 	return err // the method had returned, but not all of its values had been yielded
 }
@@ -244,11 +240,14 @@ func (b *valueBuffer) copyTo(w io.Writer) error {
 	return err
 }
 
-// finish ends the buffer with err, or an earlier error. What has been written can still
-// be read.
+// finish ends the buffer with err, or io.EOF if it is nil, unless it has ended. What has
+// been written can still be read.
 func (b *valueBuffer) finish(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if err == nil {
+		err = io.EOF
+	}
 	if b.err == nil {
 		b.err = err
 	}
