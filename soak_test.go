@@ -31,6 +31,7 @@ type soaked struct {
 	protocol plugin.ClientProtocol
 	test     *testClient
 	kit      *plugin.Remote
+	yielder  *plugin.Remote
 	adopted  bool         // nothing reads the process's own stderr, whose host is gone
 	streamed atomic.Int64 // bytes
 }
@@ -62,6 +63,7 @@ var errWrong = errors.New("a wrong reply")
 func soakPlugins(s *testState) plugin.PluginSet {
 	set := testPlugins(s)
 	set["kit"] = newKitPlugin(new(kit))
+	maps.Copy(set, newYielderPlugin(new(yielder)))
 	return set
 }
 
@@ -75,7 +77,13 @@ func newSoaked(p plugin.ClientProtocol) (*soaked, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &soaked{protocol: p, test: test, kit: k.(kitClient).remote}, nil
+	y, err := plugin.Dispense[Yielder](p, "yielder")
+	if err != nil {
+		return nil, err
+	}
+	s := &soaked{protocol: p, test: test}
+	s.kit, s.yielder = k.(kitClient).remote, y.(yielderClient).remote
+	return s, nil
 }
 
 // activity is something that hosts do with a plugin.
@@ -97,6 +105,8 @@ var activities = []activity{
 	{"result that is a reader", readResult},
 	{"result that is a writer", writeResult},
 	{"reader of the plugin", readServed},
+	{"sequence", importRows},
+	{"sequence of the plugin", doubleRows},
 	{"wait", waitForContext},
 	{"dispense", dispenseAgain},
 	{"ping", func(_ context.Context, s *soaked, _ *rand.Rand) error { return s.protocol.Ping() }},
@@ -226,6 +236,36 @@ func readServed(ctx context.Context, s *soaked, r *rand.Rand) error {
 	got, err := io.ReadAll(in)
 	s.streamed.Add(int64(len(got)))
 	return sameOrWrong(errors.Join(err, in.Close()), got, noise(1<<20, 0))
+}
+
+func importRows(ctx context.Context, s *soaked, r *rand.Rand) error {
+	n := r.IntN(1000)
+	sum, err := plugin.Invoke[int](ctx, s.yielder, "Import", "", rowsTo(n, nil))
+	if err == nil && sum != n*(n-1)/2 {
+		return fmt.Errorf("%w: the sum of %d numbers is %d", errWrong, n, sum)
+	}
+	return err
+}
+
+func doubleRows(ctx context.Context, s *soaked, r *rand.Rand) error {
+	n, taken := r.IntN(1000), 0
+	last := r.IntN(2000) // after which the caller breaks, or never
+	for row, err := range plugin.InvokeSeq[Number](ctx, s.yielder, "Double", rowsTo(n, nil)) {
+		if err != nil {
+			return err
+		}
+		if row.N != 2*taken {
+			return fmt.Errorf("%w: row %d is %d", errWrong, taken, row.N)
+		}
+		if taken == last {
+			return nil
+		}
+		taken++
+	}
+	if taken != n {
+		return fmt.Errorf("%w: of %d rows, %d", errWrong, n, taken)
+	}
+	return nil
 }
 
 func waitForContext(ctx context.Context, s *soaked, r *rand.Rand) error {
@@ -560,6 +600,8 @@ func (l *soakLife) liveKilledHost() {
 	host := l.lab.start("host busy", childEnv+"=soak")
 	if l.r.IntN(2) == 0 {
 		l.lab.read("busy")
+	} else { // earlier, nothing could remove the directory of the socket
+		l.lab.read("plugin")
 	}
 	l.pass(100 * time.Millisecond)
 	host.kill(l)
