@@ -598,10 +598,14 @@ func TestNoWriteAfterKill(t *testing.T) {
 	cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = slow, slow, slow
 	c, p := startPlugin(t, cfg)
 	text := strings.Repeat("x", 60_000) // more than is written at once
-	mustCall[struct{}](t, dispense(t, p).Client, "Print", Output{Stdout: text, Stderr: text, Raw: text})
+	test := dispense(t, p)
+	printing := async(func() error { // may not return before Kill
+		return test.Call("Plugin.Print", Output{Stdout: text, Stderr: text, Raw: text}, new(struct{}))
+	})
 	await(t, "output", func() bool { return begun.Load() == 3 })
 	c.Kill()
 	close(release)
+	receive(t, "the end of printing", printing)
 	checkEqual(t, "what is left when all Writes have returned", left(), "")
 	checkEqual(t, "Writes", begun.Load(), 3)
 }
