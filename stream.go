@@ -40,8 +40,8 @@ const readTimeout = 100 * time.Millisecond
 // ahead, and not closed.
 //
 // stop ends this like that of [MuxBroker.ServeRPC]. It waits for a Read that is running,
-// so first end one that may block for long. After stop has returned, r is not read, and
-// Read fails in the peer. It does not return io.EOF unless r did.
+// without a limit, so first end one that may block for long. After stop has returned, r is
+// not read, and Read fails in the peer. It does not return io.EOF unless r did.
 func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
 	offer := b.offerReader(r, brokerTimeout, nil)
 	return offer.id, offer.stop
@@ -63,7 +63,8 @@ func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
 
 // ServeWriter lets the peer write to w. The peer passes id to [MuxBroker.DialWriter]
 // within five seconds. w is not closed. stop ends this like that of
-// [MuxBroker.ServeReader]. After stop has returned, w is not written to.
+// [MuxBroker.ServeReader], and waits for a Write that is running. After stop has returned,
+// w is not written to.
 func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
 	offer := b.offerWriter(w, brokerTimeout, nil)
 	return offer.id, offer.stop
