@@ -35,6 +35,9 @@ const (
 //
 // NextId returns a number for Accept or AcceptAndServe, which also work with go-plugin.
 //
+// A connection has at most 65,536 streams at a time, and in its life 2^31 that either side
+// has opened.
+//
 // All methods may be called concurrently. A MuxBroker ends with its connection. The zero
 // MuxBroker cannot be used.
 type MuxBroker struct {
@@ -83,6 +86,9 @@ func (b *MuxBroker) Accept(id uint32) (net.Conn, error) {
 // dialled it up to five seconds before; what it has given up since is not returned.
 // AcceptContext fails when ctx ends, with an error that wraps ctx.Err(), and when the
 // connection ends.
+//
+// A deadline of the stream does not end a Write that the system is taking, as one to a
+// plugin that is stopped. The end of the connection does.
 func (b *MuxBroker) AcceptContext(ctx context.Context, id uint32) (net.Conn, error) {
 	st, err := b.accept(ctx, id)
 	if err != nil {

@@ -2,16 +2,12 @@ package plugin
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"io"
-	"math"
 	"net"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"github.com/hashicorp/yamux"
 )
 
 // This file is the connection below yamux. Frames travel on it as described in
@@ -50,10 +46,8 @@ const (
 	socketBuffer = 1 << 20 // the size of the system's send buffer
 	maxJoined    = 4 << 10 // the longest body that is copied behind its header
 	maxQueue     = 1 << 20 // how many bytes may be queued; maxStreams ends are fewer
+	maxOpening   = 256     // how many opened streams may wait to be accepted, as in go-plugin
 	maxPings     = 1 << 14 // how many pings yamux may be answering
-	// maxUnacknowledged is how many streams a side may open that the other has not
-	// accepted. It is a number of the protocol.
-	maxUnacknowledged = 256
 	// lastTimeout limits reading after an error of writing, and writing the queue when
 	// a session is closed.
 	lastTimeout = 250 * time.Millisecond
@@ -74,8 +68,7 @@ type frameConn struct {
 	queue  []byte // frames to be written
 	closed bool   // nothing is queued any more
 
-	unaccepted chan struct{} // holds one for each stream that the peer has not accepted
-
+	opening chan struct{} // holds one for each flow that is opening
 	queued  chan struct{} // holds one if something has been queued
 	flushed chan struct{} // closed when the queue has been closed and written
 
@@ -87,85 +80,15 @@ type frameConn struct {
 	err     error    // for the next Read
 }
 
-// flow is what frameConn knows about a stream, from its first frame to its last.
-type flow struct {
-	id         uint32
-	window     uint32 // how many bytes may be sent
-	unread     uint32 // how many bytes yamux has for Read
-	peerClosed bool   // the peer has closed its side
-	told       bool   // the peer has been told that this side is closed
-	reset      bool   // one side has reset the stream
-	unaccepted bool   // this side has opened the stream, and the peer has not accepted it
-
-	readable chan struct{} // holds one if Read should look again
-	writable chan struct{} // holds one if Write should look again
-	finished chan struct{} // closed when this side sends no more data
-	gone     chan struct{} // closed when peerClosed or reset is set
-}
-
 func newFrameConn(conn io.ReadWriteCloser) *frameConn {
 	return &frameConn{
 		conn:    conn,
 		turn:    newLock(),
 		flows:   make(map[uint32]*flow),
+		opening: make(chan struct{}, maxOpening),
 		queued:  make(chan struct{}, 1),
 		flushed: make(chan struct{}),
-
-		unaccepted: make(chan struct{}, maxUnacknowledged),
 	}
-}
-
-func newFlow(id uint32) *flow {
-	return &flow{
-		id:       id,
-		window:   firstWindow,
-		readable: make(chan struct{}, 1),
-		writable: make(chan struct{}, 1),
-		finished: make(chan struct{}),
-		gone:     make(chan struct{}),
-	}
-}
-
-// notify makes ch, which has room for one, hold one.
-func notify(ch chan struct{}) {
-	select {
-	case ch <- struct{}{}:
-	default:
-	}
-}
-
-// ---- Frames ----
-
-// header is the header of a frame: version, type, flags (2 bytes), stream (4), length or
-// window (4).
-type header [12]byte
-
-const (
-	frameData   = 0
-	frameWindow = 1
-	framePing   = 2
-
-	flagSYN = 1
-	flagACK = 2
-	flagFIN = 4
-	flagRST = 8
-
-	firstWindow = 256 << 10 // of a new stream
-)
-
-func (h *header) kind() byte     { return h[1] }
-func (h *header) stream() uint32 { return binary.BigEndian.Uint32(h[4:]) }
-func (h *header) length() uint32 { return binary.BigEndian.Uint32(h[8:]) }
-
-func (h *header) has(flag uint16) bool { return binary.BigEndian.Uint16(h[2:])&flag != 0 }
-
-// ofStream reports whether the frame belongs to a stream.
-func (h *header) ofStream() bool { return h.kind() <= frameWindow }
-
-func appendDataHeader(b []byte, stream, length uint32) []byte {
-	b = append(b, 0, frameData, 0, 0)
-	b = binary.BigEndian.AppendUint32(b, stream)
-	return binary.BigEndian.AppendUint32(b, length)
 }
 
 // ---- What arrives ----
@@ -242,54 +165,27 @@ func (c *frameConn) updateFlows() {
 		if f == nil || !h.ofStream() {
 			continue
 		}
-		if h.kind() == frameData {
-			f.unread += h.length()
-			notify(f.readable)
-		} else {
-			f.window += h.length()
-			notify(f.writable)
-		}
-		if h.has(flagFIN) {
-			f.peerClosed = true
-			notify(f.readable)
-			f.goneLocked()
-		}
-		if h.has(flagRST) {
-			f.resetLocked()
-		}
+		f.receivedLocked(h)
 		if h.has(flagACK) {
-			c.acceptedLocked(f)
+			c.openedLocked(f)
 		}
 		c.forgetLocked(f)
 	}
 	c.handled = c.handled[:0]
 }
 
-func (f *flow) resetLocked() {
-	f.reset = true
-	notify(f.readable)
-	notify(f.writable)
-	f.goneLocked()
-}
-
-func (f *flow) goneLocked() {
-	if !isClosed(f.gone) {
-		close(f.gone)
-	}
-}
-
-// acceptedLocked makes room for another stream.
-func (c *frameConn) acceptedLocked(f *flow) {
-	if f.unaccepted {
-		f.unaccepted = false
-		<-c.unaccepted // holds one for f
+// openedLocked ends the opening of a stream by this side.
+func (c *frameConn) openedLocked(f *flow) {
+	if f.opening {
+		f.opening = false
+		<-c.opening // does not wait
 	}
 }
 
 // forgetLocked drops f if its stream has ended.
 func (c *frameConn) forgetLocked(f *flow) {
-	if f.reset || f.told && f.peerClosed {
-		c.acceptedLocked(f)
+	if f.hasEndedLocked() {
+		c.openedLocked(f)
 		delete(c.flows, f.id)
 	}
 }
@@ -301,7 +197,8 @@ func (c *frameConn) flow(id uint32) *flow {
 	f := c.flows[id]
 	if f == nil { // the stream has ended
 		f = newFlow(id)
-		f.resetLocked()
+		f.reset = true
+		close(f.gone)
 	}
 	return f
 }
@@ -310,18 +207,7 @@ func (c *frameConn) flow(id uint32) *flow {
 func (c *frameConn) take(f *flow, size int) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	n := min(uint32(min(size, math.MaxInt32)), f.unread)
-	f.unread -= n
-	if f.unread > 0 || f.peerClosed || f.reset {
-		notify(f.readable) // for another Read
-	}
-	if f.reset {
-		return 0, yamux.ErrConnectionReset
-	}
-	if n == 0 && f.peerClosed {
-		return 0, io.EOF
-	}
-	return int(n), nil
+	return f.takeLocked(size)
 }
 
 // ---- What is sent ----
@@ -354,18 +240,13 @@ func (c *frameConn) announceLocked(h *header) {
 	f := c.flows[h.stream()]
 	if f == nil && h.has(flagSYN) {
 		f = newFlow(h.stream())
-		f.unaccepted = true
+		f.opening = true
 		c.flows[f.id] = f
 	}
 	if f == nil {
 		return
 	}
-	if h.has(flagFIN) {
-		f.told = true
-	}
-	if h.has(flagRST) {
-		f.resetLocked()
-	}
+	f.sentLocked(h)
 	c.forgetLocked(f)
 }
 
@@ -414,19 +295,6 @@ func (c *frameConn) finish(f *flow) {
 	if !isClosed(f.finished) {
 		close(f.finished)
 	}
-}
-
-// reserveLocked takes up to size bytes of what f may send, which may be nothing.
-func (f *flow) reserveLocked(size int) (uint32, error) {
-	if f.reset {
-		return 0, yamux.ErrConnectionReset
-	}
-	if isClosed(f.finished) {
-		return 0, yamux.ErrStreamClosed
-	}
-	n := min(uint32(min(size, math.MaxInt32)), f.window)
-	f.window -= n
-	return n, nil
 }
 
 // queueData queues p, which is short. It fails if the peer has no room for it now.

@@ -7,7 +7,6 @@ import (
 	"io"
 	"log"
 	"math"
-	"net"
 	"net/rpc"
 	"sync"
 	"sync/atomic"
@@ -42,7 +41,8 @@ type session struct {
 // nil, it returns why the connection ended; received reports whether the peer has sent
 // anything.
 func newSession(
-	ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger, why func(received bool) error,
+	ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger,
+	why func(received bool) error,
 ) (*session, error) {
 	s := &session{host: host, logger: logger, peer: anyPeer, frames: newFrameConn(conn), why: why}
 	s.calls, s.cancel = context.WithCancel(ctx)
@@ -66,7 +66,7 @@ func newSession(
 func (s *session) muxConfig() *yamux.Config {
 	messages := &lineWriter{max: maxJoined, emit: func(line []byte, _ int) { s.debug(string(line)) }}
 	return &yamux.Config{
-		AcceptBacklog: maxUnacknowledged,
+		AcceptBacklog: maxOpening,
 		// No timeouts: a process that is stopped keeps its connection.
 		KeepAliveInterval:      math.MaxInt64,
 		ConnectionWriteTimeout: math.MaxInt64,
@@ -78,21 +78,21 @@ func (s *session) muxConfig() *yamux.Config {
 
 // ---- Streams ----
 
-// open returns a new stream. The peer does not know it before something is sent. While the
-// peer accepts none, open waits, until ctx ends.
+// open returns a new stream. It waits while the peer has accepted none of maxOpening
+// streams.
 func (s *session) open(ctx context.Context) (*stream, error) {
 	if s.mux.NumStreams() >= maxStreams {
 		return nil, fmt.Errorf("the connection has %d open streams, and cannot have more", maxStreams)
 	}
 	select {
-	case s.frames.unaccepted <- struct{}{}: // so yamux, which counts them too, does not wait
+	case s.frames.opening <- struct{}{}:
 	case <-ctx.Done():
 		return nil, contextError(ctx)
 	case <-s.ended():
-		return nil, s.explain(net.ErrClosed)
+		return nil, s.explain(yamux.ErrSessionShutdown)
 	}
-	st, err := s.mux.OpenStream()
-	if err != nil { // none can be opened any more
+	st, err := s.mux.OpenStream() // does not wait: it counts like opening
+	if err != nil {
 		return nil, s.explain(err)
 	}
 	return s.stream(st), nil
@@ -108,7 +108,7 @@ func (s *session) accept() (*stream, error) {
 		return nil, err
 	}
 	ofHost := st.StreamID()%2 == 1
-	if ofHost == s.host || s.mux.NumStreams() > maxStreams+2*maxUnacknowledged {
+	if ofHost == s.host || s.mux.NumStreams() > maxStreams+2*maxOpening {
 		s.debug("the peer opened a stream that is not allowed", "stream", st.StreamID())
 		s.disconnect()
 		return nil, yamux.ErrInvalidMsgType

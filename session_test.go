@@ -10,7 +10,9 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -144,7 +146,107 @@ func TestClosedBeforeTheEnd(t *testing.T) {
 	}
 }
 
+// A session with many streams ends as soon as one with few.
+func TestEndWithManyStreams(t *testing.T) {
+	const instances = 10_000
+	for name, end := range map[string]func(c *plugin.Client){
+		"killed": func(c *plugin.Client) { c.Kill() },
+		"crashed": func(c *plugin.Client) {
+			pid, err := strconv.Atoi(c.ID())
+			check(t, err)
+			p, err := os.FindProcess(pid)
+			check(t, err)
+			check(t, p.Kill())
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, protocol := startPlugin(t, testConfig("plugin"))
+			last := dispense(t, protocol)
+			concurrently(t, 50, func(int) {
+				for range instances / 50 {
+					dispense(t, protocol)
+				}
+			})
+			echo(t, last.Client)
+			start := time.Now()
+			end(c)
+			receive(t, "the end", c.Done())
+			if err := last.Call("Plugin.Echo", "", new(string)); err == nil {
+				t.Error("a plugin that has exited answers")
+			}
+			c.Kill()
+			if took := time.Since(start); took > 5*time.Second {
+				t.Error("the end took", took)
+			}
+		})
+	}
+}
+
 // ---- Bad connections and peers ----
+
+// While the connection takes nothing, accepting, dialling, reading and closing go on,
+// and only the Write that the system is taking outlasts its deadline.
+func TestFullConnection(t *testing.T) {
+	t.Parallel()
+	const soon = 50 * time.Millisecond
+	a, b := plugin.TestConn(t)
+	line := newFaultyConn(a, 1<<40, true)
+	host, guest := joinBrokers(t, line, b)
+	stuck, _ := joined(t, host.Dial, guest.Accept)
+	far, other := joined(t, guest.Dial, host.Accept)
+	dialling := boundedContext(t)
+	dialled := async(func() error { _, err := guest.DialContext(dialling, 7); return err })
+	_, err := far.Write(make([]byte, streamWindow/2))
+	check(t, err)
+
+	line.left.Store(0)
+	writing := async(func() error { _, err := stuck.Write(make([]byte, 10)); return err })
+	receive(t, "the Write that the system is taking", line.stalled)
+	ctx, cancel := context.WithTimeout(context.Background(), soon)
+	defer cancel()
+	check(t, other.SetWriteDeadline(time.Now().Add(soon)))
+	check(t, stuck.SetWriteDeadline(time.Now().Add(soon)))
+	for name, f := range map[string]func() error{
+		"another Write":                  func() error { _, err := other.Write(make([]byte, 10)); return err },
+		"another Write of the stream":    func() error { _, err := stuck.Write(make([]byte, 10)); return err },
+		"DialContext":                    func() error { _, err := host.DialContext(ctx, 9); return err },
+		"AcceptContext of no dial":       func() error { _, err := host.AcceptContext(ctx, 8); return err },
+		"DialContext of so many streams": func() error { return dialMany(ctx, host, 1000) },
+	} {
+		err := receive(t, name, async(f))
+		var timeout net.Error
+		if !errors.As(err, &timeout) || !timeout.Timeout() {
+			t.Errorf("%s returned %v", name, err)
+		}
+	}
+	for name, f := range map[string]func() error{
+		"AcceptContext": func() error { _, err := host.AcceptContext(boundedContext(t), 7); return err },
+		"Read and Close": func() error {
+			_, err := io.ReadFull(other, make([]byte, streamWindow/2))
+			return errors.Join(err, other.Close())
+		},
+	} {
+		check(t, receive(t, name, async(f)))
+	}
+	check(t, host.Close())
+	receive(t, "the Write that the system was taking", writing)
+	receive(t, "dialling", dialled)
+}
+
+// dialMany dials n streams at once and returns the error of one.
+func dialMany(ctx context.Context, b *plugin.MuxBroker, n int) (err error) {
+	failed := make(chan error)
+	for i := range n {
+		go func() { // ends with ctx
+			_, err := b.DialContext(ctx, uint32(1000+i))
+			failed <- err
+		}()
+	}
+	for range n {
+		err = <-failed
+	}
+	return err
+}
 
 // A connection that fails or stalls at any moment fails what is done on it, and
 // leaves nothing behind.
