@@ -59,6 +59,7 @@ var works = []work{
 	{name: "open, use, close a stream", unit: seconds, measure: repeat(1, func(i *instance) func() error { return i.session })},
 	{name: "open, call over, close a stream", unit: seconds, measure: repeat(1, func(i *instance) func() error { return i.callback })},
 	{name: "start to first reply", unit: seconds, measure: startAndKill(false)},
+	{name: "exec to exit, without a host (net/rpc: the floor of a start)", unit: seconds, measure: execToExit},
 	{name: "kill", unit: seconds, measure: startAndKill(true)},
 	{name: "plugins started together (50, or 5 with -quick)", unit: seconds, long: true, measure: together},
 	{name: "allocations of a small call, both sides", unit: count, long: true, measure: allocations},
@@ -136,6 +137,19 @@ func startAndKill(kill bool) func(effort, *build.Builder, *peer, *instance) (flo
 		}
 		return started.Sub(start).Seconds(), err
 	}
+}
+
+// execToExit measures a plugin that is run by hand, so that it exits at once. No start can
+// be shorter. The program that imports net/rpc and no library is the floor for all.
+func execToExit(_ effort, _ *build.Builder, p *peer, _ *instance) (float64, error) {
+	cmd := exec.Command(p.binary) // nothing is on stdin
+	start := time.Now()
+	err := cmd.Run()
+	took := time.Since(start).Seconds()
+	if errors.As(err, new(*exec.ExitError)) {
+		return took, nil // a plugin says that it is one, and fails
+	}
+	return took, err
 }
 
 // together measures until the last of many plugins has replied.
