@@ -157,6 +157,9 @@ func (c *frameConn) openFlow(id uint32) {
 
 // updateFlows tells the flows what yamux has handled.
 func (c *frameConn) updateFlows() {
+	if len(c.handled) == 0 {
+		return
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i := range c.handled {
