@@ -56,6 +56,8 @@ type instance struct {
 	session func() error
 	// callback opens a stream, makes a small call over it, and closes it.
 	callback func() error
+	// dispense makes an instance, makes a small call, and closes it.
+	dispense func() error
 	// values gets so many small structs, one after the other.
 	values func(n int) error
 
@@ -196,6 +198,13 @@ func startOurs(binary string) (*instance, error) {
 	r := v.(remote[*plugin.MuxBroker])
 	i := newInstance(r.client, cmd.Process.Pid, c.Kill).withStreams(brokered(r.broker.Dial, r.broker, r.client))
 	i.callback = callback(brokered(r.broker.DialRPC, r.broker, r.client))
+	i.dispense = callback(func(string) (*rpc.Client, error) {
+		v, err := protocol.Dispense("job")
+		if err != nil {
+			return nil, err
+		}
+		return v.(remote[*plugin.MuxBroker]).client, nil
+	})
 	s := &sequences{}
 	i.values = s.values
 	i.kill = func() {
@@ -231,7 +240,19 @@ func startNetRPC(binary string) (*instance, error) {
 		return nil, err
 	}
 	r := v.(remote[*goplugin.MuxBroker])
-	return newInstance(r.client, pid, c.Kill).withStreams(brokered(r.broker.Dial, r.broker, r.client)), nil
+	i := newInstance(r.client, pid, c.Kill).withStreams(brokered(r.broker.Dial, r.broker, r.client))
+	i.dispense = callback(func(string) (*rpc.Client, error) {
+		protocol, err := c.Client() // that of the start
+		if err != nil {
+			return nil, err
+		}
+		v, err := protocol.Dispense("job")
+		if err != nil {
+			return nil, err
+		}
+		return v.(remote[*goplugin.MuxBroker]).client, nil
+	})
+	return i, nil
 }
 
 // brokered opens streams as either library's users do: a call tells the plugin

@@ -58,6 +58,7 @@ var works = []work{
 	{name: "one such value, from the call to the end", unit: seconds, measure: repeat(1, fewValues(1))},
 	{name: "open, use, close a stream", unit: seconds, measure: repeat(1, func(i *instance) func() error { return i.session })},
 	{name: "open, call over, close a stream", unit: seconds, measure: repeat(1, func(i *instance) func() error { return i.callback })},
+	{name: "dispense, call, close an instance", unit: seconds, measure: repeat(1, func(i *instance) func() error { return i.dispense })},
 	{name: "start to first reply", unit: seconds, measure: startAndKill(false)},
 	{name: "exec to exit, without a host (net/rpc: the floor of a start)", unit: seconds, measure: execToExit},
 	{name: "kill", unit: seconds, measure: startAndKill(true)},
