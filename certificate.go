@@ -11,6 +11,9 @@ import (
 	"time"
 )
 
+// This file has the certificates of AutoMTLS. Each side makes its own and trusts only that
+// of the other: the host's goes with the environment, the plugin's with the handshake.
+
 // newCertificate makes a certificate for AutoMTLS, for one start. P-256 is the fastest
 // kind of key that go-plugin accepts.
 func newCertificate() (tls.Certificate, error) {

@@ -18,6 +18,9 @@ import (
 	"sync"
 )
 
+// This file has the first line that a plugin prints, the versions that both sides agree on,
+// and the variables by which the host tells its plugin what it needs.
+
 // CoreProtocolVersion is the version of the handshake and of the connection. It is
 // the same in go-plugin.
 const CoreProtocolVersion = 1

@@ -14,6 +14,9 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
+// This file turns what a plugin writes to stderr into records of the host's log, and keeps
+// what may explain its end.
+
 const (
 	tailSize  = 8 << 10  // how many bytes of the end of a plugin's stderr are kept
 	crashSize = 64 << 10 // how many bytes of a panic and its trace are kept

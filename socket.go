@@ -13,6 +13,9 @@ import (
 	"strings"
 )
 
+// This file is about where a plugin listens: the Unix socket in its private directory, the
+// TCP port on Windows, and the address of either in the handshake.
+
 const (
 	// EnvUnixSocketDir is the environment variable with the directory in which
 	// the plugin makes its Unix socket. The host sets it.
