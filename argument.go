@@ -75,7 +75,8 @@ func (s *signature) serveArguments(
 ) (offers []*offer) {
 	for i, param := range s.params {
 		arg := reflect.ValueOf(args[i])
-		if param.kind == plainValue || args[i] == nil || param.Kind() == reflect.Func && arg.IsNil() {
+		isNil := args[i] == nil || arg.Kind() == reflect.Func && arg.IsNil()
+		if param.kind == plainValue || isNil {
 			continue
 		}
 		o := param.serveValue(b, arg, untilStopped, nil)

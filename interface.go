@@ -332,9 +332,9 @@ func (r *Remote) find(ctx context.Context, caller, method string, args int) (*si
 		return nil, fmt.Errorf("plugin: %s: there is no method %q; there are %s",
 			caller, method, nameList(r.methods))
 	}
-	if s.arguments() != args {
+	if s.argumentCount() != args {
 		return nil, fmt.Errorf("plugin: %s: %s takes %d arguments behind the context and not %d",
-			caller, method, s.arguments(), args)
+			caller, method, s.argumentCount(), args)
 	}
 	return s, nil
 }

@@ -44,6 +44,9 @@ type (
 	}
 	Number struct{ N int }
 
+	// Loop may hold itself.
+	Loop struct{ Next *Loop }
+
 	// Numbers is the type of most parameters.
 	Numbers = iter.Seq2[Number, error]
 
@@ -200,6 +203,7 @@ func newYielderPlugin(impl Yielder) plugin.PluginSet {
 }
 
 func init() {
+	gob.Register(&Loop{})
 	modes["yielder"] = func() {
 		servePlugin(func(c *plugin.ServeConfig) { c.Plugins = newYielderPlugin(new(yielder)) })
 	}
@@ -308,6 +312,10 @@ func TestSequenceErrors(t *testing.T) {
 	checkEqual(t, "values of any type", fmt.Sprint(values), "[<nil> 1 x {1 2} <nil>]")
 	_, err = collectFrom[any](t, r, "Anything", valuesOf[any](1, hidden{}))
 	errorSays(t, err, "hidden", "gob.Register")
+	loop := &Loop{}
+	loop.Next = loop
+	_, err = collectFrom[any](t, r, "Anything", valuesOf[any](1, loop))
+	errorSays(t, err, "holds itself")
 }
 
 // valuesOf yields these values.

@@ -28,7 +28,7 @@ type signature struct {
 	result       value        // a struct{} for none
 	returns      int          // how many results there are, with the error
 	sent         reflect.Type // what is sent for params
-	connects     bool         // a parameter or the result is sent as a number
+	connects     bool         // a parameter or the result has a stream of its own
 }
 
 // value is a parameter or a result.
@@ -80,13 +80,13 @@ func newSignature(t reflect.Type, outer ...reflect.Type) (*signature, error) {
 	if result.kind == sequenceValue {
 		s.params = append(s.params, value{Type: typeOfWriter, kind: writerValue, sent: typeOfNumber})
 	}
-	s.connects = result.kind != plainValue || slices.ContainsFunc(s.params, value.isNumber)
+	s.connects = result.kind != plainValue || slices.ContainsFunc(s.params, value.isNotPlain)
 	s.sent = argumentType(s.params)
 	return s, nil
 }
 
-// arguments returns how many arguments a caller passes behind the context.
-func (s *signature) arguments() int {
+// argumentCount returns how many arguments a caller passes behind the context.
+func (s *signature) argumentCount() int {
 	if s.result.kind == sequenceValue {
 		return len(s.params) - 1
 	}
@@ -126,16 +126,17 @@ func newResultValue(t reflect.Type, outer []reflect.Type) (value, error) {
 	return v, err
 }
 
-// newParamValue returns a parameter of functions of the types outer, or an error that
-// says why it cannot be sent.
-func newParamValue(t reflect.Type, outer []reflect.Type) (value, error) {
+// newParamValue returns a parameter of the last of the types functions, which is a
+// parameter of the one before it, and so on. Or it returns an error that says why the
+// parameter cannot be sent.
+func newParamValue(t reflect.Type, functions []reflect.Type) (value, error) {
 	if isIterator(t) {
-		return newSequenceValue(t, outer[1:])
+		return newSequenceValue(t, functions[:len(functions)-1])
 	}
 	if t.Kind() != reflect.Func {
 		return newStreamOrPlainValue(t, typeOfReader, typeOfWriter)
 	}
-	function, err := newSignature(t, outer...)
+	function, err := newSignature(t, functions...)
 	return value{Type: t, kind: functionValue, sent: typeOfNumber, function: function}, err
 }
 
@@ -144,8 +145,8 @@ func isIterator(t reflect.Type) bool {
 	return t.Kind() == reflect.Func && (t.CanSeq() || t.CanSeq2())
 }
 
-// newSequenceValue returns a sequence, or an error that says why it cannot be sent. A
-// function that is a parameter of the types outer has none.
+// newSequenceValue returns a sequence of a function, or an error that says why it cannot
+// be sent. The types outer have the function as a parameter: then it has no sequences.
 func newSequenceValue(t reflect.Type, outer []reflect.Type) (value, error) {
 	yield := t.In(0)
 	if yield.NumIn() != 2 || yield.In(1) != typeOfError {
@@ -253,12 +254,11 @@ func (s *signature) param(sent reflect.Value, i int) reflect.Value {
 	return sent.Field(i)
 }
 
-// isNumber reports whether the value is sent as a number.
-func (v value) isNumber() bool { return v.kind != plainValue }
+func (v value) isNotPlain() bool { return v.kind != plainValue }
 
 // isNillable reports whether an untyped nil is one of the values.
 func (v value) isNillable() bool {
-	switch v.Kind() {
+	switch v.Type.Kind() {
 	case reflect.Pointer, reflect.Interface, reflect.Slice, reflect.Map, reflect.Func:
 		return true
 	}
