@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/rpc"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -179,6 +180,7 @@ func TestUnanswered(t *testing.T) {
 func TestUnansweredAfterKill(t *testing.T) {
 	t.Parallel()
 	c, kit := startGreeter(t)
+	invoke[int](t, kit.remote, "Add", 1, 2) // so the stream is not being dialled any more
 	waiting := async(func() error { return errorOf[struct{}](t, kit.remote, "Await", "nothing") })
 	c.Kill()
 	const killed = "plugin greeter: Await: Kill or Close ended the connection: connection is shut down"
@@ -188,6 +190,7 @@ func TestUnansweredAfterKill(t *testing.T) {
 	kit.checkUnanswered(context.Background(), t, killed, rpc.ErrShutdown)
 
 	_, kit = startGreeter(t)
+	invoke[int](t, kit.remote, "Add", 1, 2)
 	check(t, kit.hand.Close())
 	kit.checkUnanswered(context.Background(), t, "plugin greeter: Await: connection is shut down", rpc.ErrShutdown)
 }
@@ -201,5 +204,67 @@ func TestUnansweredByLivingProcess(t *testing.T) {
 	for err := error(nil); !errors.Is(err, rpc.ErrShutdown); { // until a call begins when the end is known
 		err = plugin.Call(boundedContext(t), client.Client, "Plugin.Echo", "", new(string))
 		errorSays(t, err, "plugin: Echo: the connection was lost")
+	}
+}
+
+// While Kill runs, and afterwards, the errors of calls and streams are rpc.ErrShutdown, and
+// name the plugin.
+func TestErrorsWhileKilling(t *testing.T) {
+	t.Parallel()
+	for name, use := range map[string]func(t *testing.T, r *plugin.Remote, begun func()) error{
+		"reader": func(t *testing.T, r *plugin.Remote, begun func()) error {
+			in := invoke[io.ReadCloser](t, r, "Open", "endless")
+			defer in.Close()
+			for {
+				_, err := in.Read(make([]byte, 100))
+				if err != nil {
+					return err
+				}
+				begun()
+			}
+		},
+		"writer": func(t *testing.T, r *plugin.Remote, begun func()) error {
+			out := invoke[io.WriteCloser](t, r, "Create", "written")
+			defer out.Close()
+			for {
+				_, err := out.Write(make([]byte, 100))
+				if err != nil {
+					return err
+				}
+				begun()
+			}
+		},
+		"arguments": func(t *testing.T, r *plugin.Remote, begun func()) error {
+			in := readerFunc(func(p []byte) (int, error) { return len(p), nil })
+			out := writerFunc(func(p []byte) (int, error) { begun(); return len(p), nil })
+			_, err := plugin.Invoke[int64](context.Background(), r, "Copy", in, out, int64(1<<60))
+			return err
+		},
+		"callback": func(t *testing.T, r *plugin.Remote, begun func()) error {
+			wait := func(ctx context.Context, n int) (string, error) {
+				begun()
+				<-ctx.Done()
+				return "", ctx.Err()
+			}
+			_, err := plugin.Invoke[string](context.Background(), r, "Call", wait, 1)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for range 5 {
+				c, kit := startGreeter(t)
+				begun := make(chan bool, 1)
+				begin := sync.OnceFunc(func() { begun <- true })
+				ended := async(func() error { return use(t, kit.remote, begin) })
+				receive(t, "the use", begun)
+				c.Kill()
+				err := receive(t, "the end of the use", ended)
+				errorIs(t, "the use", err, rpc.ErrShutdown)
+				if !strings.HasPrefix(fmt.Sprint(err), "plugin greeter: ") {
+					t.Errorf("the error does not name the plugin: %v", err)
+				}
+			}
+		})
 	}
 }

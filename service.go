@@ -8,7 +8,6 @@ import (
 	"net/rpc"
 	"reflect"
 	"runtime/debug"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -148,6 +147,10 @@ var (
 	errStopped    = errors.New("plugin: the peer has stopped serving this")
 	errExiting    = fmt.Errorf("plugin: the plugin is about to exit: %w", context.Canceled)
 )
+
+func init() {
+	RegisterError(errStopped) // see isOfEnd
+}
 
 // answerCalls answers calls until the caller closes the stream, and returns why it ended.
 // Each method runs in its own goroutine. Contexts of methods end with ctx, with the stream,
@@ -317,7 +320,7 @@ func (s *rpcServer) answer(call *servedCall, err error) {
 	case errStopped:
 		err = errStopped
 	case errExiting:
-		if isCanceled(err) {
+		if isOfEnd(err) {
 			// The context of the caller has not ended. The call fails with the
 			// reason when the connection is closed, which is about to happen.
 			return
@@ -330,13 +333,16 @@ func (s *rpcServer) answer(call *servedCall, err error) {
 	s.respond(call.request, call.reply.Interface())
 }
 
-// isCanceled reports whether err is context.Canceled, also as the error of a call.
-func isCanceled(err error) bool {
-	if err == nil {
-		return false
+// isOfEnd reports whether err is one that a context, callback, reader or writer returns
+// when the call that it belongs to ends. The methods of err may panic.
+func isOfEnd(err error) (is bool) {
+	defer func() { _ = recover() }()
+	for _, end := range []error{context.Canceled, rpc.ErrShutdown, io.ErrClosedPipe, errStopped} {
+		if errors.Is(err, end) {
+			return true
+		}
 	}
-	_, names := sendable(err) // does not panic if the methods of err do
-	return slices.Contains(names, context.Canceled.Error())
+	return false
 }
 
 // release ends the context of a call that has been answered.

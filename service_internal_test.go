@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"net/rpc"
 	"testing"
 )
@@ -30,7 +30,7 @@ func (*exiting) Client(_ *MuxBroker, c *rpc.Client) (any, error) { return c, nil
 // ended. Such calls fail when the connection is closed.
 func TestAnswersBeforeExit(t *testing.T) {
 	e := &exiting{started: make(chan bool, 10), results: map[string]error{
-		"nothing": nil, "failed": io.ErrClosedPipe,
+		"nothing": nil, "failed": fs.ErrExist,
 		"canceled": context.Canceled, "wrapped": fmt.Errorf("waiting: %w", context.Canceled), "cause": errExiting,
 	}}
 	host, server := TestPluginRPCConn(t, PluginSet{"test": e}, nil)
@@ -43,7 +43,7 @@ func TestAnswersBeforeExit(t *testing.T) {
 	}
 	server.flush()
 	check(t, receive(t, "a reply", calls["nothing"].Done).Error)
-	errorSays(t, receive(t, "an error", calls["failed"].Done).Error, io.ErrClosedPipe.Error())
+	errorSays(t, receive(t, "an error", calls["failed"].Done).Error, fs.ErrExist.Error())
 	host.session.close()
 	for _, how := range []string{"canceled", "wrapped", "cause"} {
 		err := receive(t, "a call", calls[how].Done).Error

@@ -172,12 +172,18 @@ func (s *session) spawn(f func()) bool {
 	return true
 }
 
-// explain returns why the connection was lost, if it was, and otherwise err.
+// explain returns why the connection was lost, if it was, or that this side is ending it,
+// and otherwise err.
 func (s *session) explain(err error) error {
-	if err == nil || !s.mux.IsClosed() {
-		return err
+	switch {
+	case err == nil:
+		return nil
+	case s.mux.IsClosed():
+		return s.whyLost()
+	case s.isEnding():
+		return fmt.Errorf("%s: the connection is being closed: %w", s.peer, rpc.ErrShutdown)
 	}
-	return s.whyLost()
+	return err
 }
 
 func (s *session) findWhyLost() error {
@@ -185,7 +191,7 @@ func (s *session) findWhyLost() error {
 	case s.why != nil:
 		return &lostError{s.why(s.frames.received.Load())}
 	case s.isEnding():
-		return fmt.Errorf("plugin: the connection was closed: %w", rpc.ErrShutdown)
+		return fmt.Errorf("%s: the connection was closed: %w", s.peer, rpc.ErrShutdown)
 	}
 	return &lostError{errors.New("plugin: the connection was lost")}
 }

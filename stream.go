@@ -170,10 +170,14 @@ func (b *MuxBroker) copyOver(ctx context.Context, id uint32, copy func(io.ReadWr
 	stop := context.AfterFunc(ctx, func() { abort(conn) })
 	defer stop()
 	err = copy(conn)
-	if err != nil {
-		// The peer takes an error for a refusal while it does not have the stream.
-		_ = conn.waitAcknowledged() // err is what matters
+	if err == nil {
+		return nil
 	}
+	if ctx.Err() != nil {
+		return contextError(ctx) // that conn has been aborted says less
+	}
+	// The peer takes an error for a refusal while it does not have the stream.
+	_ = conn.waitAcknowledged() // err is what matters
 	return err
 }
 
