@@ -236,7 +236,6 @@ func startBoxed(t *testing.T, mode string, told bool) boxed {
 		}()
 	}
 	second := attachTo(r.config(first.ReattachConfig().Addr))
-	second.KillTimeout = 500 * time.Millisecond
 	c, p := startPlugin(t, second)
 	if c.ID() != r.ID() || c.Exited() || c.Err() != nil {
 		t.Errorf("reattached: %s, %v, %v", c.ID(), c.Exited(), c.Err())
