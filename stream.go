@@ -282,7 +282,8 @@ func (s *dialledStream) dial(ctx context.Context, b *MuxBroker, id uint32) error
 		abort(st)
 	}
 	if ctx.Err() != nil {
-		err = fmt.Errorf("plugin: dialling stream %d: the peer has not accepted it: %w", id, contextError(ctx))
+		ended := contextError(ctx)
+		err = fmt.Errorf("plugin: dialling stream %d: the peer has not accepted it: %w", id, ended)
 	}
 	return err
 }
