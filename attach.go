@@ -1,7 +1,6 @@
 package plugin
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -17,9 +16,6 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 )
-
-// pollInterval is how often a process that is not a child is checked.
-const pollInterval = 50 * time.Millisecond
 
 // AttachedRunner is a process that [ReattachConfig].ReattachFunc has found. Its methods
 // are called concurrently.
@@ -134,30 +130,6 @@ func findProcess(rc *ReattachConfig, logger hclog.Logger) (AttachedRunner, error
 		return nil, ErrProcessNotFound
 	}
 	return &attachedProcess{process: process, pid: rc.Pid, addr: rc.Addr, logger: logger}, nil
-}
-
-// alive reports whether a process exists. A zombie does not, because its parent may
-// never reap it. On Windows, FindProcess fails if it does not.
-func alive(pid int) bool {
-	process, err := os.FindProcess(pid)
-	if err != nil {
-		return false
-	}
-	defer process.Release()
-	if runtime.GOOS == "windows" {
-		return true
-	}
-	return process.Signal(syscall.Signal(0)) == nil && !isZombie(pid)
-}
-
-// isZombie reports whether a process is a zombie, where there is /proc.
-func isZombie(pid int) bool {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return false
-	}
-	state := stat[bytes.LastIndexByte(stat, ')')+1:] // behind the name of the program
-	return bytes.HasPrefix(state, []byte(" Z"))
 }
 
 // ID returns the pid.

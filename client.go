@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"sync"
 
@@ -31,7 +30,7 @@ type Client struct {
 	process   AttachedRunner // constant when launched is closed
 	exit      *ExitError     // constant when exited has happened
 	connector connector
-	writers   []*hostWriter // those in config; closed by Kill
+	writers   *hostWriters // of config; closed by Kill
 }
 
 // managed has the clients that CleanupClients kills, as keys.
@@ -60,31 +59,20 @@ func NewClient(config *ClientConfig) *Client {
 		finished:      newEvent(),
 		killRequested: newEvent(),
 	}
+	c.writers = c.config.hostWriters()
 	c.connector = connector{
 		config:        &c.config,
 		name:          c.name,
+		writers:       c.writers,
 		result:        newResult[*RPCClient](),
 		exited:        c.exited,
 		finished:      c.finished,
 		killRequested: c.killRequested,
 	}
-	c.config.SyncStdout = c.closable(config.SyncStdout)
-	c.config.SyncStderr = c.closable(config.SyncStderr)
-	c.config.Stderr = c.closable(config.Stderr)
 	if c.config.Managed && !c.config.testMode() {
 		managed.Store(c, nil)
 	}
 	return c
-}
-
-// closable returns a writer to w that Kill closes, or nil if w is nil.
-func (c *Client) closable(w io.Writer) io.Writer {
-	if w == nil {
-		return nil
-	}
-	closable := newHostWriter(w)
-	c.writers = append(c.writers, closable)
-	return closable
 }
 
 // Start calls [Client.StartContext] with a context that does not end.
@@ -145,7 +133,7 @@ func (c *Client) start(ctx context.Context) (h handshake, err error) {
 	if c.config.Reattach != nil {
 		return c.reattach(ctx)
 	}
-	p, err := launch(ctx, &c.config)
+	p, err := launch(ctx, &c.config, c.writers)
 	if err != nil {
 		return h, err
 	}
@@ -242,6 +230,7 @@ func (c *Client) quit() {
 		waitFor(drainTimeout/2, c.exited.done()) // it may be exiting
 	}
 	if c.exited.isSet() {
+		c.writers.await(ctx)
 		return
 	}
 	go c.killProcess() // ends at once, or when the Kill of ReattachFunc's process does
@@ -253,18 +242,21 @@ func (c *Client) quit() {
 // killProcess kills the process. An error does not matter: the end is waited for with a bound.
 func (c *Client) killProcess() { _ = c.process.Kill(c.finished.ctx) }
 
-// disconnect ends the connection, if there is one, when the output has been copied.
+// disconnect ends the connection, if there is one, when the output has been written. It
+// does not wait for a slow writer.
 func (c *Client) disconnect() {
+	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/2)
+	defer cancel()
 	rc := c.connector.connection()
-	if rc == nil {
-		return
+	if rc != nil {
+		if c.exited.isSet() {
+			rc.waitOutput(ctx)
+		}
+		rc.disconnect() // another process may hold the connection
 	}
 	if c.exited.isSet() {
-		ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/2)
-		defer cancel()
-		rc.waitOutput(ctx)
+		c.writers.await(ctx)
 	}
-	rc.disconnect() // another process may hold the connection
 }
 
 // logExit logs the end of the process, if it has ended.
@@ -317,7 +309,8 @@ func (c *Client) Client() (ClientProtocol, error) {
 // Kill asks the plugin to quit and waits for it to exit. After ClientConfig.KillTimeout
 // it kills the process. It returns at most about two seconds later. When it returns,
 // the output of the plugin has been delivered, and no Write to SyncStdout, SyncStderr or
-// Stderr begins any more. It is safe to call Kill more than once and at any time. It
+// Stderr begins any more. Output that a Writer has not taken until then is dropped, and
+// Kill logs how many bytes that are. It is safe to call Kill more than once and at any time. It
 // interrupts a Start that is running.
 //
 // A reattached plugin is killed only if ReattachConfig.Pid is certainly its process, or
@@ -344,20 +337,15 @@ func (c *Client) Kill() {
 	if rc != nil {
 		rc.closeSession()
 	}
-	c.closeWriters()
-}
-
-// closeWriters makes no Write of the host's writers begin any more.
-func (c *Client) closeWriters() {
-	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/2)
-	defer cancel()
-	for _, w := range c.writers {
-		w.close(ctx)
+	dropped := c.writers.close()
+	if dropped > 0 {
+		c.config.Logger.Warn("output was dropped, because its Writer has not taken it", "bytes", dropped)
 	}
 }
 
 // Done returns a channel that is closed when the plugin has exited and its output has
-// been delivered, when Start has failed, and when Kill has returned. In test mode it is
+// been delivered, when Start has failed, and when Kill has returned. It waits a quarter of
+// a second at most for a Write to SyncStdout, SyncStderr or Stderr. In test mode it is
 // never closed.
 func (c *Client) Done() <-chan struct{} { return c.finished.done() }
 
@@ -402,7 +390,8 @@ func (c *Client) NegotiatedVersion() int { return c.agreed().version }
 
 // ReattachConfig returns the configuration with which another host can use the plugin,
 // or nil before Start. It detaches the plugin, as ClientConfig.Detach does; on Windows,
-// only Detach does. To get the pid without detaching, use ID.
+// only Detach does, and also if a process between host and plugin closes descriptors that
+// it does not know. To get the pid without detaching, use ID.
 func (c *Client) ReattachConfig() *ReattachConfig {
 	h, err, over := c.starting.get()
 	if !over || err != nil {
@@ -416,7 +405,7 @@ func (c *Client) ReattachConfig() *ReattachConfig {
 	if !ours {
 		return nil
 	}
-	p.detach()
+	p.detach(h.flushes)
 	return &ReattachConfig{
 		Protocol:        h.protocol,
 		ProtocolVersion: h.version,

@@ -75,13 +75,19 @@ type ClientConfig struct {
 	KillTimeout time.Duration
 
 	// Stderr, if not nil, gets what the process writes to stderr, byte for byte.
-	// Logger gets it line by line. A Write that blocks stops the plugin's output and
-	// delays Done, but not Kill.
+	// Logger gets it line by line. A Write that blocks stops the plugin's output when
+	// about 1 MiB waits for it. It delays neither Done nor, beyond its bound, Kill.
+	// Writers that are the same get one Write at a time.
 	Stderr io.Writer
 
 	// SyncStdout and SyncStderr get what the plugin writes to os.Stdout and
 	// os.Stderr while it serves. If nil, output is logged line by line at Debug
-	// level; io.Discard drops it.
+	// level; io.Discard drops it. For a Write that blocks, see Stderr.
+	//
+	// What the plugin prints just before it exits or crashes arrives, too. It may be
+	// lost on Windows, with Detach, after ReattachConfig or in test mode, if the
+	// plugin is served with go-plugin, or if it is not a child of the host, but of a
+	// shell, for example.
 	SyncStdout io.Writer
 	SyncStderr io.Writer
 
@@ -137,6 +143,23 @@ func (c *ClientConfig) withDefaults() ClientConfig {
 		config.Logger = config.Logger.Named(c.name())
 	}
 	return config
+}
+
+// hostWriters returns the writers for the output of a plugin. Output without a writer is
+// logged.
+func (c *ClientConfig) hostWriters() *hostWriters {
+	stdout, stderr := c.SyncStdout, c.SyncStderr
+	if stdout == nil {
+		stdout = &lineWriter{max: c.PluginLogBufferSize, emit: c.logLine}
+	}
+	if stderr == nil {
+		stderr = &lineWriter{max: c.PluginLogBufferSize, emit: c.logLine}
+	}
+	return newHostWriters(stdout, stderr, c.Stderr)
+}
+
+func (c *ClientConfig) logLine(line []byte, cut int) {
+	c.Logger.Debug(printable(string(line)) + cutMark(cut))
 }
 
 // withDefault returns value, or d if value is not positive.

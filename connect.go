@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/rpc"
 	"time"
 )
@@ -23,6 +22,7 @@ var (
 type connector struct {
 	config        *ClientConfig
 	name          string // of the plugin, for errors
+	writers       *hostWriters
 	result        *result[*RPCClient]
 	exited        *event // those of Client
 	finished      *event
@@ -82,20 +82,9 @@ func (c *connector) dial(ctx context.Context, h handshake) (*RPCClient, error) {
 		return nil, err
 	}
 	rc.flushes = h.flushes
-	_ = rc.SyncStreams(c.orLog(c.config.SyncStdout), c.orLog(c.config.SyncStderr)) // it is always nil
+	rc.testMode = c.config.testMode()
+	_ = rc.SyncStreams(c.writers.stdout, c.writers.stderr) // it is always nil
 	return rc, nil
-}
-
-// orLog returns w or, if w is nil, a writer that logs each line.
-func (c *connector) orLog(w io.Writer) io.Writer {
-	if w != nil {
-		return w
-	}
-	return &lineWriter{max: c.config.PluginLogBufferSize, emit: c.logLine}
-}
-
-func (c *connector) logLine(line []byte, cut int) {
-	c.config.Logger.Debug(printable(string(line)) + cutMark(cut))
 }
 
 // whyNotConnected returns why connecting failed, where err does not tell.

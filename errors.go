@@ -62,7 +62,9 @@ type ExitError struct {
 	// State is how the process ended. It is nil for a reattached plugin, and if other
 	// code of the host has reaped the process, as signal.Ignore(syscall.SIGCHLD) does.
 	State *os.ProcessState
-	// Stderr is the end of the plugin's stderr, at most 8 KiB.
+	// Stderr is the end of the plugin's stderr, at most 8 KiB, in the order of its
+	// arrival: what was written to the stderr of the process and, where ClientConfig
+	// says that what the plugin printed last arrives, to os.Stderr while it served.
 	Stderr string
 	// Panic is the message and trace of the panic or fatal error that ended the
 	// plugin, or "".

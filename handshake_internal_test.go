@@ -128,13 +128,19 @@ func TestCutHandshake(t *testing.T) {
 // What a plugin is told about its host is read as it was written, and anything
 // else is nothing.
 func TestHostInfo(t *testing.T) {
-	for _, h := range []hostInfo{{1, 3, watchPipe}, {4194304, 0, watchPid}, {7, 0, watchNothing}} {
+	for _, h := range []hostInfo{
+		newHostInfo(false),
+		{pid: 4194304, watch: watchPid},
+		{pid: 7, started: 1 << 63, watch: watchNothing, binary: passedFile{fd: 3, id: "1:2"}},
+		{pid: 1, watch: watchPipe, lifeline: passedFile{fd: 3, id: "1:2"}, stdout: passedFile{fd: 4}},
+	} {
 		if got := parseHostInfo(h.String()); got != h {
 			t.Errorf("%v is read as %v", h, got)
 		}
 	}
 	for _, text := range []string{
-		"", "1", "1 2", "x 2 pipe", "1 x pipe", "pipe 1 2", "99999999999999999999 1 pipe",
+		"", "1", "1 0", "pipe 1 0", "1 0 pipe", "x 0 pipe 0= 0= 0= 0=", "1 x pipe 0= 0= 0= 0=",
+		"99999999999999999999 0 pipe 0= 0= 0= 0=", "1 0 pipe 0= 0= 0= x=", "1 0 pipe 0= 0= 0=",
 	} {
 		if got := parseHostInfo(text); got != (hostInfo{}) {
 			t.Errorf("%q is read as %v", text, got)

@@ -49,8 +49,9 @@ const (
 	versionsVariable  = "PLUGIN_PROTOCOL_VERSIONS"
 	certVariable      = "PLUGIN_CLIENT_CERT"
 	multiplexVariable = "PLUGIN_MULTIPLEX_GRPC" // of go-plugin; not used here
-	// lifelineVariable has the host's pid, the number of a descriptor, and "pipe" if
-	// that is a pipe whose end is the end of the host, "pid" or "nothing".
+	// lifelineVariable has the host's pid and start time, "pipe", "pid" or "nothing",
+	// and the descriptors that the host has passed, each with what identifies its file:
+	// the lifeline, the pipes for stdout and stderr, and the binary.
 	lifelineVariable = "PLUGIN_HOST_LIFELINE"
 )
 

@@ -1,12 +1,16 @@
 package plugin
 
-// This file is about what a plugin prints, on its way to the host.
+// This file is about what a plugin prints, on its way to the writers of the host. Between a
+// host and a plugin of this library, on Unix, the plugin writes to pipes that the host
+// reads: what it has printed arrives, whatever ends it. Otherwise the plugin reads its own
+// output and sends it on two streams of the connection. The host reads both.
 
 import (
 	"context"
 	"io"
+	"reflect"
 	"sync"
-	"sync/atomic"
+	"time"
 )
 
 // output copies one output of the plugin, its stdout or stderr, to the host that connected
@@ -74,36 +78,213 @@ func (o *output) finish(ctx context.Context) {
 	}
 }
 
-// hostWriter writes to a writer of the host, one Write at a time, until that fails or the
-// hostWriter is closed. A failed writer must not stop the plugin.
+const (
+	// drainTimeout is between the end of a process and that of its output.
+	drainTimeout = 500 * time.Millisecond
+	// maxPending is how many bytes of output wait for a writer of the host before the
+	// plugin has to.
+	maxPending = 1 << 20
+)
+
+// hostWriter brings output to a writer of the host, one Write at a time, until one fails:
+// that must not stop the plugin. What the writer has not taken waits here, so that only
+// the output waits for a slow writer, and not the end of the plugin.
 type hostWriter struct {
-	w       io.Writer
-	writing lock        // serialises Write of w
-	closed  atomic.Bool // there is no Write of w any more
+	w     io.Writer
+	lines bool // w gets whole lines
+
+	mu      sync.Mutex // guards the fields below
+	room    *sync.Cond // pending has room, or needs none
+	pending []byte
+	sources int           // that have output
+	inLine  bool          // the output ends without a line feed
+	hurried bool          // no source waits for room
+	closed  bool          // there is no Write of w any more
+	idle    chan struct{} // closed when there is nothing to write
+	ended   chan struct{} // closed when there are no sources
 }
 
-func newHostWriter(w io.Writer) *hostWriter { return &hostWriter{w: w, writing: newLock()} }
+// newHostWriter returns a hostWriter for w, which may be nil.
+func newHostWriter(w io.Writer) *hostWriter {
+	h := &hostWriter{w: w, closed: w == nil, idle: make(chan struct{}), ended: make(chan struct{})}
+	_, h.lines = w.(*lineWriter)
+	h.room = sync.NewCond(&h.mu)
+	close(h.idle)
+	close(h.ended)
+	return h
+}
 
-// Write never fails.
-func (h *hostWriter) Write(p []byte) (int, error) {
-	_ = h.writing.lock(context.Background()) // fails only if the context ends
-	defer h.writing.unlock()
-	if h.closed.Load() {
-		return len(p), nil
+// begin adds a source of output. end must be called when it has no more.
+func (h *hostWriter) begin() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.sources++
+	if h.sources == 1 {
+		h.ended = make(chan struct{})
 	}
-	_, err := h.w.Write(p)
-	if err != nil {
-		h.closed.Store(true)
+}
+
+// end removes a source of output. The last one ends the last line.
+func (h *hostWriter) end() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.sources--
+	if h.sources > 0 {
+		return
+	}
+	if h.lines && h.inLine {
+		h.addLocked([]byte{'\n'})
+	}
+	close(h.ended)
+}
+
+// Write waits until there is room for p. It never fails.
+func (h *hostWriter) Write(p []byte) (int, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for len(h.pending) >= maxPending && !h.hurried && !h.closed {
+		h.room.Wait()
+	}
+	if len(p) > 0 {
+		h.addLocked(p)
 	}
 	return len(p), nil
 }
 
-// close makes later output be dropped. It waits for a Write that is running, or until ctx
-// ends.
-func (h *hostWriter) close(ctx context.Context) {
-	h.closed.Store(true)
-	err := h.writing.lock(ctx)
-	if err == nil {
-		h.writing.unlock()
+func (h *hostWriter) addLocked(p []byte) {
+	if h.closed {
+		return
 	}
+	h.pending = append(h.pending, p...)
+	h.inLine = p[len(p)-1] != '\n'
+	if isClosed(h.idle) {
+		h.idle = make(chan struct{})
+		go h.deliver() // ends when nothing is pending and the caller's Write returns
+	}
+}
+
+// deliver writes what is pending.
+func (h *hostWriter) deliver() {
+	for {
+		p := h.next()
+		if p == nil {
+			return
+		}
+		_, err := h.w.Write(p)
+		if err != nil {
+			h.drop()
+		}
+	}
+}
+
+// next returns what is pending, or nil if that is nothing.
+func (h *hostWriter) next() []byte {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	p := h.pending
+	h.pending = nil
+	h.room.Broadcast()
+	if len(p) == 0 {
+		close(h.idle)
+	}
+	return p
+}
+
+// hurry makes no source wait for room any more: the plugin has ended, and what is left of
+// its output is not much.
+func (h *hostWriter) hurry() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.hurried = true
+	h.room.Broadcast()
+}
+
+// drop drops what is pending and all later output, and returns how many bytes are pending.
+func (h *hostWriter) drop() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	n := len(h.pending)
+	h.pending = nil
+	h.closed = true
+	h.room.Broadcast()
+	return n
+}
+
+// await waits until nothing is pending, but not past ctx.
+func (h *hostWriter) await(ctx context.Context) {
+	h.mu.Lock()
+	idle := h.idle
+	h.mu.Unlock()
+	select {
+	case <-idle:
+	case <-ctx.Done():
+	}
+}
+
+// awaitEnd waits until there are no sources and nothing is pending, but not past ctx.
+func (h *hostWriter) awaitEnd(ctx context.Context) {
+	h.mu.Lock()
+	ended := h.ended
+	h.mu.Unlock()
+	select {
+	case <-ended:
+		h.await(ctx)
+	case <-ctx.Done():
+	}
+}
+
+// hostWriters are the writers of a ClientConfig.
+type hostWriters struct {
+	stdout, stderr *hostWriter // SyncStdout and SyncStderr
+	process        *hostWriter // Stderr
+}
+
+// newHostWriters returns the writers. Where two are the same, it gets one Write at a time.
+func newHostWriters(stdout, stderr, process io.Writer) *hostWriters {
+	h := &hostWriters{
+		stdout:  newHostWriter(stdout),
+		stderr:  newHostWriter(stderr),
+		process: newHostWriter(process),
+	}
+	if sameWriter(stderr, stdout) {
+		h.stderr = h.stdout
+	}
+	switch {
+	case sameWriter(process, stdout):
+		h.process = h.stdout
+	case sameWriter(process, stderr):
+		h.process = h.stderr
+	}
+	return h
+}
+
+func sameWriter(a, b io.Writer) bool { return a != nil && reflect.ValueOf(a).Comparable() && a == b }
+
+func (h *hostWriters) all() []*hostWriter { return []*hostWriter{h.stdout, h.stderr, h.process} }
+
+// hurry calls hurry of all.
+func (h *hostWriters) hurry() {
+	for _, w := range h.all() {
+		w.hurry()
+	}
+}
+
+// await waits until nothing is pending, but not past ctx.
+func (h *hostWriters) await(ctx context.Context) {
+	for _, w := range h.all() {
+		w.await(ctx)
+	}
+}
+
+// close drops what is pending, and returns how many bytes that are. No Write begins any
+// more when it has returned.
+func (h *hostWriters) close() (dropped int) {
+	for _, w := range h.all() {
+		dropped += w.drop()
+	}
+	// A Write that has not begun yet begins and ends meanwhile, or is one that blocks.
+	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/10)
+	defer cancel()
+	h.await(ctx)
+	return dropped
 }

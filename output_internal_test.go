@@ -18,6 +18,8 @@ func TestHostWriter(t *testing.T) {
 	calls := 0
 	w := newHostWriter(shortWriter{&calls})
 	for range 3 {
+		_, _ = w.Write([]byte("output"))
+		w.await(t.Context())
 		if n, err := w.Write([]byte("output")); n != 6 || err != nil || calls != 1 {
 			t.Errorf("Write returned %d, %v, after %d calls", n, err, calls)
 		}

@@ -6,7 +6,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,10 +20,9 @@ import (
 )
 
 const (
-	drainTimeout = 500 * time.Millisecond // between the end of a process and that of its output
-	maxHandshake = 64 << 10               // the length of the handshake line
-	busyTimeout  = time.Second            // how long a start waits while the binary is open for writing
-	busyPause    = 10 * time.Millisecond  // between two attempts to start it
+	maxHandshake = 64 << 10              // the length of the handshake line
+	busyTimeout  = time.Second           // how long a start waits while the binary is open for writing
+	busyPause    = 10 * time.Millisecond // between two attempts to start it
 )
 
 // child is the process of a plugin that this host has started.
@@ -36,13 +34,14 @@ type child struct {
 	published chan struct{} // closed when callerCmd has the process
 
 	hint     string          // a possible cause of the error of start
+	host     hostInfo        // what the plugin is told
 	opened   []*os.File      // for the process; closed here when it has started
-	lifeline *os.File        // the plugin exits when this is closed; nil if it is detached
-	release  sync.Once       // closes lifeline or detaches the plugin
+	lifeline *lifeline       // nil if the plugin is detached
 	cert     tls.Certificate // of the host, with AutoMTLS
 	dir      string          // private, for the socket; "" if there is none
 
-	lines      [2]lineWriter // of stdout and stderr
+	pipes      processPipes
+	lines      [2]lineWriter // of the process's stdout and stderr
 	handshakes chan string   // receives the handshake; closed if there will be none
 	found      bool          // the handshake has been read; used by the reader of stdout
 	noise      tail          // output to stdout before the handshake
@@ -55,13 +54,16 @@ type child struct {
 // same ClientConfig share them.
 var callerCmdMu sync.Mutex
 
-// launch starts a plugin. It returns the errors of Client.Start.
-func launch(ctx context.Context, config *ClientConfig) (*child, error) {
+// launch starts a plugin, and copies its output to the writers. It returns the errors of
+// Client.Start.
+func launch(ctx context.Context, config *ClientConfig, writers *hostWriters) (*child, error) {
 	p := newChild(config)
+	p.pipes.writers = writers
 	err := p.start(ctx)
 	for _, f := range p.opened {
 		_ = f.Close() // the process has its own
 	}
+	p.pipes.closeWriters()
 	if err == nil {
 		return p, nil
 	}
@@ -99,9 +101,12 @@ func (p *child) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Here are made the descriptors that pass gives to the process, before the
-	// environment names them.
-	life, err := p.hold()
+	// The descriptors for the process are made before its environment, which names them.
+	err = p.hold()
+	if err != nil {
+		return err
+	}
+	err = p.redirect()
 	if err != nil {
 		return err
 	}
@@ -111,14 +116,14 @@ func (p *child) start(ctx context.Context) error {
 		return err
 	}
 	p.pin(binary)
-	p.cmd.Env = p.environment(certificate, life)
-	p.redirect()
+	p.cmd.Env = p.environment(certificate)
 	p.share()
 	err = p.execute(ctx)
 	if err != nil {
 		return err
 	}
 	p.publish()
+	p.pipes.copy()
 	return nil
 }
 
@@ -161,11 +166,27 @@ func (p *child) makeDir() (err error) {
 	return err
 }
 
-// pass passes f to the process and returns its descriptor there. It may be called until
-// the command is executed.
-func (p *child) pass(f *os.File) int {
+// pass passes f to the process. It may be called until the command is executed.
+func (p *child) pass(f *os.File) passedFile {
 	p.cmd.ExtraFiles = append(slices.Clip(p.cmd.ExtraFiles), f)
-	return 2 + len(p.cmd.ExtraFiles) // after stdin, stdout and stderr
+	fd := 2 + len(p.cmd.ExtraFiles) // after stdin, stdout and stderr
+	return passedFile{fd: fd, id: identity(int(f.Fd()))}
+}
+
+// hold makes the plugin exit when this process does, unless it is to be detached.
+func (p *child) hold() error {
+	p.host = newHostInfo(p.config.Detach)
+	if p.host.watch != watchPipe {
+		return nil
+	}
+	life, end, err := newLifeline()
+	if err != nil {
+		return err
+	}
+	p.lifeline = life
+	p.opened = append(p.opened, end)
+	p.host.lifeline = p.pass(end)
+	return nil
 }
 
 // pin makes the command execute the open file, even if its path changes. The link keeps
@@ -179,7 +200,8 @@ func (p *child) pin(binary *os.File) {
 		return
 	}
 	link := filepath.Join(p.dir, filepath.Base(p.cmd.Path))
-	err = os.Symlink(fmt.Sprintf("/proc/self/fd/%d", p.pass(binary)), link)
+	p.host.binary = p.pass(binary)
+	err = os.Symlink(fmt.Sprintf("/proc/self/fd/%d", p.host.binary.fd), link)
 	if err == nil {
 		p.cmd.Path = link
 	}
@@ -188,14 +210,14 @@ func (p *child) pin(binary *os.File) {
 // environment returns the plugin's environment: the host's, Cmd.Env and the variables
 // of the handshake, where later ones win. If the host is a plugin itself, its own
 // handshake is left out.
-func (p *child) environment(certificate, life string) []string {
+func (p *child) environment(certificate string) []string {
 	var env []string
 	if !p.config.SkipHostEnv {
 		env = os.Environ()
 	}
 	env = append(env, p.cmd.Env...)
 	env = slices.DeleteFunc(env, isProtocolVariable)
-	return append(env, p.handshakeEnv(certificate, life)...)
+	return append(env, p.handshakeEnv(certificate)...)
 }
 
 // isProtocolVariable reports whether v, as name=value, is a variable of the handshake.
@@ -205,14 +227,14 @@ func isProtocolVariable(v string) bool {
 }
 
 // handshakeEnv returns the variables of the handshake.
-func (p *child) handshakeEnv(certificate, life string) []string {
+func (p *child) handshakeEnv(certificate string) []string {
 	config := p.config
 	env := []string{
 		config.MagicCookieKey + "=" + config.MagicCookieValue,
 		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
 		fmt.Sprintf("%s=%d", envMaxPort, config.MaxPort),
 		envVersions + "=" + versionList(config.VersionedPlugins),
-		envHost + "=" + life,
+		envHost + "=" + p.host.String(),
 	}
 	if certificate != "" {
 		env = append(env, envClientCert+"="+certificate)
@@ -228,22 +250,31 @@ func (p *child) handshakeEnv(certificate, life string) []string {
 }
 
 // redirect sets where the input of the process comes from and where its output goes.
-func (p *child) redirect() {
+func (p *child) redirect() error {
 	if p.cmd.Stdin == nil {
 		p.cmd.Stdin = os.Stdin
+	}
+	if p.cmd.WaitDelay == 0 {
+		p.cmd.WaitDelay = 2 * drainTimeout // for a Stdin that is not a file
 	}
 	size := p.config.PluginLogBufferSize
 	p.lines[0] = lineWriter{max: max(size, maxHandshake), emit: p.stdoutLine}
 	p.lines[1] = lineWriter{max: size, emit: p.log.line}
-	p.cmd.Stdout = &p.lines[0]
-	stderr := []io.Writer{&p.log.tail, &p.lines[1]}
-	if p.config.Stderr != nil {
-		stderr = []io.Writer{&p.log.tail, p.config.Stderr, &p.lines[1]}
+	err := p.pipes.openOwn(&p.lines[0], &p.lines[1], &p.log.tail)
+	if err != nil {
+		return err
 	}
-	p.cmd.Stderr = io.MultiWriter(stderr...)
-	if p.cmd.WaitDelay == 0 {
-		p.cmd.WaitDelay = 2 * drainTimeout
+	p.cmd.Stdout, p.cmd.Stderr = p.pipes.own[0].writer, p.pipes.own[1].writer
+	if p.lifeline == nil {
+		return nil // The plugin may outlive the pipes, so it sends its output.
 	}
+	err = p.pipes.openServed(&p.log.tail)
+	if err != nil {
+		return err
+	}
+	p.host.stdout = p.pass(p.pipes.served[0].writer)
+	p.host.stderr = p.pass(p.pipes.served[1].writer)
+	return nil
 }
 
 // share makes Cmd.Cancel find this process in the caller's command, where the Cancel of
@@ -353,6 +384,7 @@ func (p *child) Kill(context.Context) error {
 func (p *child) Wait(context.Context) error {
 	err := p.cmd.Wait()
 	p.reapedElsewhere.Store(p.cmd.ProcessState == nil)
+	p.pipes.finish()
 	for i := range p.lines {
 		_ = p.lines[i].Close() // never fails
 	}
@@ -386,16 +418,19 @@ func (p *child) exitError(err error) *ExitError {
 
 // free releases what the host holds for the process.
 func (p *child) free() {
-	p.release.Do(p.cutLifeline)
+	p.lifeline.cut()
+	p.pipes.close()
 	if p.dir != "" {
 		_ = os.RemoveAll(p.dir) // what is left there is the plugin's
 	}
 }
 
-// cutLifeline makes the plugin exit.
-func (p *child) cutLifeline() {
-	if p.lifeline != nil {
-		_ = p.lifeline.Close() // nothing was written that could be lost
+// detach lets the plugin outlive this process. If it has used the pipes, it has ceased to
+// when detach has returned: the pipes are read no more when this process has exited.
+func (p *child) detach(usesPipes bool) {
+	p.lifeline.detach()
+	if usesPipes {
+		p.pipes.awaitServed()
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/muxplug/plugin"
 )
 
@@ -47,6 +48,22 @@ func init() {
 			orphanTest{plugin: "plugin say cry", host: shell},
 			orphanTest{plugin: "plugin endless", host: shell, endless: true})
 	}
+	// Wrappers that close what they do not know: one that becomes the plugin, and one that
+	// stays between the two.
+	for _, wrapper := range []string{"closing", "closing-between"} {
+		orphanTests = append(orphanTests,
+			orphanTest{plugin: "plugin say cry", host: "host " + wrapper + " idle ready wait"},
+			orphanTest{plugin: "plugin endless", host: "host " + wrapper + " idle ready wait", endless: true})
+	}
+	closing := func(script string) func() {
+		return func() {
+			cmd := exec.Command("sh", "-c", "exec 3<&- 4>&- 5>&-; "+script, os.Args[0])
+			cmd.Env = hosted.cfg.Cmd.Env
+			hosted.cfg.Cmd = cmd
+		}
+	}
+	modes["closing"] = closing(`exec "$0"`)
+	modes["closing-between"] = closing(`"$0"; exit $?`)
 	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP} {
 		orphanTests = append(orphanTests,
 			orphanTest{plugin: "plugin say cry", host: "host calling ready wait", end: toGroup(s)})
@@ -54,6 +71,11 @@ func init() {
 	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP, syscall.SIGTERM} {
 		orphanTests = append(orphanTests,
 			orphanTest{plugin: "plugin finishing", host: "host idle ready wait", end: toBoth(s)})
+	}
+	// What a plugin is told in another namespace of processes: the number of the host is
+	// that of a process that began at another time.
+	modes["another-host"] = func() {
+		os.Setenv(lifelineVariable, fmt.Sprintf("%d 1 pipe 3= 4= 5= 0=", os.Getpid()))
 	}
 	// Let the system, or a loop as the first process of a container has it, reap the children.
 	modes["ignoring"] = func() { signal.Ignore(syscall.SIGCHLD) }
@@ -160,6 +182,22 @@ func TestStartErrorFiles(t *testing.T) {
 		"no group":          {edit: sockets(plugin.UnixSocketConfig{Group: "no-such-group"}), word: "Group"},
 	} {
 		t.Run(name, test.run)
+	}
+}
+
+// A plugin that cannot be sure which process is its host says so once, and serves.
+func TestUnknownHost(t *testing.T) {
+	t.Parallel()
+	cfg := newLab(t).config("another-host plugin")
+	logger, records := recorder()
+	cfg.Logger = logger
+	c, p := startPlugin(t, cfg)
+	dispenseAndEcho(t, p)
+	c.Kill()
+	check(t, c.Err())
+	warned := records.find("cannot detect the end of its host")
+	if len(warned) != 1 || warned[0].level != hclog.Warn {
+		t.Errorf("it logged %v", warned)
 	}
 }
 

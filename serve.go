@@ -74,7 +74,8 @@ type ServeTestConfig struct {
 // stopped when its host is gone lives until it is continued.
 //
 // While Serve runs, output to os.Stdout and os.Stderr goes to the host; outside Serve, they
-// behave normally. Serve removes the variables of the handshake from the environment, so
+// behave normally. On Unix, a host of this library gets all of it, whatever ends the plugin;
+// ClientConfig.SyncStdout says where it may lose what was printed last. Serve removes the variables of the handshake from the environment, so
 // that child processes do not inherit them.
 //
 // If the process was not started by a host, or Serve fails for another reason, it prints
@@ -121,22 +122,23 @@ func serve(config *ServeConfig) error {
 	terminate := catchSignals()
 	host := parseHostInfo(env[envHost])
 	hostIsParent := host.isParent()
-	hostGone := watchHost(host, env[EnvUnixSocketDir])
+	watch := watchHost(host, env[EnvUnixSocketDir], logger)
+	pipes := watch.takePipes(hostIsParent)
 
 	s, err := newServing(config, env, logger)
 	if err != nil {
 		return err
 	}
 	s.handshake.flushes = hostIsParent
-	err = s.run(terminate, hostGone)
+	err = s.run(terminate, watch, pipes)
 	s.close()
 	// Its host removes the directory, unless it is gone by then. A host further up, which
 	// lives, may not be the one that has made it.
-	if hostIsParent || isClosed(hostGone) || host.hasExited() {
+	if hostIsParent || isClosed(watch.gone) || host.hasExited() {
 		removePrivate(env[EnvUnixSocketDir])
 	}
 	// The signal that ended the host may reach this process later, and main should finish.
-	if !isClosed(hostGone) {
+	if !isClosed(watch.gone) {
 		signal.Stop(terminate)
 	}
 	return err
@@ -254,28 +256,36 @@ func serverTLS(config *ServeConfig, hostCert string) (secure *tls.Config, cert [
 }
 
 // run serves until the host has asked the plugin to quit, a signal has come, or the host
-// is gone.
-func (s *serving) run(terminate <-chan os.Signal, hostGone <-chan struct{}) error {
+// is gone. Output goes to the pipes of the host, if there are any.
+func (s *serving) run(terminate <-chan os.Signal, watch *hostWatch, pipes [2]*os.File) error {
 	stdout := os.Stdout
-	if err := s.captureOutput(io.Discard, io.Discard); err != nil {
+	if err := s.captureOutput(io.Discard, io.Discard, pipes); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(stdout, s.handshake.String()+"\n"); err != nil {
-		gone := waitFor(orphanTimeout/2, hostGone)
+		gone := waitFor(orphanTimeout/2, watch.gone)
 		if gone {
 			return nil // it needs no handshake
 		}
 		return fmt.Errorf("plugin: the handshake could not be written: %w", err)
 	}
 	s.accept()
-	select {
-	case <-s.quit:
-	case <-terminate:
-	case <-hostGone:
-	case err := <-s.failed:
-		return err
+	detached := watch.detached
+	for {
+		select {
+		case <-s.quit:
+			return nil
+		case <-terminate:
+			return nil
+		case <-watch.gone:
+			return nil
+		case err := <-s.failed:
+			return err
+		case <-detached:
+			s.capture.leavePipes()
+			detached = nil
+		}
 	}
-	return nil
 }
 
 // runTest serves until a host has asked the plugin to quit, or the test ends.
@@ -285,7 +295,7 @@ func (s *serving) runTest(test *ServeTestConfig) error {
 		ctx = context.Background()
 	}
 	if test.SyncStdio {
-		if err := s.captureOutput(os.Stdout, os.Stderr); err != nil {
+		if err := s.captureOutput(os.Stdout, os.Stderr, [2]*os.File{}); err != nil {
 			return err
 		}
 	}
@@ -335,9 +345,10 @@ func (s *serving) close() {
 	}
 }
 
-// captureOutput sends the output of the process to the host, and copies it to the writers.
-func (s *serving) captureOutput(stdout, stderr io.Writer) (err error) {
-	s.capture, err = newCapture()
+// captureOutput brings the output of the process to the host. What it sends over
+// connections, it also copies to the writers.
+func (s *serving) captureOutput(stdout, stderr io.Writer, pipes [2]*os.File) (err error) {
+	s.capture, err = newCapture(pipes)
 	if err != nil {
 		return cannotServe(err)
 	}
@@ -347,15 +358,19 @@ func (s *serving) captureOutput(stdout, stderr io.Writer) (err error) {
 	return nil
 }
 
-// capture puts pipes in the place of os.Stdout and os.Stderr.
+// capture puts pipes in the place of os.Stdout and os.Stderr: those that the host reads, or
+// its own, whose output is sent over connections.
 type capture struct {
 	stdout, stderr   *os.File    // the process's own
-	readers, writers [2]*os.File // of the pipes
-	restored         sync.Once
+	readers, writers [2]*os.File // of its own pipes
+	hosts            [2]*os.File // the pipes that the host reads; nil if there are none
+
+	mu       sync.Mutex // guards restored, and the descriptors of hosts
+	restored bool
 }
 
-func newCapture() (*capture, error) {
-	c := &capture{stdout: os.Stdout, stderr: os.Stderr}
+func newCapture(hosts [2]*os.File) (*capture, error) {
+	c := &capture{stdout: os.Stdout, stderr: os.Stderr, hosts: hosts}
 	for i := range c.readers {
 		r, w, err := os.Pipe()
 		if err != nil {
@@ -364,21 +379,51 @@ func newCapture() (*capture, error) {
 		}
 		c.readers[i], c.writers[i] = r, w
 	}
-	os.Stdout, os.Stderr = c.writers[0], c.writers[1]
+	if hosts[0] != nil {
+		os.Stdout, os.Stderr = hosts[0], hosts[1]
+	} else {
+		os.Stdout, os.Stderr = c.writers[0], c.writers[1]
+	}
 	return c, nil
 }
 
-// restore restores os.Stdout and os.Stderr. The pipes end when they have been read.
-func (c *capture) restore() {
-	c.restored.Do(func() {
-		os.Stdout, os.Stderr = c.stdout, c.stderr
-		for _, w := range c.writers {
-			_ = w.Close() // nothing is buffered in it
-		}
-	})
+// leavePipes changes from the pipes of the host, which may exit, to the others. The
+// variables os.Stdout and os.Stderr stay as they are, because methods read them, and the
+// program may have copied them: only their descriptors change.
+func (c *capture) leavePipes() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.restored {
+		c.replaceHostsLocked(c.writers[0], c.writers[1])
+	}
 }
 
-// close restores os.Stdout and os.Stderr, and drops what has not been read of the pipes.
+func (c *capture) replaceHostsLocked(stdout, stderr *os.File) {
+	if c.hosts[0] != nil {
+		_ = replace(c.hosts[0], stdout) // it fails only where a pipe of the host is never taken
+		_ = replace(c.hosts[1], stderr)
+	}
+}
+
+// restore brings output to the process's own again. The pipes end when they have been read.
+func (c *capture) restore() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.restored {
+		return
+	}
+	c.restored = true
+	if c.hosts[0] != nil {
+		c.replaceHostsLocked(c.stdout, c.stderr)
+	} else {
+		os.Stdout, os.Stderr = c.stdout, c.stderr
+	}
+	for _, w := range c.writers {
+		_ = w.Close() // nothing is buffered in it
+	}
+}
+
+// close is restore, and drops what has not been read of its own pipes.
 func (c *capture) close() {
 	c.restore()
 	for _, r := range c.readers {

@@ -131,34 +131,6 @@ func TestServeMux(t *testing.T) {
 	}
 }
 
-// foreignFile is a file where the step "foreign-lifeline" says that the lifeline is,
-// as after a process in between that closes what it does not know.
-var foreignFile *os.File
-
-func init() {
-	modes["foreign-lifeline"] = func() {
-		foreignFile = must(os.Open(os.DevNull))
-		os.Setenv(lifelineVariable, fmt.Sprintf("%d %d pipe", os.Getppid(), foreignFile.Fd()))
-	}
-	modes["use-foreign"] = func() {
-		runtime.GC()
-		if _, err := foreignFile.Read(make([]byte, 1)); err != io.EOF {
-			panic(err)
-		}
-	}
-}
-
-// A descriptor that is no pipe is not the host's: it is neither closed nor taken
-// for the end of the host.
-func TestForeignLifeline(t *testing.T) {
-	c, p := startPlugin(t, newLab(t).config("foreign-lifeline plugin"))
-	for range 5 {
-		mustCall[string](t, dispense(t, p).Client, "Do", "use-foreign")
-	}
-	c.Kill()
-	check(t, c.Err())
-}
-
 // serveTestMode runs Serve in test mode, until stop is called. closed is CloseCh.
 func serveTestMode(
 	t *testing.T, test plugin.ServeTestConfig,

@@ -1,0 +1,51 @@
+//go:build unix && !solaris
+
+package plugin
+
+import (
+	"fmt"
+	"os"
+	"syscall"
+)
+
+// identity returns what no other open file of the system has: the device and the number of
+// the file. It returns "" if the descriptor is not open.
+func identity(fd int) string {
+	var stat syscall.Stat_t
+	err := syscall.Fstat(fd, &stat)
+	if err != nil {
+		return ""
+	}
+	return fmt.Sprintf("%d:%d", stat.Dev, stat.Ino)
+}
+
+// keepToItself makes child processes not inherit a descriptor. It also makes reading and
+// writing block, which the file that replace puts there needs.
+func keepToItself(fd int) {
+	syscall.CloseOnExec(fd)
+	_ = syscall.SetNonblock(fd, false) // it is open
+}
+
+// readNow reads what is in a pipe and does not wait for more. It returns 0 if there is
+// nothing.
+func readNow(pipe *os.File, p []byte) (n int) {
+	conn, err := pipe.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	_ = conn.Read(func(fd uintptr) (done bool) { // fails if the pipe is closed
+		n, _ = syscall.Read(int(fd), p) // fails if there is nothing
+		return true
+	})
+	return max(n, 0)
+}
+
+// replace makes the descriptor of old refer to the file of another.
+func replace(old, with *os.File) error {
+	err := duplicate(int(with.Fd()), int(old.Fd()))
+	if err != nil {
+		return err
+	}
+	keepToItself(int(old.Fd()))
+	return nil
+}
