@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"log"
 	"log/slog"
 	"slices"
 	"strconv"
@@ -25,26 +24,21 @@ func NewSlogLogger(h slog.Handler) hclog.Logger {
 	if h == nil {
 		panic("plugin: NewSlogLogger needs a handler")
 	}
-	wrap := func(sub hclog.Logger) hclog.Logger { return &slogLogger{Logger: sub, handler: h} }
-	return wrap(hclog.New(&hclog.LoggerOptions{
+	logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{
 		Level:         hclog.Trace,
 		Output:        io.Discard,
-		SubloggerHook: wrap, // for With, Named and ResetNamed
-	}))
+		SubloggerHook: func(sub hclog.Logger) hclog.Logger { return &slogLogger{Logger: sub, handler: h} },
+	})
+	return logger.Named("") // which calls the hook, as With and ResetNamed do
 }
 
 // slogLogger logs to a handler. The logger of hclog in it has the name, the level and the
-// arguments of With.
+// arguments of With. The InterceptLogger around it, which NewSlogLogger returns, calls only
+// Log to log.
 type slogLogger struct {
 	hclog.Logger
 	handler slog.Handler
 }
-
-func (l *slogLogger) Trace(msg string, args ...any) { l.Log(hclog.Trace, msg, args...) }
-func (l *slogLogger) Debug(msg string, args ...any) { l.Log(hclog.Debug, msg, args...) }
-func (l *slogLogger) Info(msg string, args ...any)  { l.Log(hclog.Info, msg, args...) }
-func (l *slogLogger) Warn(msg string, args ...any)  { l.Log(hclog.Warn, msg, args...) }
-func (l *slogLogger) Error(msg string, args ...any) { l.Log(hclog.Error, msg, args...) }
 
 func (l *slogLogger) IsTrace() bool { return l.isEnabled(hclog.Trace) }
 func (l *slogLogger) IsDebug() bool { return l.isEnabled(hclog.Debug) }
@@ -108,27 +102,4 @@ func slogValue(value any) slog.Value {
 		return slog.StringValue(strconv.Quote(string(v)))
 	}
 	return slog.AnyValue(value)
-}
-
-// StandardLogger returns a logger of package log that logs to this one.
-func (l *slogLogger) StandardLogger(opts *hclog.StandardLoggerOptions) *log.Logger {
-	return l.withSink().StandardLogger(opts)
-}
-
-// StandardWriter returns a writer that logs what is written to it.
-func (l *slogLogger) StandardWriter(opts *hclog.StandardLoggerOptions) io.Writer {
-	return l.withSink().StandardWriter(opts)
-}
-
-// withSink returns a logger of hclog that logs nothing, but has this one as a sink. It
-// parses what package log writes.
-func (l *slogLogger) withSink() hclog.InterceptLogger {
-	logger := hclog.NewInterceptLogger(&hclog.LoggerOptions{Level: hclog.Off, Output: io.Discard})
-	logger.RegisterSink(l)
-	return logger
-}
-
-// Accept logs a record. It is the method of a sink.
-func (l *slogLogger) Accept(_ string, level hclog.Level, msg string, args ...any) {
-	l.Log(level, msg, args...)
 }
