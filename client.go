@@ -33,7 +33,7 @@ type Client struct {
 	writers   *hostWriters // of config; closed by Kill
 }
 
-// managed has the clients that CleanupClients kills, as keys.
+// managed has the clients and supervisors that CleanupClients kills, as keys.
 var managed sync.Map
 
 // CleanupClients kills all plugins whose ClientConfig has Managed set, and waits for
@@ -41,7 +41,7 @@ var managed sync.Map
 func CleanupClients() {
 	var killing sync.WaitGroup
 	for c := range managed.Range {
-		killing.Go(c.(*Client).Kill)
+		killing.Go(c.(interface{ Kill() }).Kill)
 	}
 	killing.Wait()
 }

@@ -25,29 +25,24 @@ const (
 type Supervisor[T any] struct {
 	config ClientConfig
 	name   string
-
-	// ending is never started. Kill and CleanupClients kill it, which ends the supervisor.
-	ending *Client
+	ended  *event        // no plugin is started any more
+	pause  time.Duration // before the next start; used by one live at a time
 
 	mu     sync.Mutex // guards the fields below
 	life   *life[T]   // the last one; nil before the first Get
-	client *Client    // of the last life that has one
+	client *Client    // of the last start
 }
 
-// life is one start of the plugin, and the time until its end.
+// life is one start of the plugin, and the time until the next may begin.
 type life[T any] struct {
 	lastFailure error // of the start before
 
 	started  chan struct{} // closed when the start is over, and the fields below are set
-	client   *Client
-	lost     <-chan struct{} // closed when the connection has ended
 	instance T
 	err      error
-	final    bool // the start has failed, and there is no other
+	lost     <-chan struct{} // closed when the connection has ended
 
-	over    chan struct{} // closed when the plugin has ended, and the fields below are set
-	endedAt time.Time
-	pause   time.Duration // from endedAt to the next start
+	over chan struct{} // closed when the plugin has ended, and the pause after it
 }
 
 // NewSupervisor returns a Supervisor for the plugin with that name. It does not start it:
@@ -57,7 +52,12 @@ func NewSupervisor[T any](config *ClientConfig, name string) *Supervisor[T] {
 	if config == nil || config.Reattach != nil {
 		panic("plugin: NewSupervisor needs a ClientConfig without Reattach")
 	}
-	return &Supervisor[T]{config: *config, name: name, ending: NewClient(config)}
+	s := &Supervisor[T]{config: *config, name: name, ended: newEvent()}
+	if config.Managed {
+		managed.Store(s, nil) // which kills its clients
+		s.config.Managed = false
+	}
+	return s
 }
 
 // Get returns the instance of the plugin that runs. All callers share it, so do not close
@@ -73,11 +73,10 @@ func (s *Supervisor[T]) Get(ctx context.Context) (T, error) {
 	life := s.currentLife()
 	select {
 	case <-life.started:
-		return life.instance, life.err
 	case <-ctx.Done():
 	}
-	if isClosed(life.started) {
-		return life.instance, life.err // the plugin runs
+	if isClosed(life.started) { // also if ctx has ended
+		return life.instance, life.err
 	}
 	err := fmt.Errorf("plugin %s: waiting for its start: %w", s.name, contextError(ctx))
 	if life.lastFailure != nil {
@@ -92,7 +91,7 @@ func (s *Supervisor[T]) currentLife() *life[T] {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	last := s.life
-	if last != nil && last.lasts() {
+	if last != nil && s.lastsLocked(last) {
 		return last
 	}
 	s.life = &life[T]{started: make(chan struct{}), over: make(chan struct{})}
@@ -103,34 +102,82 @@ func (s *Supervisor[T]) currentLife() *life[T] {
 	return s.life
 }
 
-// lasts reports whether the plugin starts or runs, or cannot be started any more.
-func (l *life[T]) lasts() bool {
-	switch {
-	case !isClosed(l.started):
+// lastsLocked reports whether the plugin of the last life starts or runs.
+func (s *Supervisor[T]) lastsLocked(l *life[T]) bool {
+	if !isClosed(l.started) {
 		return true
-	case l.err != nil:
-		return l.final
 	}
-	return !l.client.Exited() && !isClosed(l.lost)
+	return l.err == nil && !s.client.Exited() && !isClosed(l.lost)
 }
 
-// live starts the plugin and waits for its end. last is the life before, or nil.
+// live starts the plugin, waits for its end, and pauses. last is the life before, or nil.
 func (s *Supervisor[T]) live(l, last *life[T]) {
 	defer close(l.over)
-	var pause time.Duration
 	if last != nil {
-		<-last.over // it has ended, or is being killed
-		pause = last.pause
-		waitFor(pause-time.Since(last.endedAt), s.ending.Done())
+		<-last.over
 	}
-	l.err = s.start(l)
+	client, err := s.start(l)
+	l.err = err
 	startedAt := time.Now()
 	close(l.started)
-	if l.err == nil {
-		s.waitEnd(l)
+	if err == nil {
+		awaitEnd(client, l.lost)
 	}
-	l.endedAt = time.Now()
-	l.pause = nextPause(pause, l.err == nil && l.endedAt.Sub(startedAt) >= healthyLife)
+	s.pause = nextPause(s.pause, err == nil && time.Since(startedAt) >= healthyLife)
+	waitFor(s.pause, s.ended.done())
+}
+
+// start starts the plugin and dispenses the instance. If it fails, no process is left.
+func (s *Supervisor[T]) start(l *life[T]) (*Client, error) {
+	client := s.newClient()
+	if client == nil {
+		return nil, s.endedError()
+	}
+	conn, err := client.Client()
+	if err == nil {
+		l.lost = conn.(*RPCClient).ended() // it is always one
+		l.instance, err = Dispense[T](conn, s.name)
+	}
+	if err == nil {
+		return client, nil
+	}
+	client.Kill()
+	contextEnded := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+	if contextEnded && client.ID() == "" { // there was no process
+		s.ended.set(fmt.Errorf("the context of ClientConfig.Cmd has ended: %w", err))
+	}
+	if s.ended.isSet() {
+		err = s.endedError()
+	}
+	return nil, err
+}
+
+// newClient returns the client of a start, which Kill kills. It returns nil if the
+// supervisor has ended.
+func (s *Supervisor[T]) newClient() *Client {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended.isSet() {
+		return nil
+	}
+	s.client = NewClient(&s.config)
+	return s.client
+}
+
+func (s *Supervisor[T]) endedError() error {
+	return fmt.Errorf("plugin %s: it is not started any more: %w", s.name, s.ended.reason())
+}
+
+// awaitEnd waits until the plugin has exited. It kills a plugin that cannot be called any
+// more.
+func awaitEnd(client *Client, lost <-chan struct{}) {
+	select {
+	case <-client.Done():
+	case <-lost:
+		// The process may be exiting, or else the calls in flight say that it lives.
+		waitFor(lostTimeout+drainTimeout, client.Done())
+	}
+	client.Kill() // does nothing if it has exited
 }
 
 // nextPause returns the pause after a start that had this one before it.
@@ -139,65 +186,6 @@ func nextPause(pause time.Duration, healthy bool) time.Duration {
 		return 0
 	}
 	return min(max(2*pause, firstPause), maxPause)
-}
-
-// start starts the plugin and dispenses the instance.
-func (s *Supervisor[T]) start(l *life[T]) error {
-	l.client = NewClient(&s.config)
-	var err error
-	if s.setClient(l.client) {
-		err = s.dispense(l)
-		if err == nil {
-			return nil
-		}
-	}
-	l.client.Kill()
-	neverRan := l.client.ID() == ""
-	contextEnded := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
-	switch {
-	case s.ending.Exited():
-		err = errors.New("Kill or CleanupClients was called")
-	case neverRan && contextEnded:
-		err = fmt.Errorf("the context of ClientConfig.Cmd has ended: %w", err)
-	default:
-		return err
-	}
-	l.final = true
-	return fmt.Errorf("plugin %s: it is not started any more: %w", s.name, err)
-}
-
-// setClient sets the client that Kill kills. It returns false if the supervisor has ended.
-func (s *Supervisor[T]) setClient(client *Client) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.ending.Exited() {
-		return false
-	}
-	s.client = client
-	return true
-}
-
-func (s *Supervisor[T]) dispense(l *life[T]) error {
-	conn, err := l.client.Client()
-	if err != nil {
-		return err
-	}
-	l.lost = conn.(*RPCClient).ended() // it is always one
-	l.instance, err = Dispense[T](conn, s.name)
-	return err
-}
-
-// waitEnd waits until the plugin has exited. It kills a plugin that cannot be called any
-// more.
-func (s *Supervisor[T]) waitEnd(l *life[T]) {
-	select {
-	case <-l.client.Done():
-	case <-l.lost:
-		// The process may be exiting, or else the calls in flight say that it lives.
-		waitFor(lostTimeout+drainTimeout, l.client.Done())
-	case <-s.ending.Done():
-	}
-	l.client.Kill() // does nothing if it has exited
 }
 
 // Client returns the Client of the plugin that runs or ran last, or nil before the first
@@ -211,7 +199,8 @@ func (s *Supervisor[T]) Client() *Client {
 // Kill ends the plugin as [Client.Kill] does, or its start, and no other is started. It is
 // safe to call Kill more than once and at any time.
 func (s *Supervisor[T]) Kill() {
-	s.ending.Kill()
+	managed.Delete(s)
+	s.ended.set(errors.New("Kill or CleanupClients was called"))
 	s.mu.Lock()
 	client, life := s.client, s.life
 	s.mu.Unlock()
