@@ -3,7 +3,6 @@ package plugin
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"regexp"
 	"slices"
 	"strconv"
@@ -22,27 +21,24 @@ const (
 	crashSize = 64 << 10 // how many bytes of a panic and its trace are kept
 )
 
-// lineWriter splits what is written to it into lines.
+// lineWriter splits what is written to it into lines. Its methods must not be called
+// concurrently.
 type lineWriter struct {
 	max  int                        // the length at which lines are cut
 	emit func(line []byte, cut int) // gets a line, and how many bytes were cut off
-
-	mu   sync.Mutex // serialises writing; guards the fields below
 	line []byte
 	cut  int
 }
 
 // Write never fails.
 func (w *lineWriter) Write(p []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	for part := range bytes.Lines(p) {
 		text, ended := bytes.CutSuffix(part, []byte{'\n'})
 		kept := min(len(text), w.max-len(w.line))
 		w.line = append(w.line, text[:kept]...)
 		w.cut += len(text) - kept
 		if ended {
-			w.endLineLocked()
+			w.endLine()
 		}
 	}
 	return len(p), nil
@@ -50,15 +46,13 @@ func (w *lineWriter) Write(p []byte) (int, error) {
 
 // Close emits the last line if it has no line feed.
 func (w *lineWriter) Close() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	if len(w.line) > 0 {
-		w.endLineLocked()
+		w.endLine()
 	}
 	return nil
 }
 
-func (w *lineWriter) endLineLocked() {
+func (w *lineWriter) endLine() {
 	w.emit(bytes.TrimSuffix(w.line, []byte{'\r'}), w.cut)
 	w.line = w.line[:0]
 	w.cut = 0
@@ -74,8 +68,9 @@ type stderrLog struct {
 
 func (l *stderrLog) line(line []byte, cut int) {
 	if cut == 0 {
-		if r, ok := parseRecord(line); ok {
-			l.logger.Log(r.level, r.message, r.args...)
+		level, message, args := parseRecord(line)
+		if level != hclog.NoLevel {
+			l.logger.Log(level, message, args...)
 			return
 		}
 	}
@@ -84,7 +79,7 @@ func (l *stderrLog) line(line []byte, cut int) {
 		l.crash.add(text)
 		level = hclog.Debug
 	} else {
-		l.crash.forget()
+		l.crash = crashTrace{} // the program has survived it
 	}
 	l.logger.Log(level, printable(string(text))+cutMark(cut))
 }
@@ -99,7 +94,7 @@ type crashTrace struct {
 func (c *crashTrace) add(line []byte) {
 	switch {
 	case bytes.HasPrefix(line, []byte("panic: ")), bytes.HasPrefix(line, []byte("fatal error: ")):
-		c.forget()
+		*c = crashTrace{}
 	case len(c.text) == 0:
 		return
 	case bytes.HasPrefix(line, []byte("goroutine ")):
@@ -111,9 +106,6 @@ func (c *crashTrace) add(line []byte) {
 	}
 }
 
-// forget forgets a panic that the program has survived.
-func (c *crashTrace) forget() { *c = crashTrace{} }
-
 // ofExit returns the message and the trace if they are of a process that exited with that
 // status, or "". With GOTRACEBACK=none there is no trace, but a Go program exits with 2.
 func (c *crashTrace) ofExit(status int) string {
@@ -123,24 +115,15 @@ func (c *crashTrace) ofExit(status int) string {
 	return strings.TrimSpace(string(c.text))
 }
 
-// record is a record of a plugin's log.
-type record struct {
-	level   hclog.Level
-	message string
-	args    []any
-}
-
-// parseRecord parses a JSON record of hclog, slog and loggers like it.
-func parseRecord(line []byte) (r record, ok bool) {
-	fields, ok := parseObject(line)
-	if !ok {
-		return r, false
-	}
-	level, hasLevel := fields.takeText("@level")
+// parseRecord parses a JSON record of hclog, slog and loggers like it. It returns
+// hclog.NoLevel for anything else.
+func parseRecord(line []byte) (level hclog.Level, message string, args []any) {
+	fields := parseObject(line)
+	levelText, hasLevel := fields.takeText("@level")
 	message, hasMessage := fields.takeText("@message")
 	at, _ := fields.takeText("@timestamp")
 	if !hasLevel && !hasMessage {
-		level, hasLevel = fields.takeText("level")
+		levelText, hasLevel = fields.takeText("level")
 		message, hasMessage = fields.takeText("msg")
 		if !hasMessage {
 			message, hasMessage = fields.takeText("message") // zerolog's
@@ -148,37 +131,24 @@ func parseRecord(line []byte) (r record, ok bool) {
 		at, _ = fields.takeText("time")
 	}
 	if !hasLevel || !hasMessage {
-		return r, false
+		return hclog.NoLevel, "", nil
 	}
-	r = record{level: parseLevel(level), message: oneLine(message)}
 	for _, f := range fields {
 		// JSON loggers of the host have fields of their own that begin with @.
-		r.args = append(r.args, oneLine(strings.TrimLeft(f.key, "@")), f.arg())
+		args = append(args, oneLine(strings.TrimLeft(f.key, "@")), f.value)
 	}
 	if at != "" {
-		r.args = append(r.args, "timestamp", parseTime(at))
+		args = append(args, "timestamp", parseTime(at))
 	}
-	return r, r.level != hclog.NoLevel
+	return parseLevel(levelText), oneLine(message), args
 }
 
-// jsonField is a key and a value of a record.
+// jsonFields are a record, in its order. Keys may be there twice.
+type jsonFields []jsonField
+
 type jsonField struct {
 	key   string
-	value json.RawMessage
-}
-
-// text returns the value, if it is a string.
-func (f jsonField) text() (text string, ok bool) {
-	err := json.Unmarshal(f.value, &text)
-	return text, err == nil && f.value[0] == '"' // and not null
-}
-
-// arg returns the value for a log.
-func (f jsonField) arg() any {
-	if text, ok := f.text(); ok {
-		return text
-	}
-	return rawJSON{f.value}
+	value any // a string or a rawJSON
 }
 
 // rawJSON is a value of a record that is not a string. JSON escapes control
@@ -187,47 +157,54 @@ type rawJSON struct{ json.RawMessage }
 
 func (r rawJSON) String() string { return printable(string(r.RawMessage)) }
 
-// jsonFields are a record, in its order. Keys may be there twice.
-type jsonFields []jsonField
-
 // takeText removes the first field with that key and returns it, if it is a string.
 func (fields *jsonFields) takeText(key string) (text string, ok bool) {
-	for i, f := range *fields {
-		if f.key != key {
-			continue
-		}
-		text, ok = f.text()
-		if ok {
-			*fields = slices.Delete(*fields, i, i+1)
-		}
-		return text, ok
+	i := slices.IndexFunc(*fields, func(f jsonField) bool { return f.key == key })
+	if i < 0 {
+		return "", false
 	}
-	return "", false
+	text, ok = (*fields)[i].value.(string)
+	if ok {
+		*fields = slices.Delete(*fields, i, i+1)
+	}
+	return text, ok
 }
 
-// parseObject parses a JSON object. Unlike a map, the result has all fields.
-func parseObject(line []byte) (fields jsonFields, ok bool) {
+// parseObject parses a JSON object. Unlike a map, the result has all fields. It is empty
+// for anything else.
+func parseObject(line []byte) (fields jsonFields) {
 	if !json.Valid(line) {
-		return nil, false
+		return nil
 	}
 	decoder := json.NewDecoder(bytes.NewReader(line))
 	start, err := decoder.Token()
 	if err != nil || start != json.Delim('{') {
-		return nil, false
+		return nil
 	}
 	for decoder.More() {
 		key, err := decoder.Token()
 		if err != nil {
-			return nil, false
+			return nil
 		}
-		var value json.RawMessage
-		err = decoder.Decode(&value)
+		value, err := decodeField(decoder)
 		if err != nil {
-			return nil, false
+			return nil
 		}
 		fields = append(fields, jsonField{key: key.(string), value: value}) // keys are strings
 	}
-	return fields, true
+	return fields
+}
+
+// decodeField decodes the value of a field.
+func decodeField(decoder *json.Decoder) (any, error) {
+	var raw json.RawMessage
+	err := decoder.Decode(&raw)
+	if err != nil || raw[0] != '"' {
+		return rawJSON{raw}, err
+	}
+	var text string
+	err = json.Unmarshal(raw, &text)
+	return text, err
 }
 
 // pluginTime is the time of a record of a plugin, as a value of the host's record.
@@ -255,56 +232,44 @@ var levelNames = map[string]hclog.Level{
 
 // parseLevel parses a level. That of slog may have an offset, as in INFO+2.
 func parseLevel(text string) hclog.Level {
-	name, offset := text, ""
-	if i := strings.IndexAny(text, "+-"); i >= 0 {
-		name, offset = text[:i], text[i:]
-	}
+	name := strings.TrimRight(text, "+-0123456789")
 	level := levelNames[strings.ToLower(name)]
-	if level == hclog.NoLevel || offset == "" {
+	if level == hclog.NoLevel {
 		return level
 	}
-	n, err := strconv.ParseInt(offset, 10, 32)
-	if errors.Is(err, strconv.ErrSyntax) {
-		return hclog.NoLevel
-	}
-	// n is the nearest that fits, if the offset is too large. Levels of slog are four apart.
-	slogLevel := 4*int64(level) + n
+	// The offset is the nearest that fits, or 0 if there is none. Levels of slog are four
+	// apart.
+	offset, _ := strconv.ParseInt(text[len(name):], 10, 32)
+	slogLevel := 4*int64(level) + offset
 	return hclog.Level(min(max(slogLevel>>2, int64(hclog.Trace)), int64(hclog.Error)))
 }
 
-// textPatterns match the beginning of a line of text with a level. They are compiled when
-// they are needed, because plugins do not need them.
-type textPatterns struct {
-	bracket *regexp.Regexp // of package log, with a level in brackets, as hclog and others have it
-	slog    *regexp.Regexp // of slog's default handler
-	keys    *regexp.Regexp // of slog's TextHandler
-}
-
-var levelPatterns = sync.OnceValue(func() textPatterns {
+// levelPatterns match the beginning of a line of text with a level. The first group is cut
+// off, because the record will have it; the second is the level. The patterns are compiled
+// when they are needed, because plugins do not need them.
+var levelPatterns = sync.OnceValue(func() []*regexp.Regexp {
 	const (
 		date  = `\d{4}/\d\d/\d\d `
 		clock = `\d\d:\d\d:\d\d(?:\.\d+)? `
-		level = `(TRACE|DEBUG|INFO|WARN|ERROR)`
 	)
-	return textPatterns{
-		bracket: regexp.MustCompile(`^(?:` + date + `)?(?:` + clock + `)?\[` + level + `\] ?`),
-		slog:    regexp.MustCompile(`^` + date + clock + `((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) `),
-		keys:    regexp.MustCompile(`^(?:time=\S+ )?level=(\S+) (?:source=\S+ )?msg=`),
+	return []*regexp.Regexp{
+		// of package log, with a level in brackets, as hclog and others have it
+		regexp.MustCompile(`^((?:` + date + `)?(?:` + clock + `)?\[(TRACE|DEBUG|INFO|WARN|ERROR)\] ?)`),
+		// of slog's default handler
+		regexp.MustCompile(`^(` + date + clock + `((?:DEBUG|INFO|WARN|ERROR)(?:[+-]\d+)?) )`),
+		// of slog's TextHandler, whose lines stay whole
+		regexp.MustCompile(`^()(?:time=\S+ )?level=(\S+) (?:source=\S+ )?msg=`),
 	}
 })
 
 // textLevel returns the level at the beginning of a line, and the line without the
 // date, time and level that the record will have.
 func textLevel(line []byte) (hclog.Level, []byte) {
-	patterns := levelPatterns()
-	if match := patterns.bracket.FindSubmatch(line); match != nil {
-		return parseLevel(string(match[1])), line[len(match[0]):]
-	}
-	if match := patterns.slog.FindSubmatch(line); match != nil {
-		return parseLevel(string(match[1])), line[len(match[0]):]
-	}
-	if match := patterns.keys.FindSubmatch(line); match != nil {
-		return parseLevel(string(match[1])), line
+	for _, pattern := range levelPatterns() {
+		match := pattern.FindSubmatch(line)
+		if match != nil {
+			return parseLevel(string(match[2])), line[len(match[1]):]
+		}
 	}
 	return hclog.NoLevel, line
 }
