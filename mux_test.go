@@ -133,6 +133,50 @@ func TestSilentPlugin(t *testing.T) {
 	})
 }
 
+// stockControl is the control service of a go-plugin plugin in test mode: when it has quit,
+// it goes on.
+type stockControl struct{}
+
+func (stockControl) Ping(bool, *struct{}) error { return nil }
+func (stockControl) Quit(bool, *struct{}) error { return nil }
+
+// Close waits for the end of the output only where it comes: a go-plugin plugin in test mode
+// lives on, and so do its streams.
+func TestCloseInTestMode(t *testing.T) {
+	t.Parallel()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	defer lis.Close()
+	var stdout syncBuffer
+	cfg := attachTo(&plugin.ReattachConfig{Test: true, Addr: lis.Addr()})
+	cfg.SyncStdout = &stdout
+	client := plugin.NewClient(cfg)
+	connected := async(func() error {
+		_, err := client.Client()
+		return err
+	})
+	probe, err := lis.Accept() // Start looks whether there is a plugin
+	check(t, err)
+	check(t, probe.Close())
+	conn, err := lis.Accept()
+	check(t, err)
+	raw := newRawPeer(t, conn, false)
+	check(t, receive(t, "Client", connected))
+	control := rpc.NewServer()
+	check(t, control.RegisterName("Control", stockControl{}))
+	go control.ServeConn(raw.control) // ends with the connection
+	_, err = raw.stdout.Write([]byte("to be read"))
+	check(t, err)
+	host, err := client.Client()
+	check(t, err)
+	begun := time.Now()
+	check(t, host.Close())
+	if took := time.Since(begun); took > quitTimeout*3/4 {
+		t.Errorf("Close has taken %v", took)
+	}
+	checkEqual(t, "the output", stdout.String(), "to be read")
+}
+
 // A host that does not read the plugin's output, and output that does not end,
 // keep the plugin from nothing. Without a host the output is dropped.
 func TestOutputWithoutReader(t *testing.T) {
