@@ -8,15 +8,16 @@ import (
 	"syscall"
 )
 
-// identity returns what no other open file of the system has: the device and the number of
-// the file. It returns "" if the descriptor is not open.
+// identity returns what no other open file of the system has: its kind, and the device and
+// number of the file. On macOS, which does not number pipes, all pipes have the same. It
+// returns "" if the descriptor is not open.
 func identity(fd int) string {
 	var stat syscall.Stat_t
 	err := syscall.Fstat(fd, &stat)
 	if err != nil {
 		return ""
 	}
-	return fmt.Sprintf("%d:%d", stat.Dev, stat.Ino)
+	return fmt.Sprintf("%o:%d:%d", stat.Mode&syscall.S_IFMT, stat.Dev, stat.Ino)
 }
 
 // keepToItself makes child processes not inherit a descriptor. It also makes reading and
