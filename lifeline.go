@@ -57,7 +57,8 @@ func newHostInfo(detached bool) hostInfo {
 }
 
 func (h hostInfo) String() string {
-	return fmt.Sprintf("%d %d %s %v %v %v %v", h.pid, h.started, h.watch, h.lifeline, h.stdout, h.stderr, h.binary)
+	return fmt.Sprintf("%d %d %s %v %v %v %v",
+		h.pid, h.started, h.watch, h.lifeline, h.stdout, h.stderr, h.binary)
 }
 
 // parseHostInfo returns the zero hostInfo for anything but what String returns.

@@ -75,8 +75,9 @@ type ServeTestConfig struct {
 //
 // While Serve runs, output to os.Stdout and os.Stderr goes to the host; outside Serve, they
 // behave normally. On Unix, a host of this library gets all of it, whatever ends the plugin;
-// ClientConfig.SyncStdout says where it may lose what was printed last. Serve removes the variables of the handshake from the environment, so
-// that child processes do not inherit them.
+// ClientConfig.SyncStdout says where it may lose what was printed last. Serve removes the
+// variables of the handshake from the environment, so that child processes do not inherit
+// them.
 //
 // If the process was not started by a host, or Serve fails for another reason, it prints
 // the reason to stderr and exits with status 1. In test mode, it logs the reason and
