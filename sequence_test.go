@@ -489,6 +489,7 @@ func TestSequenceCanceled(t *testing.T) {
 	leavesNothing(t)
 	_, r := startYielder(t)
 	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
 	n := 0
 	for e, err := range plugin.InvokeSeq[Item](ctx, r, "Watch", "endless", 1<<40) {
 		if err != nil {
@@ -503,15 +504,45 @@ func TestSequenceCanceled(t *testing.T) {
 	}
 	checkEqual(t, "values before the end of ctx", n, 100)
 	invoke[struct{}](t, r, "Await", "left endless")
-	ctx, cancel = context.WithTimeout(context.Background(), 50*time.Millisecond)
-	defer cancel()
-	all, err := collect(t, plugin.InvokeSeq[Item](ctx, r, "Watch", "wait", 3))
-	checkEqual(t, "values before the deadline", len(all), 3)
-	errorIs(t, "the deadline", err, context.DeadlineExceeded)
+	late := newDeadlineContext()
+	n = 0
+	for _, err := range plugin.InvokeSeq[Item](late, r, "Watch", "wait", 3) {
+		if err != nil {
+			errorIs(t, "the deadline", err, context.DeadlineExceeded)
+			break
+		}
+		n++
+		if n == 3 {
+			late.pass()
+		}
+	}
+	checkEqual(t, "values before the deadline", n, 3)
 	invoke[struct{}](t, r, "Await", "left wait")
-	all, err = collect(t, plugin.InvokeSeq[Item](ctx, r, "Watch", "good", 3))
+	all, err := collect(t, plugin.InvokeSeq[Item](late, r, "Watch", "good", 3))
 	checkEqual(t, "values afterwards", len(all), 0)
 	errorIs(t, "afterwards", err, context.DeadlineExceeded)
+}
+
+// deadlineContext has a deadline that passes when the test says so.
+type deadlineContext struct {
+	context.Context
+	passed chan struct{}
+}
+
+func newDeadlineContext() deadlineContext {
+	return deadlineContext{context.Background(), make(chan struct{})}
+}
+
+func (c deadlineContext) pass()                 { close(c.passed) }
+func (c deadlineContext) Done() <-chan struct{} { return c.passed }
+
+func (c deadlineContext) Err() error {
+	select {
+	case <-c.passed:
+		return context.DeadlineExceeded
+	default:
+		return nil
+	}
 }
 
 // A slow loop holds the method back, and the method a sequence of the caller.
