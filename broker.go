@@ -137,59 +137,68 @@ func (b *MuxBroker) Dial(id uint32) (net.Conn, error) {
 // has not accepted the stream within five seconds.
 func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error) {
 	st, err := b.dial(ctx, id)
-	if err != nil && ctx.Err() != nil {
-		err = fmt.Errorf("the peer has not accepted it: %w", contextError(ctx))
-	}
-	if err != nil {
-		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
-	}
-	return st, nil
-}
-
-// dial opens a stream as id and waits for the acknowledgement.
-func (b *MuxBroker) dial(ctx context.Context, id uint32) (*stream, error) {
-	st, err := b.openAs(ctx, id)
 	if err != nil {
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, func() { abort(st) })
-	err = readAcknowledgement(st, id)
-	inTime := stop()
-	if !inTime {
-		err = ctx.Err()
+	err = st.waitAcknowledged()
+	if !stop() {
+		err = notAccepted(ctx, id)
 	}
 	if err != nil {
 		abort(st)
 		return nil, err
 	}
-	return st, nil
+	return st.stream, nil
 }
 
-// openAs opens a stream and sends its id.
-func (b *MuxBroker) openAs(ctx context.Context, id uint32) (*stream, error) {
+// notAccepted is the error of a stream that was dialled, and whose context has ended.
+func notAccepted(ctx context.Context, id uint32) error {
+	return fmt.Errorf("plugin: dialling stream %d: the peer has not accepted it: %w", id, contextError(ctx))
+}
+
+// dial opens a stream as id. It does not wait for the acknowledgement, which would be a
+// round trip.
+func (b *MuxBroker) dial(ctx context.Context, id uint32) (*dialledConn, error) {
 	st, err := b.session.open(ctx)
+	if err == nil {
+		err = st.queue(binary.LittleEndian.AppendUint32(nil, id)) // fails if the session has ended
+	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
 	}
-	if err := st.queue(binary.LittleEndian.AppendUint32(nil, id)); err != nil {
-		abort(st)
-		return nil, err
-	}
-	return st, nil
+	return &dialledConn{stream: st, id: id}, nil
 }
 
-func readAcknowledgement(st *stream, id uint32) error {
-	accepted, err := readID(st)
-	if err == io.EOF {
-		return errors.New("the peer closed it and did not accept it")
+// dialledConn is a stream whose first Read checks the acknowledgement. One goroutine reads.
+type dialledConn struct {
+	*stream
+	id           uint32
+	acknowledged bool
+}
+
+func (st *dialledConn) Read(p []byte) (int, error) {
+	if err := st.waitAcknowledged(); err != nil {
+		return 0, err
 	}
-	if err != nil {
-		return err
+	return st.stream.Read(p)
+}
+
+// waitAcknowledged reads the acknowledgement, if it has not been read. If the connection
+// was lost, its error says why, and not that a stream was dialled.
+func (st *dialledConn) waitAcknowledged() error {
+	if st.acknowledged {
+		return nil
 	}
-	if accepted != id {
-		return errors.New("the peer accepted another")
+	accepted, err := readID(st.stream)
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		return fmt.Errorf("plugin: dialling stream %d: the peer closed it and did not accept it", st.id)
 	}
-	return nil
+	if err == nil && accepted != st.id {
+		return fmt.Errorf("plugin: dialling stream %d: the peer accepted another", st.id)
+	}
+	st.acknowledged = err == nil
+	return err
 }
 
 // Run receives the streams that the peer dials, until the connection ends. The package

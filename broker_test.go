@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/binary"
+	"encoding/gob"
 	"errors"
 	"fmt"
 	"io"
@@ -326,6 +327,47 @@ func TestDialServed(t *testing.T) {
 			errorSays(t, receive(t, "DialReader", dialling), "7", test.says)
 		})
 	}
+}
+
+// If the connection ends before the peer has acknowledged a stream, the error says why it
+// ended, and not that a stream was dialled.
+func TestLostBeforeAcknowledged(t *testing.T) {
+	raw, c, _ := rawPlugin(t)
+	dialling := async(func() error {
+		_, err := c.broker.DialReader(7)
+		return err
+	})
+	st, err := raw.Accept()
+	check(t, errors.Join(err, st.SetReadDeadline(time.Now().Add(hangs))))
+	_, err = io.ReadFull(st, make([]byte, 20)) // the number, and the begin of a call
+	check(t, errors.Join(err, raw.conn.Close()))
+	err = receive(t, "DialReader", dialling)
+	errorIs(t, "DialReader", err, io.ErrUnexpectedEOF)
+	errorSays(t, err, "the connection was lost")
+	if strings.Contains(err.Error(), "dialling") {
+		t.Errorf("DialReader returned %v", err)
+	}
+}
+
+// If the connection ends when the peer has answered and its bytes have not arrived, the
+// wait for them ends.
+func TestLostAfterAnswer(t *testing.T) {
+	raw, c, _ := rawPlugin(t)
+	dialling := async(func() error {
+		_, err := c.broker.DialReader(7)
+		return err
+	})
+	st, _ := raw.accept(t)
+	var req rpc.Request
+	var id uint32
+	from, to := gob.NewDecoder(st), gob.NewEncoder(st)
+	check(t, errors.Join(from.Decode(&req), from.Decode(&id)))
+	check(t, errors.Join(to.Encode(rpc.Response{Seq: req.Seq}), to.Encode(struct{}{})))
+	_, err := raw.Ping() // the answer has arrived
+	check(t, errors.Join(err, raw.conn.Close()))
+	err = receive(t, "DialReader", dialling)
+	errorIs(t, "DialReader", err, io.ErrUnexpectedEOF)
+	errorSays(t, err, "the connection was lost")
 }
 
 // Closing a client ends its serving at the peer, and what runs there.

@@ -2,7 +2,6 @@ package plugin
 
 import (
 	"context"
-	"fmt"
 	"net/rpc"
 	"time"
 )
@@ -96,46 +95,9 @@ func (o *offer) stop() {
 
 // dialService returns a client for a service that the peer offers as id.
 func (b *MuxBroker) dialService(ctx context.Context, id uint32) (*rpc.Client, error) {
-	conn, err := b.dialOffered(ctx, id)
+	conn, err := b.dial(ctx, id)
 	if err != nil {
 		return nil, err
 	}
 	return b.session.client(conn), nil
-}
-
-// dialOffered opens a stream as an id that the peer expects. It does not wait for the
-// acknowledgement: that would be a round trip, and the peer accepts the stream at once.
-func (b *MuxBroker) dialOffered(ctx context.Context, id uint32) (*offeredStream, error) {
-	st, err := b.openAs(ctx, id)
-	if err != nil {
-		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
-	}
-	return &offeredStream{stream: st, id: id}, nil
-}
-
-// offeredStream is a stream whose first Read checks the acknowledgement. One goroutine
-// reads.
-type offeredStream struct {
-	*stream
-	id           uint32
-	acknowledged bool
-}
-
-func (st *offeredStream) Read(p []byte) (int, error) {
-	if err := st.waitAcknowledged(); err != nil {
-		return 0, err
-	}
-	return st.stream.Read(p)
-}
-
-// waitAcknowledged reads the acknowledgement, if it has not been read.
-func (st *offeredStream) waitAcknowledged() error {
-	if st.acknowledged {
-		return nil
-	}
-	if err := readAcknowledgement(st.stream, st.id); err != nil {
-		return fmt.Errorf("plugin: dialling stream %d: %w", st.id, err)
-	}
-	st.acknowledged = true
-	return nil
 }

@@ -532,9 +532,6 @@ func (l *soakLife) act(r *rand.Rand) bool {
 	case endedWith(ctx, err):
 		l.counts.add("calls that were cancelled", 1)
 		return !l.ending.Load()
-	case isKnownDefect(err):
-		l.counts.add("calls that met a known defect", 1)
-		return !l.ending.Load()
 	case l.ending.Load() && isEnd(err):
 		l.counts.add("calls that ended with their plugin", 1)
 		return false
@@ -548,16 +545,6 @@ func (l *soakLife) act(r *rand.Rand) bool {
 func isEnd(err error) bool {
 	return isA[*plugin.ExitError](err) || isA[rpc.ServerError](err) ||
 		errors.Is(err, rpc.ErrShutdown) || errors.Is(err, io.ErrUnexpectedEOF)
-}
-
-// isKnownDefect reports whether an error is one that should be another: a stream that is
-// dialled without waiting for its acknowledgement fails as closed when the context of the
-// call ends, and one whose connection ends before it has arrived is waited for until the
-// time is up.
-func isKnownDefect(err error) bool {
-	text := err.Error()
-	return strings.HasPrefix(text, "plugin: dialling stream") && strings.HasSuffix(text, "stream closed") ||
-		text == "plugin: the peer does not serve a reader or writer"
 }
 
 // isOver checks a client whose plugin has ended.

@@ -3,7 +3,6 @@ package plugin
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/rpc"
@@ -162,7 +161,7 @@ func (s *servedStream) copy(ctx context.Context, id uint32) error {
 // copyOver lets copy copy to or from the stream that the peer expects as id, until ctx, the
 // context of the call, ends.
 func (b *MuxBroker) copyOver(ctx context.Context, id uint32, copy func(io.ReadWriter) error) error {
-	conn, err := b.dialOffered(ctx, id)
+	conn, err := b.dial(ctx, id)
 	if err != nil {
 		return err
 	}
@@ -266,7 +265,7 @@ func (s *dialledStream) dial(ctx context.Context, b *MuxBroker, id uint32) error
 	b.expect(data, s.arrive)
 	// Ends with the copying, or when the client or the connection is closed.
 	go s.copy(data)
-	st, err := s.await(ctx)
+	st, err := s.await(ctx, b.session)
 	if err == nil {
 		err = acknowledge(st, data)
 	}
@@ -282,8 +281,7 @@ func (s *dialledStream) dial(ctx context.Context, b *MuxBroker, id uint32) error
 		abort(st)
 	}
 	if ctx.Err() != nil {
-		ended := contextError(ctx)
-		err = fmt.Errorf("plugin: dialling stream %d: the peer has not accepted it: %w", id, ended)
+		err = notAccepted(ctx, id)
 	}
 	return err
 }
@@ -305,25 +303,29 @@ func (s *dialledStream) arrive(st *stream) {
 }
 
 // await waits for the stream of the bytes.
-func (s *dialledStream) await(ctx context.Context) (*stream, error) {
-	select {
-	case st := <-s.arrived:
-		return st, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	case <-s.copied:
-	}
-	if s.err != nil {
-		return nil, s.err
-	}
-	// The peer has dialled before it answered.
-	select {
-	case st := <-s.arrived:
-		return st, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	case <-time.After(brokerTimeout):
-		return nil, errors.New("plugin: the peer does not serve a reader or writer")
+func (s *dialledStream) await(ctx context.Context, session *session) (*stream, error) {
+	copied := s.copied
+	var ended <-chan struct{}
+	var timeout <-chan time.Time
+	for {
+		select {
+		case st := <-s.arrived:
+			return st, nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-ended:
+			return nil, session.explain(net.ErrClosed)
+		case <-timeout:
+			return nil, errors.New("plugin: the peer does not serve a reader or writer")
+		case <-copied:
+			if s.err != nil {
+				return nil, s.err
+			}
+			// The peer has dialled before it answered.
+			copied = nil
+			ended = session.ended()
+			timeout = time.After(brokerTimeout)
+		}
 	}
 }
 
