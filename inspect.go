@@ -16,9 +16,8 @@ import (
 
 const (
 	// maxDepth is how many pointers, slices, maps and interfaces may lie in each other.
+	// A value that holds itself has more.
 	maxDepth = 100_000
-	// suspiciousDepth is the depth from which on a value may be one that holds itself.
-	suspiciousDepth = 1000
 	// maxValues is how many values a message may have. One that has more has the same
 	// pointers in it again and again, and gob encodes what they point to each time.
 	maxValues = 1 << 28
@@ -31,11 +30,10 @@ const (
 )
 
 var (
-	errTooDeep  = fmt.Errorf("it is nested more than %d levels deep", maxDepth)
+	errTooDeep  = fmt.Errorf("it holds itself, or is nested more than %d levels deep", maxDepth)
 	errTooLarge = fmt.Errorf("it is larger than %d GiB, the limit of gob: "+
 		"send it through a reader or writer", maxMessage>>30)
-	errTooMany     = errors.New("it has too many values, or the same ones too often")
-	errHoldsItself = errors.New("it holds itself")
+	errTooMany = errors.New("it has too many values, or the same ones too often")
 )
 
 // inspect returns an error if gob must not encode v. If define is not nil, it is called
@@ -52,21 +50,14 @@ func inspect(v reflect.Value, define func(reflect.Type)) error {
 type inspection struct {
 	define      func(reflect.Type)
 	depth       int
-	path        map[reference]bool // what holds the value that is visited, from suspiciousDepth on
-	size        uint64             // the message is at least so large
+	size        uint64 // the message is at least so large
 	values      int
 	plainValues int
 }
 
-// reference is a pointer, slice or map in a value.
-type reference struct {
-	t       reflect.Type
-	pointer uintptr
-	length  int // of a slice
-}
-
-func (i *inspection) visit(v reflect.Value, content *content) error {
-	switch content.kind {
+// visit looks at a value whose type has that content.
+func (i *inspection) visit(v reflect.Value, c *content) error {
+	switch c.kind {
 	case fixedContent:
 		return nil
 	case plainContent:
@@ -83,69 +74,71 @@ func (i *inspection) visit(v reflect.Value, content *content) error {
 	case reflect.String:
 		return i.grow(v.Len())
 	case reflect.Array:
-		return i.visitElements(v, content.element)
+		return i.visitElements(v, c.parts[0])
 	case reflect.Struct:
-		return i.visitFields(v, content.fields)
+		return i.visitFields(v, c.parts)
 	}
 	if v.IsNil() {
 		return nil
 	}
-	if err := i.enter(v); err != nil {
-		return err
-	}
-	err := i.visitInside(v, content)
-	i.leave(v)
-	return err
-}
-
-// visitInside visits what a pointer, slice, map or interface holds.
-func (i *inspection) visitInside(v reflect.Value, content *content) error {
-	switch v.Kind() {
-	case reflect.Pointer:
-		return i.visit(v.Elem(), content.element)
-	case reflect.Interface:
-		i.defineBase(v.Elem().Type())
-		return i.visit(v.Elem(), contentOf(v.Elem().Type()))
-	case reflect.Slice:
-		return i.visitSlice(v, content.element)
-	default:
-		return i.visitMap(v, content)
-	}
-}
-
-// enter is called before the contents of a pointer, slice, map or interface are visited.
-func (i *inspection) enter(v reflect.Value) error {
 	i.depth++
 	if i.depth > maxDepth {
 		return errTooDeep
 	}
-	if i.depth <= suspiciousDepth || v.Kind() == reflect.Interface {
+	err := i.visitInside(v, c.parts)
+	i.depth--
+	return err
+}
+
+// visitInside visits what a pointer, slice, map or interface holds.
+func (i *inspection) visitInside(v reflect.Value, parts []*content) error {
+	switch v.Kind() {
+	case reflect.Pointer:
+		return i.visit(v.Elem(), parts[0])
+	case reflect.Interface:
+		i.defineBase(v.Elem().Type())
+		return i.visit(v.Elem(), contentOf(v.Elem().Type()))
+	case reflect.Slice:
+		if err := i.grow(v.Len()); err != nil { // each has a byte at least
+			return err
+		}
+		return i.visitElements(v, parts[0])
+	default:
+		return i.visitEntries(v, parts[0], parts[1])
+	}
+}
+
+func (i *inspection) visitElements(v reflect.Value, element *content) error {
+	if element.kind == fixedContent {
 		return nil
 	}
-	r := referenceTo(v)
-	if i.path[r] {
-		return errHoldsItself
+	for n := range v.Len() {
+		if err := i.visit(v.Index(n), element); err != nil {
+			return err
+		}
 	}
-	if i.path == nil {
-		i.path = make(map[reference]bool)
-	}
-	i.path[r] = true
 	return nil
 }
 
-func (i *inspection) leave(v reflect.Value) {
-	if i.depth > suspiciousDepth && v.Kind() != reflect.Interface {
-		delete(i.path, referenceTo(v))
+func (i *inspection) visitEntries(v reflect.Value, key, element *content) error {
+	for entries := v.MapRange(); entries.Next(); {
+		if err := i.visit(entries.Key(), key); err != nil {
+			return err
+		}
+		if err := i.visit(entries.Value(), element); err != nil {
+			return err
+		}
 	}
-	i.depth--
+	return nil
 }
 
-func referenceTo(v reflect.Value) reference {
-	r := reference{t: v.Type(), pointer: v.Pointer()}
-	if v.Kind() == reflect.Slice {
-		r.length = v.Len()
+func (i *inspection) visitFields(v reflect.Value, fields []*content) error {
+	for n, field := range fields {
+		if err := i.visit(v.Field(n), field); err != nil {
+			return err
+		}
 	}
-	return r
+	return nil
 }
 
 // grow adds to the size of the message.
@@ -162,56 +155,20 @@ func (i *inspection) defineBase(t reflect.Type) {
 	if i.define == nil {
 		return
 	}
-	for range maxPointers { // type P *P has no end
-		if t.Kind() != reflect.Pointer {
-			break
-		}
+	for n := 0; n < maxPointers && t.Kind() == reflect.Pointer; n++ { // type P *P has no end
 		t = t.Elem()
 	}
 	i.define(t)
 }
 
-func (i *inspection) visitSlice(v reflect.Value, element *content) error {
-	if err := i.grow(v.Len()); err != nil { // each has a byte at least
-		return err
-	}
-	if element.kind == fixedContent {
-		return nil
-	}
-	return i.visitElements(v, element)
+// content is what gob may find in the values of a type.
+type content struct {
+	kind contentKind
+	// parts are the contents of the element of a pointer, array or slice, of the key and
+	// the element of a map, or of the fields of a struct.
+	parts []*content
 }
 
-func (i *inspection) visitElements(v reflect.Value, element *content) error {
-	for n := range v.Len() {
-		if err := i.visit(v.Index(n), element); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (i *inspection) visitMap(v reflect.Value, content *content) error {
-	for entries := v.MapRange(); entries.Next(); {
-		if err := i.visit(entries.Key(), content.key); err != nil {
-			return err
-		}
-		if err := i.visit(entries.Value(), content.element); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (i *inspection) visitFields(v reflect.Value, fields []contentField) error {
-	for _, field := range fields {
-		if err := i.visit(v.Field(field.index), field.content); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// contentKind says what gob may find in the values of a type.
 type contentKind int
 
 const (
@@ -219,19 +176,6 @@ const (
 	plainContent                    // strings, slices and maps
 	deepContent                     // interfaces, or values of the same type
 )
-
-// content is what gob may find in the values of a type.
-type content struct {
-	kind    contentKind
-	key     *content       // of a map
-	element *content       // of a pointer, array, slice or map
-	fields  []contentField // of a struct: those with more than fixedContent
-}
-
-type contentField struct {
-	index   int
-	content *content
-}
 
 var contents sync.Map // reflect.Type to *content
 
@@ -252,51 +196,54 @@ func findContent(t reflect.Type, found map[reflect.Type]*content) *content {
 	}
 	c := &content{kind: deepContent}
 	found[t] = c
-	if encodesItself(t) || encodesItself(reflect.PointerTo(t)) {
+	if encodesItself(t) {
 		c.kind = fixedContent
 		return c
 	}
+	kind := fixedContent
 	switch t.Kind() {
 	case reflect.Interface:
-		// deepContent
+		kind = deepContent
 	case reflect.String:
-		c.kind = plainContent
+		kind = plainContent
 	case reflect.Pointer, reflect.Array:
-		c.element = findContent(t.Elem(), found)
-		c.kind = c.element.kind
+		c.parts = []*content{findContent(t.Elem(), found)}
 	case reflect.Slice:
-		c.element = findContent(t.Elem(), found)
-		c.kind = max(plainContent, c.element.kind)
+		kind = plainContent
+		c.parts = []*content{findContent(t.Elem(), found)}
 	case reflect.Map:
-		c.key = findContent(t.Key(), found)
-		c.element = findContent(t.Elem(), found)
-		c.kind = max(plainContent, c.key.kind, c.element.kind)
+		kind = plainContent
+		c.parts = []*content{findContent(t.Key(), found), findContent(t.Elem(), found)}
 	case reflect.Struct:
-		c.findFields(t, found)
-	default:
-		c.kind = fixedContent
+		c.parts = findFields(t, found)
 	}
+	for _, part := range c.parts {
+		kind = max(kind, part.kind)
+	}
+	c.kind = kind
 	return c
 }
 
-func (c *content) findFields(t reflect.Type, found map[reflect.Type]*content) {
-	kind := fixedContent
-	for n := range t.NumField() {
-		field := t.Field(n)
-		if !field.IsExported() {
-			continue
-		}
-		if of := findContent(field.Type, found); of.kind != fixedContent {
-			kind = max(kind, of.kind)
-			c.fields = append(c.fields, contentField{index: n, content: of})
+func findFields(t reflect.Type, found map[reflect.Type]*content) []*content {
+	fields := make([]*content, t.NumField())
+	for n := range fields {
+		if field := t.Field(n); field.IsExported() {
+			fields[n] = findContent(field.Type, found)
+		} else {
+			fields[n] = &content{kind: fixedContent} // gob does not look inside
 		}
 	}
-	c.kind = kind
+	return fields
 }
 
 // encodesItself reports whether a type has a GobEncode or MarshalBinary, which gob calls
 // instead of looking inside.
 func encodesItself(t reflect.Type) bool {
-	return t.Implements(reflect.TypeFor[gob.GobEncoder]()) ||
-		t.Implements(reflect.TypeFor[encoding.BinaryMarshaler]())
+	for _, t := range []reflect.Type{t, reflect.PointerTo(t)} {
+		if t.Implements(reflect.TypeFor[gob.GobEncoder]()) ||
+			t.Implements(reflect.TypeFor[encoding.BinaryMarshaler]()) {
+			return true
+		}
+	}
+	return false
 }

@@ -193,7 +193,7 @@ func checkPlain(t reflect.Type) error {
 // out, but the user expects what was set. path leads to t, and checked are the types that
 // need not be looked at again.
 func checkParts(t reflect.Type, path string, checked map[reflect.Type]bool) error {
-	if checked[t] || encodesItself(t) || encodesItself(reflect.PointerTo(t)) {
+	if checked[t] || encodesItself(t) {
 		return nil
 	}
 	checked[t] = true
