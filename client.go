@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/rpc"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -14,24 +16,28 @@ import (
 // Client starts the process of a plugin, connects to it and kills it. [NewClient] returns
 // one, for one process. All methods may be called concurrently.
 type Client struct {
-	config ClientConfig
-	name   string // of the plugin, for errors
+	config  ClientConfig
+	name    string       // of the plugin, for errors
+	writers *hostWriters // of config; closed by Kill
 
 	// The life of the plugin. The first Start, or Kill, begins it. A plugin that has
 	// started lives in the goroutine of live. These are the stages, in their order; if
 	// Start fails, those that are left out never come.
 	launched chan struct{}      // closed when there is a process
 	starting *result[handshake] // of Start
-	exited   *event             // the process has ended; the reason is exit, or errAsked
-	finished *event             // its output has ended too; the reason is as for exited, or why Start failed
+	exited   *event             // the process has ended
+	finished *event             // its output has ended too; the reason is exit, or why there is no error
 
-	killRequested *event // at any time
+	// These come at any time.
+	connecting    *result[*RPCClient] // for Client or Kill
+	killRequested *event
 
-	process   AttachedRunner // constant when launched is closed
-	exit      *ExitError     // constant when exited has happened
-	connector connector
-	writers   *hostWriters // of config; closed by Kill
+	process AttachedRunner // constant when launched is closed
+	exit    *ExitError     // constant when exited has happened
+	asked   bool           // to quit, before it exited; constant when exited has happened
 }
+
+var errKilled = errors.New("plugin: Kill was called")
 
 // managed has the clients and supervisors that CleanupClients kills, as keys.
 var managed sync.Map
@@ -57,18 +63,10 @@ func NewClient(config *ClientConfig) *Client {
 		starting:      newResult[handshake](),
 		exited:        newEvent(),
 		finished:      newEvent(),
+		connecting:    newResult[*RPCClient](),
 		killRequested: newEvent(),
 	}
 	c.writers = c.config.hostWriters()
-	c.connector = connector{
-		config:        &c.config,
-		name:          c.name,
-		writers:       c.writers,
-		result:        newResult[*RPCClient](),
-		exited:        c.exited,
-		finished:      c.finished,
-		killRequested: c.killRequested,
-	}
 	if c.config.Managed && !c.config.testMode() {
 		managed.Store(c, nil)
 	}
@@ -89,7 +87,6 @@ func (c *Client) Start() (net.Addr, error) { return c.StartContext(context.Backg
 func (c *Client) StartContext(ctx context.Context) (net.Addr, error) {
 	if c.starting.begin() {
 		c.begin(ctx)
-		ctx = context.Background() // there is a result
 	}
 	h, err := c.starting.wait(ctx)
 	return h.addr, err
@@ -101,10 +98,9 @@ func (c *Client) StartContext(ctx context.Context) (net.Addr, error) {
 func (c *Client) begin(ctx context.Context) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	forget := context.AfterFunc(c.killRequested.ctx, func() { cancel(errKilled) })
-	defer forget()
+	context.AfterFunc(c.killRequested.ctx, func() { cancel(errKilled) }) // has no effect after the start
 	var h handshake
-	err := errPanicked
+	err := errors.New("plugin: the host's own code panicked")
 	defer func() { c.startIsOver(h, err) }()
 	h, err = c.start(ctx)
 }
@@ -139,40 +135,27 @@ func (c *Client) start(ctx context.Context) (h handshake, err error) {
 	}
 	c.adopt(p)
 	h, err = p.awaitHandshake(ctx)
-	if err == nil {
-		h.tls, err = c.config.accept(h, p.cert)
-	}
 	if err != nil {
-		return handshake{}, c.giveUp(p, err)
+		return handshake{}, p.giveUp(err, c.exited.done())
 	}
 	return h, nil
-}
-
-// giveUp ends a process that has not become a plugin because of err, and describes it.
-func (c *Client) giveUp(p *child, err error) error {
-	byItself := err == errNoHandshake
-	if !byItself {
-		_ = p.Kill(c.finished.ctx) // fails only if it has exited
-	}
-	exited := waitFor(reapTimeout, c.exited.done())
-	return p.startError(err, byItself && exited)
 }
 
 // reattach finds the plugin that runs already.
 func (c *Client) reattach(ctx context.Context) (handshake, error) {
 	h := c.config.Reattach.handshake(c.config.VersionedPlugins)
+	var p AttachedRunner
 	secure, err := c.config.accept(h, tls.Certificate{})
-	if err != nil {
-		return handshake{}, reattachError(err)
+	if err == nil {
+		p, err = c.config.Reattach.find(ctx, c.config.Logger)
 	}
-	h.tls = secure
-	p, err := c.config.Reattach.find(ctx, c.config.Logger)
 	if err != nil {
 		return handshake{}, reattachError(err)
 	}
 	if p != nil {
 		c.adopt(p)
 	}
+	h.tls = secure
 	return h, nil
 }
 
@@ -190,11 +173,8 @@ func (c *Client) watch() {
 	if !errors.As(err, &c.exit) {
 		c.exit = &ExitError{Path: c.name, Err: err}
 	}
-	if c.connector.askedToQuit() {
-		c.exited.set(errAsked)
-	} else {
-		c.exited.set(c.exit)
-	}
+	c.asked = c.askedToQuit()
+	c.exited.set(c.exit)
 }
 
 // live is the life of a plugin that has started, to its end.
@@ -204,59 +184,53 @@ func (c *Client) live() {
 	case <-c.killRequested.done():
 		c.quit()
 	}
-	c.disconnect()
-	c.logExit(c.connector.askedToQuit())
 	if c.exited.isSet() {
-		c.finish(c.exited.reason())
-	} else {
+		c.awaitOutput()
+	}
+	asked := c.askedToQuit()
+	c.logExit(asked)
+	if asked {
 		c.finish(errKilled) // the process may live on
+	} else {
+		c.finish(c.exit)
 	}
 }
 
 // quit asks the plugin to quit, and kills it if it does not exit.
 func (c *Client) quit() {
-	ctx, cancel := context.WithTimeout(context.Background(), c.config.KillTimeout)
+	deadline := time.Now().Add(c.config.KillTimeout)
+	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
-	rc, err := c.connector.connect(ctx, c.agreed())
+	rc, err := c.connect(ctx)
 	if err == nil {
 		err = rc.quit(ctx)
 	}
-	if err == nil {
-		select {
-		case <-c.exited.done():
-		case <-ctx.Done():
-		}
-	} else {
-		waitFor(drainTimeout/2, c.exited.done()) // it may be exiting
+	patience := time.Until(deadline)
+	if err != nil {
+		patience = drainTimeout / 2 // it may be exiting
 	}
+	waitFor(patience, c.exited.done())
 	if c.exited.isSet() {
 		c.writers.await(ctx)
 		return
 	}
-	go c.killProcess() // ends at once, or when the Kill of ReattachFunc's process does
-	args := []any{"pid", c.process.ID(), "error", err}
-	c.config.Logger.Warn("the plugin does not exit by itself and is killed", args...)
+	// Ends at once, or with the Kill of ReattachFunc's process. What it returns says no more
+	// than the wait for the end of the process.
+	go c.process.Kill(c.finished.ctx)
+	c.config.Logger.Warn("the plugin does not exit by itself and is killed", "pid", c.ID(), "error", err)
 	waitFor(reapTimeout-drainTimeout/2, c.exited.done())
 }
 
-// killProcess kills the process. An error does not matter: the end is waited for with a bound.
-func (c *Client) killProcess() { _ = c.process.Kill(c.finished.ctx) }
-
-// disconnect ends the connection, if there is one, when the output has been written. It
-// does not wait for a slow writer.
-func (c *Client) disconnect() {
+// awaitOutput waits until the output of a plugin that has exited has been written. It does
+// not wait for a slow writer.
+func (c *Client) awaitOutput() {
 	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/2)
 	defer cancel()
-	rc := c.connector.connection()
+	rc := c.connecting.get()
 	if rc != nil {
-		if c.exited.isSet() {
-			rc.waitOutput(ctx)
-		}
-		rc.disconnect() // another process may hold the connection
+		rc.waitOutput(ctx)
 	}
-	if c.exited.isSet() {
-		c.writers.await(ctx)
-	}
+	c.writers.await(ctx)
 }
 
 // logExit logs the end of the process, if it has ended.
@@ -271,7 +245,7 @@ func (c *Client) logExit(expected bool) {
 	case c.exit.State != nil && c.exit.State.Success():
 		level = hclog.Info
 	}
-	args := []any{"plugin", c.name, "pid", c.process.ID(), "reason", reason}
+	args := []any{"plugin", c.name, "pid", c.ID(), "reason", reason}
 	if c.exit.Panic != "" {
 		args = append(args, "trace", printable(c.exit.Panic))
 	}
@@ -299,19 +273,96 @@ func (c *Client) Client() (ClientProtocol, error) {
 	ctx, cancel := context.WithTimeoutCause(c.killRequested.ctx, timeout,
 		fmt.Errorf("it has not answered within %v (ClientConfig.StartTimeout)", timeout))
 	defer cancel()
-	rc, err := c.connector.connect(ctx, c.agreed())
+	rc, err := c.connect(ctx)
 	if err != nil {
 		return nil, err
 	}
 	return rc, nil
 }
 
+// connect returns the connection to the plugin, which has started. The first caller makes it.
+func (c *Client) connect(ctx context.Context) (*RPCClient, error) {
+	if c.connecting.begin() {
+		c.connecting.set(c.dial(ctx))
+	}
+	return c.connecting.wait(ctx)
+}
+
+// dial connects to the plugin, unless ctx or the process ends.
+func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
+	dialCtx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	context.AfterFunc(c.exited.ctx, cancel)
+	h := c.starting.get()
+	conn, err := h.dial(dialCtx)
+	if err != nil {
+		return nil, c.whyNotConnected(ctx, err)
+	}
+	plugins := c.config.VersionedPlugins[h.version]
+	rc, err := newConnection(conn, "plugin "+c.name, plugins, c.config.Logger, c.whyLost)
+	if err != nil {
+		return nil, c.whyNotConnected(ctx, err)
+	}
+	rc.flushes = h.flushes
+	rc.testMode = c.config.testMode()
+	_ = rc.SyncStreams(c.writers.stdout, c.writers.stderr) // it is always nil
+	// The end of the process may not end the connection, because another may hold it.
+	context.AfterFunc(c.finished.ctx, rc.disconnect)
+	return rc, nil
+}
+
+// whyNotConnected returns why connecting failed. err may not tell.
+func (c *Client) whyNotConnected(ctx context.Context, err error) error {
+	exit := c.awaitCrash(drainTimeout)
+	switch {
+	case exit != nil:
+		err = exit
+	case ctx.Err() != nil:
+		err = contextError(ctx)
+	}
+	return fmt.Errorf("plugin %s: connecting: %w", c.name, err)
+}
+
+// whyLost returns why the connection was lost. received reports whether anything was
+// received on it.
+func (c *Client) whyLost(received bool) error {
+	timeout, why := lostTimeout, errors.New("the connection was lost, though the process lives")
+	if !received {
+		timeout, why = drainTimeout, errNotAnswered
+	}
+	exit := c.awaitCrash(timeout)
+	switch {
+	case exit != nil:
+		return exit
+	case c.askedToQuit():
+		why = fmt.Errorf("Kill or Close ended the connection: %w", rpc.ErrShutdown)
+	}
+	return fmt.Errorf("plugin %s: %w", c.name, why)
+}
+
+// awaitCrash returns the ExitError of a plugin that has just died, or is dying, or nil.
+func (c *Client) awaitCrash(timeout time.Duration) error {
+	if !c.config.testMode() && !c.askedToQuit() {
+		waitFor(timeout, c.finished.done())
+	}
+	return c.Err()
+}
+
+// askedToQuit reports whether Kill or RPCClient.Close was called before the process ended.
+func (c *Client) askedToQuit() bool {
+	if c.exited.isSet() {
+		return c.asked
+	}
+	rc := c.connecting.get()
+	return c.killRequested.isSet() || rc != nil && rc.isEnding()
+}
+
 // Kill asks the plugin to quit and waits for it to exit. After ClientConfig.KillTimeout
 // it kills the process. It returns at most about two seconds later. When it returns,
 // the output of the plugin has been delivered, and no Write to SyncStdout, SyncStderr or
 // Stderr begins any more. Output that a Writer has not taken until then is dropped, and
-// Kill logs how many bytes that are. It is safe to call Kill more than once and at any time. It
-// interrupts a Start that is running.
+// Kill logs how many bytes that are. It interrupts a Start that is running. It is safe to
+// call Kill more than once and at any time.
 //
 // A reattached plugin is killed only if ReattachConfig.Pid is certainly its process, or
 // by ReattachConfig.ReattachFunc. In test mode, Kill does nothing.
@@ -330,10 +381,10 @@ func (c *Client) Kill() {
 	ended := waitFor(c.config.KillTimeout+reapTimeout+drainTimeout, c.finished.done())
 	if !ended {
 		// Code of the host's, such as its Logger, holds up the life of the plugin.
-		go c.killProcess() // ends at once, or when the Kill of ReattachFunc's process does
+		go c.process.Kill(c.finished.ctx) // as in quit
 		c.finish(errKilled)
 	}
-	rc := c.connector.connection()
+	rc := c.connecting.get()
 	if rc != nil {
 		rc.closeSession()
 	}
@@ -351,7 +402,13 @@ func (c *Client) Done() <-chan struct{} { return c.finished.done() }
 
 // Err returns an [*ExitError] if the plugin has exited and was not asked to. It returns
 // nil until Done is closed.
-func (c *Client) Err() error { return c.connector.unexpectedExit() }
+func (c *Client) Err() error {
+	exit, unexpected := c.finished.reason().(*ExitError)
+	if !unexpected {
+		return nil
+	}
+	return exit
+}
 
 // Exited reports whether Done is closed. If a call failed because the plugin died,
 // Exited is true when the call returns.
@@ -366,50 +423,28 @@ func (c *Client) ID() string {
 	return c.process.ID()
 }
 
-// agreed returns the handshake, or the zero handshake if Start has failed or is not over.
-func (c *Client) agreed() handshake {
-	h, err, over := c.starting.get()
-	if err != nil || !over {
-		return handshake{}
-	}
-	return h
-}
-
 // Protocol starts the plugin, if it has not been started, and returns its protocol, or
 // ProtocolInvalid if it does not start.
 func (c *Client) Protocol() Protocol {
-	_, err := c.Start()
-	if err != nil {
-		return ProtocolInvalid
-	}
-	return c.agreed().protocol
+	_, _ = c.Start() // if it fails, there is no protocol
+	return c.starting.get().protocol
 }
 
 // NegotiatedVersion returns the protocol version that both sides use, or 0 before Start.
-func (c *Client) NegotiatedVersion() int { return c.agreed().version }
+func (c *Client) NegotiatedVersion() int { return c.starting.get().version }
 
 // ReattachConfig returns the configuration with which another host can use the plugin,
 // or nil before Start. It detaches the plugin, as ClientConfig.Detach does; on Windows,
 // only Detach does, and also if a process between host and plugin closes descriptors that
 // it does not know. To get the pid without detaching, use ID.
 func (c *Client) ReattachConfig() *ReattachConfig {
-	h, err, over := c.starting.get()
-	if !over || err != nil {
-		return nil
+	h := c.starting.get()
+	if h.addr == nil {
+		return nil // it has not started
 	}
 	if c.config.Reattach != nil {
 		same := *c.config.Reattach
 		return &same
 	}
-	p, ours := c.process.(*child)
-	if !ours {
-		return nil
-	}
-	p.detach(h.flushes)
-	return &ReattachConfig{
-		Protocol:        h.protocol,
-		ProtocolVersion: h.version,
-		Addr:            h.addr,
-		Pid:             p.cmd.Process.Pid,
-	}
+	return c.process.(*child).detach(h) // which start has launched
 }

@@ -349,7 +349,7 @@ func (p *child) stdoutLine(line []byte, cut int) {
 
 var errNoHandshake = errors.New("it exited without a handshake")
 
-// awaitHandshake waits for the handshake.
+// awaitHandshake waits for the handshake, and checks whether the host can use the plugin.
 func (p *child) awaitHandshake(ctx context.Context) (h handshake, err error) {
 	timeout := p.config.StartTimeout
 	timer := time.NewTimer(timeout)
@@ -359,7 +359,11 @@ func (p *child) awaitHandshake(ctx context.Context) (h handshake, err error) {
 		if !ok {
 			return h, errNoHandshake
 		}
-		return parseHandshake(line)
+		h, err = parseHandshake(line)
+		if err == nil {
+			h.tls, err = p.config.accept(h, p.cert)
+		}
+		return h, err
 	case <-ctx.Done():
 		return h, contextError(ctx)
 	case <-timer.C:
@@ -425,20 +429,32 @@ func (p *child) free() {
 	}
 }
 
-// detach lets the plugin outlive this process. If it has used the pipes, it has ceased to
-// when detach has returned: the pipes are read no more when this process has exited.
-func (p *child) detach(usesPipes bool) {
+// detach lets the plugin outlive this process, and returns how another host reattaches. If
+// the plugin has used the pipes, it has ceased to when detach has returned: the pipes are
+// read no more when this process has exited.
+func (p *child) detach(h handshake) *ReattachConfig {
 	p.lifeline.detach()
-	if usesPipes {
+	if h.flushes {
 		p.pipes.awaitServed()
+	}
+	return &ReattachConfig{
+		Protocol:        h.protocol,
+		ProtocolVersion: h.version,
+		Addr:            h.addr,
+		Pid:             p.cmd.Process.Pid,
 	}
 }
 
-// startError describes a process that has not become a plugin, because of err. exited
-// reports whether it has exited by itself.
-func (p *child) startError(err error, exited bool) *StartError {
+// giveUp ends a process that has not become a plugin because of err, and describes it.
+// exited is closed when the process has ended.
+func (p *child) giveUp(err error, exited <-chan struct{}) *StartError {
+	byItself := err == errNoHandshake
+	if !byItself {
+		_ = p.Kill(context.Background()) // fails only if it has exited
+	}
+	ended := waitFor(reapTimeout, exited)
 	e := &StartError{Path: p.path, Err: err, Stdout: p.noise.String(), Stderr: p.log.tail.String()}
-	if exited {
+	if byItself && ended {
 		e.State = p.cmd.ProcessState
 	}
 	e.hint = behaviourHint(e, p.config.MagicCookieKey)

@@ -8,8 +8,10 @@ import (
 	"time"
 )
 
-// reapTimeout is between the kill of a process and its end.
-const reapTimeout = 1400 * time.Millisecond
+const (
+	reapTimeout = 1400 * time.Millisecond // between the kill of a process and its end
+	lostTimeout = 3 * time.Second         // between the end of a connection and that of its process
+)
 
 // contextError returns ctx.Err(), with the cause if that is another error.
 func contextError(ctx context.Context) error {
@@ -106,11 +108,11 @@ func (g *group) allDone() <-chan struct{} {
 }
 
 // result is the result of work that is done once. The caller for which begin returns
-// true does the work and calls set, whatever happens. All others wait.
+// true does the work and calls set. All others wait.
 type result[T any] struct {
 	begun atomic.Bool
 	ready chan struct{} // closed when value and err are set
-	value T
+	value T             // the zero value if err is not nil
 	err   error
 }
 
@@ -129,18 +131,20 @@ func (r *result[T]) set(value T, err error) {
 func (r *result[T]) wait(ctx context.Context) (value T, err error) {
 	select {
 	case <-r.ready:
-		return r.value, r.err
 	case <-ctx.Done():
-		return value, fmt.Errorf("plugin: waiting for another call: %w", contextError(ctx))
+		if !isClosed(r.ready) {
+			return value, fmt.Errorf("plugin: waiting for another call: %w", contextError(ctx))
+		}
 	}
+	return r.value, r.err
 }
 
-// get returns the result if it is there.
-func (r *result[T]) get() (value T, err error, ok bool) {
-	if !isClosed(r.ready) {
-		return value, nil, false
+// get returns the value, or the zero value if there is none, or an error.
+func (r *result[T]) get() (value T) {
+	if isClosed(r.ready) {
+		value = r.value
 	}
-	return r.value, r.err, true
+	return value
 }
 
 // waitFor waits until all channels are closed. It returns false after the timeout.
