@@ -21,12 +21,12 @@ func (s *signature) invoke(
 	ctx context.Context, b *MuxBroker, c *rpc.Client, method string, args []any,
 ) (result reflect.Value, err error) {
 	sent := reflect.New(s.sent)
-	if err := s.setPlain(sent.Elem(), method, args); err != nil {
+	errs := &callErrors{}
+	offers, err := s.setArguments(b, sent.Elem(), method, args, errs)
+	defer stopOffers(ctx, b, offers)
+	if err != nil {
 		return result, err
 	}
-	errs := &callErrors{}
-	offers := s.serveArguments(b, sent.Elem(), args, errs)
-	defer stopOffers(ctx, b, offers)
 	reply := reflect.New(s.result.sent)
 	into := reply.Interface()
 	if s.result.sent == typeOfNothing {
@@ -38,45 +38,20 @@ func (s *signature) invoke(
 	return s.result.dialResult(ctx, b, reply.Elem())
 }
 
-// setPlain sets the plain parameters in what is sent. It fails if an argument does not
-// fit its parameter.
-func (s *signature) setPlain(sent reflect.Value, method string, args []any) error {
+// setArguments sets what is sent for args. What is not plain is served to the peer, which
+// is sent its number, or 0 if it is nil. Errors of the arguments are kept in errs.
+func (s *signature) setArguments(
+	b *MuxBroker, sent reflect.Value, method string, args []any, errs *callErrors,
+) (offers []*offer, err error) {
 	for i, param := range s.params {
-		if args[i] == nil && param.isNillable() {
-			continue
+		arg := s.param(sent, i)
+		if param.kind != plainValue {
+			arg = reflect.New(param.Type).Elem()
 		}
-		arg := reflect.ValueOf(args[i])
-		if args[i] == nil || !arg.Type().AssignableTo(param.Type) {
-			return fmt.Errorf("plugin: argument %d of %s is a %T and not a %v",
-				i+1, method, args[i], param)
+		if err := param.set(arg, args[i]); err != nil {
+			return offers, fmt.Errorf("plugin: argument %d of %s is %w", i+1, method, err)
 		}
-		switch param.kind {
-		case plainValue:
-			s.param(sent, i).Set(arg)
-		case readerValue, writerValue:
-			if isNilPointer(arg) {
-				return fmt.Errorf("plugin: argument %d of %s is an %v with a nil %T in it",
-					i+1, method, param, args[i])
-			}
-		}
-	}
-	return checkNil(sent)
-}
-
-// isNilPointer reports whether v is nil and has methods that would panic.
-func isNilPointer(v reflect.Value) bool {
-	return (v.Kind() == reflect.Pointer || v.Kind() == reflect.Func) && v.IsNil()
-}
-
-// serveArguments serves what is not plain to the peer, and sets the numbers in what is
-// sent. The number of nil is 0. Errors of the arguments are kept in errs.
-func (s *signature) serveArguments(
-	b *MuxBroker, sent reflect.Value, args []any, errs *callErrors,
-) (offers []*offer) {
-	for i, param := range s.params {
-		arg := reflect.ValueOf(args[i])
-		isNil := args[i] == nil || arg.Kind() == reflect.Func && arg.IsNil()
-		if param.kind == plainValue || isNil {
+		if param.kind == plainValue || arg.IsNil() {
 			continue
 		}
 		o := param.serveValue(b, arg, untilStopped, nil)
@@ -84,7 +59,24 @@ func (s *signature) serveArguments(
 		offers = append(offers, o)
 		s.param(sent, i).SetUint(uint64(o.id))
 	}
-	return offers
+	return offers, checkNil(sent)
+}
+
+// set sets v, which is nil or zero, to an argument. It fails if that does not fit.
+func (param value) set(v reflect.Value, arg any) error {
+	if arg == nil && param.isNillable() {
+		return nil
+	}
+	x := reflect.ValueOf(arg)
+	if arg == nil || !x.Type().AssignableTo(param.Type) {
+		return fmt.Errorf("a %T and not a %v", arg, param)
+	}
+	isStream := param.kind == readerValue || param.kind == writerValue
+	if isStream && (x.Kind() == reflect.Pointer || x.Kind() == reflect.Func) && x.IsNil() {
+		return fmt.Errorf("an %v with a nil %T in it, whose methods would panic", param, arg)
+	}
+	v.Set(x)
+	return nil
 }
 
 // serveValue serves x, which is not plain, to the peer, which must dial it in time. For a
@@ -115,8 +107,6 @@ func stopOffers(ctx context.Context, b *MuxBroker, offers []*offer) {
 	var reads, others []<-chan struct{}
 	for _, o := range offers {
 		o.end()
-	}
-	for _, o := range offers {
 		if o.reads {
 			reads = append(reads, o.uses.allDone())
 		} else {
@@ -193,7 +183,7 @@ func (f *implementation) call(ctx context.Context, sent, reply reflect.Value) er
 // callWith calls the function with what the peer sent, and returns what it returns and
 // its error. out is nil if the function has not returned.
 func (f *implementation) callWith(ctx context.Context, sent reflect.Value) (out []reflect.Value, err error) {
-	var args arguments
+	args := newArguments(ctx, f.broker, f.connects)
 	defer func() { // also if the function panics
 		unseen := args.close(out != nil)
 		if err == nil {
@@ -204,9 +194,11 @@ func (f *implementation) callWith(ctx context.Context, sent reflect.Value) (out 
 		args.values = append(args.values, reflect.ValueOf(ctx))
 	}
 	for i, param := range f.params {
-		if err := args.dial(ctx, f.broker, param, f.param(sent, i)); err != nil {
+		arg, err := args.dial(param, f.param(sent, i))
+		if err != nil {
 			return nil, err
 		}
+		args.values = append(args.values, arg)
 	}
 	if f.result.kind == sequenceValue {
 		return f.callForSequence(ctx, args.values)
@@ -227,8 +219,7 @@ func (f *implementation) callForSequence(
 		return nil, errors.New("plugin: the caller passes no writer for the values of the sequence")
 	}
 	out = f.function.Call(args[:last])
-	err = sendSequence(ctx, w, func(w io.Writer) error { return encodeSequence(w, out[0]) })
-	return out, err
+	return out, sendSequence(ctx, w, out[0], false)
 }
 
 // callForStream calls a function that returns a stream, serves that and sets id to its
@@ -242,12 +233,10 @@ func (f *implementation) callForStream(call context.Context, sent, id reflect.Va
 		return err
 	}
 	stream := out[0].Interface().(io.Closer)
-	lives := detach()
-	if err == nil && !lives {
+	if err == nil && !detach() {
 		err = context.Cause(call)
 	}
 	if err != nil {
-		cancel(nil)
 		_ = stream.Close() // err says more
 		return err
 	}
@@ -262,75 +251,74 @@ func (f *implementation) callForStream(call context.Context, sent, id reflect.Va
 
 // arguments are those of one call, at the end of the function.
 type arguments struct {
+	broker  *MuxBroker
+	ctx     context.Context         // ends with that of the function, or when that has returned
+	end     context.CancelCauseFunc // of ctx; nil if all arguments are plain
 	values  []reflect.Value
-	closers []io.Closer // what was dialled, but for the writers
 	writers []*dialledWriter
 }
 
-// dial appends the argument for which the peer has sent this. If ctx ends, neither the
-// function nor close waits for the peer.
-func (a *arguments) dial(ctx context.Context, b *MuxBroker, param value, sent reflect.Value) error {
-	if param.kind == plainValue {
-		a.values = append(a.values, sent)
-		return nil
+var errReturned = errors.New("plugin: the method that took this argument has returned")
+
+func newArguments(ctx context.Context, b *MuxBroker, connects bool) *arguments {
+	a := &arguments{broker: b, ctx: ctx}
+	if connects {
+		a.ctx, a.end = context.WithCancelCause(ctx)
 	}
-	id := uint32(sent.Uint())
-	if param.kind == sequenceValue { // nil is an empty one
-		q := &remoteSequence{broker: b, id: id}
-		q.ctx, q.end = context.WithCancelCause(ctx)
-		a.add(ctx, reflect.MakeFunc(param.Type, q.call), q)
-		return nil
-	}
-	if id == 0 {
-		a.values = append(a.values, reflect.Zero(param.Type))
-		return nil
-	}
-	switch param.kind {
-	case readerValue:
-		r, err := b.dialReader(ctx, id, false)
-		if err != nil {
-			return err
-		}
-		a.add(ctx, reflect.ValueOf(r), r)
-	case writerValue:
-		w, err := b.dialWriter(ctx, id, false)
-		if err != nil {
-			return err
-		}
-		a.values = append(a.values, reflect.ValueOf(w))
-		a.writers = append(a.writers, w)
-		context.AfterFunc(ctx, w.abort)
-	case functionValue:
-		c, err := b.dialService(ctx, id)
-		if err != nil {
-			return err
-		}
-		f := &remoteFunction{signature: param.function, ctx: ctx, broker: b, client: c}
-		a.add(ctx, reflect.MakeFunc(param.Type, f.call), c)
-	}
-	return nil
+	return a
 }
 
-// add appends an argument that is closed when the function has returned or ctx ends.
-func (a *arguments) add(ctx context.Context, v reflect.Value, c io.Closer) {
-	a.values = append(a.values, v)
-	a.closers = append(a.closers, c)
-	context.AfterFunc(ctx, func() { _ = c.Close() })
+// dial returns the argument for which the peer has sent this. If ctx ends, neither the
+// function nor close waits for the peer.
+func (a *arguments) dial(param value, sent reflect.Value) (arg reflect.Value, err error) {
+	if param.kind == plainValue {
+		return sent, nil
+	}
+	id := uint32(sent.Uint())
+	switch {
+	case param.kind == sequenceValue: // nil is an empty one
+		q := &remoteSequence{ctx: a.ctx, broker: a.broker, id: id}
+		return reflect.MakeFunc(param.Type, q.call), nil
+	case id == 0:
+		return reflect.Zero(param.Type), nil
+	case param.kind == readerValue:
+		r, err := a.broker.dialReader(a.ctx, id, false)
+		if err != nil {
+			return arg, err
+		}
+		context.AfterFunc(a.ctx, func() { _ = r.Close() }) // nothing is lost
+		return reflect.ValueOf(r), nil
+	case param.kind == writerValue:
+		w, err := a.broker.dialWriter(a.ctx, id, false)
+		if err != nil {
+			return arg, err
+		}
+		context.AfterFunc(a.ctx, w.abort)
+		a.writers = append(a.writers, w)
+		return reflect.ValueOf(w), nil
+	}
+	c, err := a.broker.dialService(a.ctx, id)
+	if err != nil {
+		return arg, err
+	}
+	context.AfterFunc(a.ctx, func() { _ = c.Close() })
+	f := &remoteFunction{signature: param.function, ctx: a.ctx, broker: a.broker, client: c}
+	return reflect.MakeFunc(param.Type, f.call), nil
 }
 
 // close ends the use of the arguments. If the function has returned, it waits until the
 // peer has all that was written, and returns the error of a writer that the function has
 // not seen.
 func (a *arguments) close(returned bool) (unseen error) {
-	for _, c := range a.closers {
-		_ = c.Close() // nothing is lost
+	if a.end == nil {
+		return nil
+	}
+	defer a.end(errReturned)
+	if !returned {
+		a.end(errReturned) // aborts the writers
 	}
 	for _, w := range a.writers { // all first, so that none waits for another
-		if returned {
-			w.finish()
-		} else {
-			w.abort()
-		}
+		w.finish()
 	}
 	for _, w := range a.writers {
 		seen := w.failed.Load()

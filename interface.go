@@ -268,42 +268,51 @@ func (r *Remote) invoke(
 // InvokeSeq may be called concurrently, and so may the ranges be.
 func InvokeSeq[T any](ctx context.Context, r *Remote, method string, args ...any) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
-		err := r.invokeSeq(ctx, reflect.TypeFor[T](), method, args, yieldOf[T](yield).next)
-		if err != nil {
+		next := func(values *gob.Decoder) (more bool, err error) {
+			var v T
+			if err := decodeValue(values, &v); err != nil {
+				return false, err
+			}
+			return yield(v, nil), nil
+		}
+		if err := r.invokeSeq(ctx, reflect.TypeFor[T](), method, args, next); err != nil {
 			var none T
 			yield(none, err)
 		}
 	}
 }
 
-// yieldOf is the body of a loop over values.
-type yieldOf[T any] func(T, error) bool
-
-func (yield yieldOf[T]) next(values *gob.Decoder) (more bool, err error) {
-	var v T
-	if err := decodeValue(values, &v); err != nil {
-		return false, err
-	}
-	return yield(v, nil), nil
-}
-
 // invokeSeq calls a method whose result is a sequence of element, and next for its values.
 func (r *Remote) invokeSeq(
 	ctx context.Context, element reflect.Type, method string, args []any, next nextValue,
-) error {
+) (err error) {
 	s, err := r.find(ctx, "InvokeSeq", method, len(args))
 	if err != nil {
 		return err
 	}
-	if s.result.kind != sequenceValue || s.result.element != element {
+	if s.result.kind != sequenceValue || s.result.element() != element {
 		return fmt.Errorf("plugin: InvokeSeq: the result of %s is a %v and not an iter.Seq2[%v, error]",
 			method, s.result, element)
 	}
-	call := func(ctx context.Context, values io.Writer) error {
-		_, err := s.invoke(ctx, r.broker, r.client, method, append(slices.Clone(args), values))
-		return err
-	}
-	return receiveSequence(ctx, call, next)
+	values, w := io.Pipe()
+	args = append(slices.Clone(args), w)
+	call, leave := context.WithCancel(ctx)
+	returned := make(chan error, 1)
+	// Ends with the call, which ends with its context; waited for below.
+	go func() {
+		_, err := s.invoke(call, r.broker, r.client, method, args)
+		_ = w.CloseWithError(err) // never fails
+		returned <- err
+	}()
+	defer func() { // also if the body of the loop panics
+		leave()
+		_ = values.Close() // ends a Write that waits for the loop
+		callErr := <-returned
+		if err != nil && ctx.Err() != nil && errors.Is(callErr, ctx.Err()) {
+			err = callErr // it names the method
+		}
+	}()
+	return receiveSequence(ctx, values, next)
 }
 
 // Close releases the instance: its stream ends, and what serves it in the plugin. Calls
@@ -311,14 +320,10 @@ func (r *Remote) invokeSeq(
 // [rpc.ErrShutdown]. Streams that were results work on. It is safe to call Close more than
 // once, at any time, and for a nil or zero Remote.
 func (r *Remote) Close() error {
-	if r == nil || r.client == nil {
-		return nil
+	if r != nil && r.client != nil {
+		_ = r.client.Close() // fails only if it is closed already
 	}
-	err := r.client.Close()
-	if err == rpc.ErrShutdown { // it is closed already
-		return nil
-	}
-	return err
+	return nil
 }
 
 // find returns the signature of a method that takes so many arguments. An error names

@@ -637,7 +637,7 @@ func TestKeptSequence(t *testing.T) {
 	check(t, err)
 	invoke[int](t, d.(yielderClient).remote, "Import", "keep", rowsTo(5, nil))
 	send(t, "the signal", s.event("now"), struct{}{})
-	check(t, s.Await(boundedContext(t), "kept: plugin: the method that took the sequence has returned"))
+	check(t, s.Await(boundedContext(t), "kept: plugin: the method that took this argument has returned"))
 }
 
 // A sequence that waits does not hold Invoke or a loop that was left, and its yield

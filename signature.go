@@ -37,7 +37,6 @@ type value struct {
 	kind     valueKind
 	sent     reflect.Type // its type if it is plain, or else typeOfNumber
 	function *signature   // if it is a function
-	element  reflect.Type // what a sequence yields
 }
 
 // valueKind says how a value is sent.
@@ -155,9 +154,8 @@ func newSequenceValue(t reflect.Type, outer []reflect.Type) (value, error) {
 	if len(outer) > 0 {
 		return value{}, fmt.Errorf("%v cannot be sent: a callback takes and returns no sequences", t)
 	}
-	element := yield.In(0)
-	v := value{Type: t, kind: sequenceValue, sent: typeOfNumber, element: element}
-	return v, checkPlain(element)
+	v := value{Type: t, kind: sequenceValue, sent: typeOfNumber}
+	return v, checkPlain(v.element())
 }
 
 // newStreamOrPlainValue returns a value that may be a reader or writer of these types, or an
@@ -253,6 +251,9 @@ func (s *signature) param(sent reflect.Value, i int) reflect.Value {
 	}
 	return sent.Field(i)
 }
+
+// element returns what a sequence yields.
+func (v value) element() reflect.Type { return v.In(0).In(0) }
 
 func (v value) isNotPlain() bool { return v.kind != plainValue }
 

@@ -88,9 +88,7 @@ func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
 // peer closes its end or the offer ends.
 func (b *MuxBroker) offerReader(r io.Reader, timeout time.Duration, closer func() error) *offer {
 	s := &servedStream{broker: b, reader: r}
-	offer := s.offer(&readerService{stream: s}, timeout, closer)
-	offer.reads = true
-	return offer
+	return s.offer(&readerService{stream: s}, timeout, closer)
 }
 
 // offerWriter offers w to the peer, like offerReader.
@@ -99,16 +97,18 @@ func (b *MuxBroker) offerWriter(w io.Writer, timeout time.Duration, closer func(
 	return s.offer(&writerService{stream: s}, timeout, closer)
 }
 
-// servedStream is a reader or writer of this side that the peer uses. Its uses are the
-// Reads or Writes that are running, and not the copying, because that may wait for the
-// peer. Its Read and Write fail when the offer has ended.
+// servedStream is a reader or writer of this side that the peer uses, or what is sent to the
+// peer as if it were read. Its uses are the Reads or Writes that are running, and not the
+// copying, because that may wait for the peer. Its Read and Write fail when the offer has
+// ended.
 type servedStream struct {
 	broker *MuxBroker
-	reader io.Reader    // or nil
-	writer io.Writer    // or nil
-	close  func() error // calls closer once
-	uses   group        // closed when the offer ends
-	copied atomic.Bool  // copying has begun
+	reader io.Reader                              // or nil
+	writer io.Writer                              // or nil
+	send   func(context.Context, io.Writer) error // or nil
+	close  func() error                           // calls closer once
+	uses   group                                  // closed when the offer ends
+	copied atomic.Bool                            // copying has begun
 }
 
 func (s *servedStream) Read(p []byte) (int, error) {
@@ -132,6 +132,7 @@ func (s *servedStream) offer(rcvr any, timeout time.Duration, closer func() erro
 	s.close = sync.OnceValue(func() error { return s.closeWith(closer) })
 	svc := s.broker.service(rcvr)
 	offer := s.broker.offer(svc, &s.uses, timeout)
+	offer.reads = s.writer == nil
 	if closer != nil {
 		context.AfterFunc(offer.ctx, func() { _ = s.close() }) // nobody is left to be told
 	}
@@ -150,25 +151,20 @@ func (s *servedStream) closeWith(closer func() error) (err error) {
 	return closer()
 }
 
-// copy copies to or from the stream that the peer accepts as id.
+// copy copies to or from the stream that the peer accepts as id, until ctx, the context of
+// the call, ends.
 func (s *servedStream) copy(ctx context.Context, id uint32) error {
 	if s.copied.Swap(true) {
 		return errors.New("plugin: the peer uses the stream twice")
 	}
-	return s.broker.copyOver(ctx, id, s.copyBytes)
-}
-
-// copyOver lets copy copy to or from the stream that the peer expects as id, until ctx, the
-// context of the call, ends.
-func (b *MuxBroker) copyOver(ctx context.Context, id uint32, copy func(io.ReadWriter) error) error {
-	conn, err := b.dial(ctx, id)
+	conn, err := s.broker.dial(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { abort(conn) })
 	defer stop()
-	err = copy(conn)
+	err = s.copyBytes(ctx, conn)
 	if err == nil {
 		return nil
 	}
@@ -180,8 +176,11 @@ func (b *MuxBroker) copyOver(ctx context.Context, id uint32, copy func(io.ReadWr
 	return err
 }
 
-func (s *servedStream) copyBytes(conn io.ReadWriter) (err error) {
-	defer recoverTo(&err) // a Read or Write of the caller's may panic
+func (s *servedStream) copyBytes(ctx context.Context, conn io.ReadWriter) (err error) {
+	defer recoverTo(&err) // the caller's code may panic
+	if s.send != nil {
+		return s.send(ctx, conn)
+	}
 	buf, isBuffer := s.broker.copyBuffers.Get().(*copyBuffer)
 	if !isBuffer {
 		buf = new(copyBuffer)
