@@ -185,7 +185,7 @@ func (c *Client) live() {
 		c.quit()
 	}
 	if c.exited.isSet() {
-		c.awaitOutput()
+		c.writers.await(drainTimeout / 2) // not longer, for a slow writer
 	}
 	asked := c.askedToQuit()
 	c.logExit(asked)
@@ -211,7 +211,7 @@ func (c *Client) quit() {
 	}
 	waitFor(patience, c.exited.done())
 	if c.exited.isSet() {
-		c.writers.await(ctx)
+		c.writers.await(time.Until(deadline))
 		return
 	}
 	// Ends at once, or with the Kill of ReattachFunc's process. What it returns says no more
@@ -219,18 +219,6 @@ func (c *Client) quit() {
 	go c.process.Kill(c.finished.ctx)
 	c.config.Logger.Warn("the plugin does not exit by itself and is killed", "pid", c.ID(), "error", err)
 	waitFor(reapTimeout-drainTimeout/2, c.exited.done())
-}
-
-// awaitOutput waits until the output of a plugin that has exited has been written. It does
-// not wait for a slow writer.
-func (c *Client) awaitOutput() {
-	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/2)
-	defer cancel()
-	rc := c.connecting.get()
-	if rc != nil {
-		rc.waitOutput(ctx)
-	}
-	c.writers.await(ctx)
 }
 
 // logExit logs the end of the process, if it has ended.

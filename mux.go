@@ -27,9 +27,8 @@ type RPCClient struct {
 	control *rpc.Client
 	plugins map[string]Plugin
 
-	output  [2]unexplained   // stdout and stderr of the plugin
-	writers [2]*hostWriter   // to which the output is copied
-	copied  [2]chan struct{} // closed when that has ended
+	output  [2]unexplained // stdout and stderr of the plugin
+	writers [2]*hostWriter // to which the output is copied
 
 	flushes  bool // the plugin sends its output before it answers Quit
 	testMode bool // the plugin lives on when it has quit
@@ -83,7 +82,7 @@ func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 			w = newHostWriter(dst)
 		}
 		w.begin()
-		c.writers[i], c.copied[i] = w, make(chan struct{})
+		c.writers[i] = w
 		// Ends with the stream, or when the caller's Write returns. So nothing waits
 		// for it without a bound.
 		go c.copyOutput(i)
@@ -93,7 +92,6 @@ func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 
 // copyOutput copies one output of the plugin until its end.
 func (c *RPCClient) copyOutput(i int) {
-	defer close(c.copied[i])
 	_, _ = io.Copy(c.writers[i], c.output[i]) // an error of the stream is the end of it
 	c.writers[i].end()
 }
@@ -149,9 +147,6 @@ func (c *RPCClient) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 	defer cancel()
 	err := c.quit(ctx)
-	if err == nil {
-		c.waitPipes(ctx)
-	}
 	c.closeSession()
 	return err
 }
@@ -176,7 +171,11 @@ func (c *RPCClient) quit(ctx context.Context) error {
 	if c.testMode {
 		c.endOutput()
 	}
-	c.waitOutput(ctx)
+	for _, w := range c.writers {
+		if w != nil { // SyncStreams was called
+			w.await(ctx)
+		}
+	}
 	return nil
 }
 
@@ -184,16 +183,6 @@ func (c *RPCClient) quit(ctx context.Context) error {
 func (c *RPCClient) endOutput() {
 	for _, st := range c.output {
 		_ = st.SetReadDeadline(time.Now().Add(drainTimeout / 2)) // it never fails
-	}
-}
-
-// waitPipes waits until output that does not come over the connection has been written, too,
-// but not past ctx.
-func (c *RPCClient) waitPipes(ctx context.Context) {
-	for _, w := range c.writers {
-		if w != nil {
-			w.awaitEnd(ctx)
-		}
 	}
 }
 
@@ -218,18 +207,4 @@ func (c *RPCClient) askToQuit(ctx context.Context) error {
 	}
 	c.quitErr = Call(ctx, c.control, "Control.Quit", true, &struct{}{})
 	return c.quitErr
-}
-
-// waitOutput waits until all output of the connection has been written, but not past ctx.
-func (c *RPCClient) waitOutput(ctx context.Context) {
-	for i, w := range c.writers {
-		if w == nil { // SyncStreams was not called
-			continue
-		}
-		select {
-		case <-c.copied[i]:
-			w.await(ctx)
-		case <-ctx.Done():
-		}
-	}
 }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"reflect"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -18,28 +19,19 @@ import (
 // is dropped, so that it does not block the plugin.
 type output struct {
 	src  io.Reader
-	done chan struct{} // closed when all of src has been sent, or none will be
-
-	mu    sync.Mutex // guards the fields below
-	begun bool       // src is being sent, or will not be
-	host  *stream    // of the host that connected last
+	done chan struct{}          // closed when all of src has been sent
+	host atomic.Pointer[stream] // of the host that connected last; nil before the first
 }
 
 func newOutput(src io.Reader) *output { return &output{src: src, done: make(chan struct{})} }
 
 // attach makes st the stream that gets the output.
 func (o *output) attach(st *stream) {
-	o.mu.Lock()
-	before := o.host
-	o.host = st
-	first := !o.begun
-	o.begun = true
-	o.mu.Unlock()
-	if before != nil {
-		_ = before.Close() // it never fails
-	}
-	if first {
+	before := o.host.Swap(st)
+	if before == nil {
 		go o.send() // ends with src, which Serve or the owner of another reader closes
+	} else {
+		_ = before.Close() // it never fails
 	}
 }
 
@@ -51,31 +43,20 @@ func (o *output) send() {
 
 // Write sends p. It never fails.
 func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	host := o.host
-	o.mu.Unlock()
-	_, _ = host.Write(p) // fails at once if the session has ended
+	_, _ = o.host.Load().Write(p) // fails at once if the session has ended
 	return len(p), nil
 }
 
 // finish closes the stream when all output has been sent, or ctx ends.
 func (o *output) finish(ctx context.Context) {
-	o.mu.Lock()
-	if !o.begun { // no host has connected
-		o.begun = true
-		close(o.done)
+	if o.host.Load() == nil {
+		return // no host has connected
 	}
-	o.mu.Unlock()
 	select {
 	case <-o.done:
 	case <-ctx.Done():
 	}
-	o.mu.Lock()
-	host := o.host
-	o.mu.Unlock()
-	if host != nil {
-		_ = host.Close() // it never fails
-	}
+	_ = o.host.Load().Close() // it never fails
 }
 
 const (
@@ -90,27 +71,22 @@ const (
 // that must not stop the plugin. What the writer has not taken waits here, so that only
 // the output waits for a slow writer, and not the end of the plugin.
 type hostWriter struct {
-	w     io.Writer
-	lines bool // w gets whole lines
+	w io.Writer
 
 	mu      sync.Mutex // guards the fields below
-	room    *sync.Cond // pending has room, or needs none
+	changed *sync.Cond // one of them has been changed
 	pending []byte
-	sources int           // that have output
-	inLine  bool          // the output ends without a line feed
-	hurried bool          // no source waits for room
-	closed  bool          // there is no Write of w any more
-	idle    chan struct{} // closed when there is nothing to write
-	ended   chan struct{} // closed when there are no sources
+	writing bool // deliver runs
+	sources int  // that have output
+	inLine  bool // the output ends without a line feed
+	hurried bool // no source waits for room
+	closed  bool // there is no Write of w any more
 }
 
 // newHostWriter returns a hostWriter for w, which may be nil.
 func newHostWriter(w io.Writer) *hostWriter {
-	h := &hostWriter{w: w, closed: w == nil, idle: make(chan struct{}), ended: make(chan struct{})}
-	_, h.lines = w.(*lineWriter)
-	h.room = sync.NewCond(&h.mu)
-	close(h.idle)
-	close(h.ended)
+	h := &hostWriter{w: w, closed: w == nil}
+	h.changed = sync.NewCond(&h.mu)
 	return h
 }
 
@@ -119,23 +95,18 @@ func (h *hostWriter) begin() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.sources++
-	if h.sources == 1 {
-		h.ended = make(chan struct{})
-	}
 }
 
-// end removes a source of output. The last one ends the last line.
+// end removes a source of output. The last one ends the last line, if w logs lines.
 func (h *hostWriter) end() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.sources--
-	if h.sources > 0 {
-		return
-	}
-	if h.lines && h.inLine {
+	_, logs := h.w.(*lineWriter)
+	if h.sources == 0 && h.inLine && logs {
 		h.addLocked([]byte{'\n'})
 	}
-	close(h.ended)
+	h.changed.Broadcast()
 }
 
 // Write waits until there is room for p. It never fails.
@@ -143,33 +114,26 @@ func (h *hostWriter) Write(p []byte) (int, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for len(h.pending) >= maxPending && !h.hurried && !h.closed {
-		h.room.Wait()
+		h.changed.Wait()
 	}
-	if len(p) > 0 {
+	if len(p) > 0 && !h.closed {
 		h.addLocked(p)
 	}
 	return len(p), nil
 }
 
 func (h *hostWriter) addLocked(p []byte) {
-	if h.closed {
-		return
-	}
 	h.pending = append(h.pending, p...)
 	h.inLine = p[len(p)-1] != '\n'
-	if isClosed(h.idle) {
-		h.idle = make(chan struct{})
+	if !h.writing {
+		h.writing = true
 		go h.deliver() // ends when nothing is pending and the caller's Write returns
 	}
 }
 
 // deliver writes what is pending.
 func (h *hostWriter) deliver() {
-	for {
-		p := h.next()
-		if p == nil {
-			return
-		}
+	for p := h.next(); p != nil; p = h.next() {
 		_, err := h.w.Write(p)
 		if err != nil {
 			h.drop()
@@ -183,10 +147,8 @@ func (h *hostWriter) next() []byte {
 	defer h.mu.Unlock()
 	p := h.pending
 	h.pending = nil
-	h.room.Broadcast()
-	if len(p) == 0 {
-		close(h.idle)
-	}
+	h.writing = p != nil
+	h.changed.Broadcast()
 	return p
 }
 
@@ -196,7 +158,7 @@ func (h *hostWriter) hurry() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.hurried = true
-	h.room.Broadcast()
+	h.changed.Broadcast()
 }
 
 // drop drops what is pending and all later output, and returns how many bytes are pending.
@@ -206,31 +168,26 @@ func (h *hostWriter) drop() int {
 	n := len(h.pending)
 	h.pending = nil
 	h.closed = true
-	h.room.Broadcast()
+	h.changed.Broadcast()
 	return n
 }
 
-// await waits until nothing is pending, but not past ctx.
+// await waits until there are no sources and nothing is pending, but not past ctx.
 func (h *hostWriter) await(ctx context.Context) {
+	stop := context.AfterFunc(ctx, h.wake)
+	defer stop()
 	h.mu.Lock()
-	idle := h.idle
-	h.mu.Unlock()
-	select {
-	case <-idle:
-	case <-ctx.Done():
+	defer h.mu.Unlock()
+	for (h.sources > 0 || h.writing) && ctx.Err() == nil {
+		h.changed.Wait()
 	}
 }
 
-// awaitEnd waits until there are no sources and nothing is pending, but not past ctx.
-func (h *hostWriter) awaitEnd(ctx context.Context) {
+// wake wakes what waits. The lock is held, so that nothing is about to wait.
+func (h *hostWriter) wake() {
 	h.mu.Lock()
-	ended := h.ended
-	h.mu.Unlock()
-	select {
-	case <-ended:
-		h.await(ctx)
-	case <-ctx.Done():
-	}
+	defer h.mu.Unlock()
+	h.changed.Broadcast()
 }
 
 // hostWriters are the writers of a ClientConfig.
@@ -269,8 +226,10 @@ func (h *hostWriters) hurry() {
 	}
 }
 
-// await waits until nothing is pending, but not past ctx.
-func (h *hostWriters) await(ctx context.Context) {
+// await waits until the output has ended and been written, but not longer than timeout.
+func (h *hostWriters) await(timeout time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
 	for _, w := range h.all() {
 		w.await(ctx)
 	}
@@ -283,8 +242,6 @@ func (h *hostWriters) close() (dropped int) {
 		dropped += w.drop()
 	}
 	// A Write that has not begun yet begins and ends meanwhile, or is one that blocks.
-	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout/10)
-	defer cancel()
-	h.await(ctx)
+	h.await(drainTimeout / 10)
 	return dropped
 }
