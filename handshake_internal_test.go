@@ -130,17 +130,17 @@ func TestCutHandshake(t *testing.T) {
 func TestHostInfo(t *testing.T) {
 	for _, h := range []hostInfo{
 		newHostInfo(false),
-		{pid: 4194304, watch: watchPid},
-		{pid: 7, started: 1 << 63, watch: watchNothing, binary: passedFile{fd: 3, id: "1:2"}},
-		{pid: 1, watch: watchPipe, lifeline: passedFile{fd: 3, id: "1:2"}, stdout: passedFile{fd: 4}},
+		{Pid: 4194304},
+		{Pid: 7, Started: 1<<64 - 1, Detached: true, Binary: passedFile{Descriptor: 3, Identity: "1:2"}},
+		{Pid: 1, Lifeline: passedFile{Descriptor: 3, Identity: "1:2"}, Stdout: passedFile{Descriptor: 4}},
 	} {
 		if got := parseHostInfo(h.String()); got != h {
 			t.Errorf("%v is read as %v", h, got)
 		}
 	}
 	for _, text := range []string{
-		"", "1", "1 0", "pipe 1 0", "1 0 pipe", "x 0 pipe 0= 0= 0= 0=", "1 x pipe 0= 0= 0= 0=",
-		"99999999999999999999 0 pipe 0= 0= 0= 0=", "1 0 pipe 0= 0= 0= x=", "1 0 pipe 0= 0= 0=",
+		"", "1", "x", "null", "[]", `{"Pid":1`, `{"Pid":1}x`, `{"Pid":"1"}`, `{"Pid":99999999999999999999}`,
+		`{"Pid":1,"Started":-1}`, `{"Pid":1,"Lifeline":{"Descriptor":"x"}}`,
 	} {
 		if got := parseHostInfo(text); got != (hostInfo{}) {
 			t.Errorf("%q is read as %v", text, got)

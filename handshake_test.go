@@ -88,8 +88,8 @@ func TestHandshakeFields(t *testing.T) {
 		name, host string
 		fields     int
 	}{
-		{"this host", fmt.Sprintf("%d 0 nothing 0= 0= 0= 0=", os.Getpid()), 7},
-		{"a host further up", fmt.Sprintf("%d 0 nothing 0= 0= 0= 0=", os.Getppid()), 6},
+		{"this host", fmt.Sprintf(`{"Pid":%d,"Detached":true}`, os.Getpid()), 7},
+		{"a host further up", fmt.Sprintf(`{"Pid":%d,"Detached":true}`, os.Getppid()), 6},
 		{"another library", "1", 6},
 		{"no variable", "", 6},
 	} {

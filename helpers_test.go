@@ -49,9 +49,8 @@ const (
 	versionsVariable  = "PLUGIN_PROTOCOL_VERSIONS"
 	certVariable      = "PLUGIN_CLIENT_CERT"
 	multiplexVariable = "PLUGIN_MULTIPLEX_GRPC" // of go-plugin; not used here
-	// lifelineVariable has the host's pid and start time, "pipe", "pid" or "nothing",
-	// and the descriptors that the host has passed, each with what identifies its file:
-	// the lifeline, the pipes for stdout and stderr, and the binary.
+	// lifelineVariable has what the plugin is told about its host, as JSON: its Pid, when it
+	// has Started, and whether the plugin is Detached.
 	lifelineVariable = "PLUGIN_HOST_LIFELINE"
 )
 

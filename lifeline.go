@@ -9,6 +9,7 @@ package plugin
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -17,7 +18,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -29,48 +29,30 @@ const (
 	pollInterval  = 50 * time.Millisecond   // how often a process that is not a child is checked
 )
 
-// hostInfo tells a plugin about its host. Its variable is inherited: if the host
+// hostInfo tells a plugin about its host, as JSON. Its variable is inherited: if the host
 // uses go-plugin, it may be about the host of that host.
 type hostInfo struct {
-	pid     int
-	started uint64 // when the process began, as startTime has it
-	watch   string // how the plugin detects the end of the host
+	Pid      int
+	Started  uint64 // when the process began, as processStat has it
+	Detached bool   // the plugin may outlive its host
 
-	lifeline, stdout, stderr, binary passedFile
+	Lifeline, Stdout, Stderr, Binary passedFile
 }
 
-const (
-	watchPipe    = "pipe" // by reading from a pipe that the host holds open
-	watchPid     = "pid"  // by waiting for the process, on Windows
-	watchNothing = "nothing"
-)
-
 func newHostInfo(detached bool) hostInfo {
-	h := hostInfo{pid: os.Getpid(), started: startTime(os.Getpid()), watch: watchPipe}
-	switch {
-	case detached:
-		h.watch = watchNothing
-	case runtime.GOOS == "windows":
-		h.watch = watchPid
-	}
-	return h
+	pid := os.Getpid()
+	_, started := processStat(pid)
+	return hostInfo{Pid: pid, Started: started, Detached: detached}
 }
 
 func (h hostInfo) String() string {
-	return fmt.Sprintf("%d %d %s %v %v %v %v",
-		h.pid, h.started, h.watch, h.lifeline, h.stdout, h.stderr, h.binary)
+	text, _ := json.Marshal(h) // it has only what can be encoded
+	return string(text)
 }
 
 // parseHostInfo returns the zero hostInfo for anything but what String returns.
 func parseHostInfo(s string) (h hostInfo) {
-	var files [4]string
-	_, err := fmt.Sscanf(s, "%d %d %s %s %s %s %s",
-		&h.pid, &h.started, &h.watch, &files[0], &files[1], &files[2], &files[3])
-	for i, file := range []*passedFile{&h.lifeline, &h.stdout, &h.stderr, &h.binary} {
-		if err == nil {
-			*file, err = parsePassedFile(files[i])
-		}
-	}
+	err := json.Unmarshal([]byte(s), &h)
 	if err != nil {
 		return hostInfo{}
 	}
@@ -82,73 +64,39 @@ func parseHostInfo(s string) (h hostInfo) {
 // process through another, such as a shell. In another namespace of processes, the number
 // may be that of another process.
 func (h hostInfo) isParent() bool {
-	if h.pid == 0 || h.pid != os.Getppid() {
+	if h.Pid == 0 || h.Pid != os.Getppid() {
 		return false
 	}
-	started := startTime(h.pid)
-	return h.started == 0 || started == 0 || started == h.started
+	_, started := processStat(h.Pid)
+	return h.Started == 0 || started == 0 || started == h.Started
 }
 
-// hasExited reports whether there is a host, and its process has exited.
-func (h hostInfo) hasExited() bool { return h.pid != 0 && !alive(h.pid) }
+// isCertainlyAlive reports whether the process of the host runs, and that is sure: its
+// number may be that of another process, above all in another namespace of processes.
+func (h hostInfo) isCertainlyAlive() bool {
+	if h.isParent() {
+		return true
+	}
+	state, started := processStat(h.Pid)
+	return h.Started != 0 && started == h.Started && state != "Z"
+}
 
 // passedFile is an open file that the host has passed to the plugin. A process in between
 // may close it and use its number for another, so it has an identity. The zero passedFile
 // is none.
 type passedFile struct {
-	fd int    // in the plugin
-	id string // as identity has it
-}
-
-func (f passedFile) String() string { return fmt.Sprintf("%d=%s", f.fd, f.id) }
-
-func parsePassedFile(s string) (f passedFile, err error) {
-	fd, id, _ := strings.Cut(s, "=")
-	f.id = id
-	f.fd, err = strconv.Atoi(fd)
-	return f, err
+	Descriptor int    // in the plugin
+	Identity   string // as identity has it
 }
 
 // take returns the file, or nil if the descriptor is not that of the file. Child processes
 // of the plugin do not inherit it.
 func (f passedFile) take() *os.File {
-	if f.id == "" || identity(f.fd) != f.id {
+	if f.Identity == "" || identity(f.Descriptor) != f.Identity {
 		return nil
 	}
-	keepToItself(f.fd)
-	return os.NewFile(uintptr(f.fd), "from the host")
-}
-
-// lifeline is the host's end of the pipe. A nil lifeline has no effect.
-type lifeline struct {
-	end  *os.File
-	once sync.Once // closes end
-}
-
-// newLifeline also returns the plugin's end.
-func newLifeline() (*lifeline, *os.File, error) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return nil, nil, err
-	}
-	return &lifeline{end: w}, r, nil
-}
-
-// cut makes the plugin exit, unless it has been detached.
-func (l *lifeline) cut() {
-	if l != nil {
-		l.once.Do(func() { _ = l.end.Close() }) // nothing was written that could be lost
-	}
-}
-
-// detach lets the plugin outlive this process.
-func (l *lifeline) detach() {
-	if l != nil {
-		l.once.Do(func() {
-			_, _ = l.end.Write([]byte{1}) // fails if the plugin has exited
-			_ = l.end.Close()             // a pipe has no errors of writing later
-		})
-	}
+	keepToItself(f.Descriptor)
+	return os.NewFile(uintptr(f.Descriptor), "from the host")
 }
 
 // hostWatch is the plugin's view of its host.
@@ -165,7 +113,7 @@ type hostWatch struct {
 func watchHost(host hostInfo, dir string, logger hclog.Logger) *hostWatch {
 	w := &hostWatch{
 		host:     host,
-		lifeline: host.lifeline.take(),
+		lifeline: host.Lifeline.take(),
 		gone:     make(chan struct{}),
 		detached: make(chan struct{}),
 		logger:   logger,
@@ -179,8 +127,8 @@ func watchHost(host hostInfo, dir string, logger hclog.Logger) *hostWatch {
 // both. They are for the plugin of that host, and not for one further down. Without a
 // lifeline, the plugin could not be told to leave them.
 func (w *hostWatch) takePipes(hostIsParent bool) (pipes [2]*os.File) {
-	_ = w.host.binary.take().Close() // the process needs it no more
-	stdout, stderr := w.host.stdout.take(), w.host.stderr.take()
+	_ = w.host.Binary.take().Close() // the process needs it no more
+	stdout, stderr := w.host.Stdout.take(), w.host.Stderr.take()
 	if hostIsParent && w.lifeline != nil && stdout != nil && stderr != nil {
 		return [2]*os.File{stdout, stderr}
 	}
@@ -210,38 +158,24 @@ func (w *hostWatch) awaitEnd() bool {
 			close(w.detached)
 		}
 		return err == io.EOF
-	case w.host.watch == watchPipe:
-		return w.host.pollEnd(w.logger)
-	case w.host.watch == watchPid:
-		return w.host.waitEnd()
-	}
-	return false
-}
-
-// pollEnd waits until the process of the host has exited. It returns false if it cannot be
-// sure which one that is: the number may be that of another process, above all in another
-// namespace of processes.
-func (h hostInfo) pollEnd(logger hclog.Logger) bool {
-	isParent := h.isParent()
-	if !isParent && (h.started == 0 || startTime(h.pid) != h.started) {
-		logger.Warn("the plugin cannot detect the end of its host: " +
+	case w.host.Pid == 0 || w.host.Detached:
+		return false
+	case runtime.GOOS == "windows":
+		return waitProcess(w.host.Pid)
+	case !w.host.isCertainlyAlive():
+		w.logger.Warn("the plugin cannot detect the end of its host: " +
 			"a process between the two has closed a pipe")
 		return false
 	}
-	for exists := true; exists; {
+	for w.host.isCertainlyAlive() {
 		time.Sleep(pollInterval)
-		if isParent {
-			exists = os.Getppid() == h.pid
-		} else {
-			exists = startTime(h.pid) == h.started
-		}
 	}
 	return true
 }
 
-// waitEnd is pollEnd on Windows.
-func (h hostInfo) waitEnd() bool {
-	process, err := os.FindProcess(h.pid)
+// waitProcess waits until a process has exited. It returns false if it cannot.
+func waitProcess(pid int) bool {
+	process, err := os.FindProcess(pid)
 	if err != nil { // it is gone, or runs as another user
 		return !errors.Is(err, fs.ErrPermission)
 	}
@@ -260,34 +194,22 @@ func alive(pid int) bool {
 	if runtime.GOOS == "windows" {
 		return true
 	}
-	stat := processStat(pid)
-	isZombie := len(stat) > 0 && string(stat[0]) == "Z"
-	return p.Signal(syscall.Signal(0)) == nil && !isZombie
+	state, _ := processStat(pid)
+	return p.Signal(syscall.Signal(0)) == nil && state != "Z"
 }
 
-// startTime returns when a process began, in a unit of the system. It returns 0 if the
-// system does not tell, or the process has ended.
-func startTime(pid int) uint64 {
-	stat := processStat(pid)
-	if len(stat) < 20 || string(stat[0]) == "Z" {
-		return 0
-	}
-	ticks, err := strconv.ParseUint(string(stat[19]), 10, 64)
-	if err != nil {
-		return 0
-	}
-	return ticks
-}
-
-// processStat returns what Linux says about a process, from its state on.
-func processStat(pid int) [][]byte {
+// processStat returns what Linux says about a process: its state, which is Z for a zombie,
+// and when it began, in a unit of the system. Other systems say nothing.
+func processStat(pid int) (state string, started uint64) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return nil
+		return "", 0
 	}
-	name := bytes.LastIndex(stat, []byte(") ")) // which may have anything in it
-	if name < 0 {
-		return nil
+	name := bytes.LastIndexByte(stat, ')') // it may have anything before
+	fields := strings.Fields(string(stat[name+1:]))
+	if len(fields) < 20 {
+		return "", 0
 	}
-	return bytes.Fields(stat[name+2:])
+	started, _ = strconv.ParseUint(fields[19], 10, 64) // it is a number
+	return fields[0], started
 }

@@ -36,7 +36,7 @@ type child struct {
 	hint     string          // a possible cause of the error of start
 	host     hostInfo        // what the plugin is told
 	opened   []*os.File      // for the process; closed here when it has started
-	lifeline *lifeline       // nil if the plugin is detached
+	lifeline *os.File        // the host's end; nil if the plugin is detached, and on Windows
 	cert     tls.Certificate // of the host, with AutoMTLS
 	dir      string          // private, for the socket; "" if there is none
 
@@ -170,22 +170,22 @@ func (p *child) makeDir() (err error) {
 func (p *child) pass(f *os.File) passedFile {
 	p.cmd.ExtraFiles = append(slices.Clip(p.cmd.ExtraFiles), f)
 	fd := 2 + len(p.cmd.ExtraFiles) // after stdin, stdout and stderr
-	return passedFile{fd: fd, id: identity(int(f.Fd()))}
+	return passedFile{Descriptor: fd, Identity: identity(int(f.Fd()))}
 }
 
 // hold makes the plugin exit when this process does, unless it is to be detached.
 func (p *child) hold() error {
 	p.host = newHostInfo(p.config.Detach)
-	if p.host.watch != watchPipe {
+	if p.config.Detach || runtime.GOOS == "windows" {
 		return nil
 	}
-	life, end, err := newLifeline()
+	end, lifeline, err := os.Pipe()
 	if err != nil {
 		return err
 	}
-	p.lifeline = life
+	p.lifeline = lifeline
 	p.opened = append(p.opened, end)
-	p.host.lifeline = p.pass(end)
+	p.host.Lifeline = p.pass(end)
 	return nil
 }
 
@@ -200,8 +200,8 @@ func (p *child) pin(binary *os.File) {
 		return
 	}
 	link := filepath.Join(p.dir, filepath.Base(p.cmd.Path))
-	p.host.binary = p.pass(binary)
-	err = os.Symlink(fmt.Sprintf("/proc/self/fd/%d", p.host.binary.fd), link)
+	p.host.Binary = p.pass(binary)
+	err = os.Symlink(fmt.Sprintf("/proc/self/fd/%d", p.host.Binary.Descriptor), link)
 	if err == nil {
 		p.cmd.Path = link
 	}
@@ -272,8 +272,8 @@ func (p *child) redirect() error {
 	if err != nil {
 		return err
 	}
-	p.host.stdout = p.pass(p.pipes.served[0].writer)
-	p.host.stderr = p.pass(p.pipes.served[1].writer)
+	p.host.Stdout = p.pass(p.pipes.served[0].writer)
+	p.host.Stderr = p.pass(p.pipes.served[1].writer)
 	return nil
 }
 
@@ -422,7 +422,7 @@ func (p *child) exitError(err error) *ExitError {
 
 // free releases what the host holds for the process.
 func (p *child) free() {
-	p.lifeline.cut()
+	_ = p.lifeline.Close() // a nil *os.File can be closed
 	p.pipes.close()
 	if p.dir != "" {
 		_ = os.RemoveAll(p.dir) // what is left there is the plugin's
@@ -433,7 +433,10 @@ func (p *child) free() {
 // the plugin has used the pipes, it has ceased to when detach has returned: the pipes are
 // read no more when this process has exited.
 func (p *child) detach(h handshake) *ReattachConfig {
-	p.lifeline.detach()
+	if p.lifeline != nil {
+		_, _ = p.lifeline.Write([]byte{1}) // fails if the plugin has exited, or is detached
+		_ = p.lifeline.Close()             // a pipe has no errors of writing later
+	}
 	if h.flushes {
 		p.pipes.awaitServed()
 	}

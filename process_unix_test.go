@@ -75,7 +75,7 @@ func init() {
 	// What a plugin is told in another namespace of processes: the number of the host is
 	// that of a process that began at another time.
 	modes["another-host"] = func() {
-		os.Setenv(lifelineVariable, fmt.Sprintf("%d 1 pipe 3= 4= 5= 0=", os.Getpid()))
+		os.Setenv(lifelineVariable, fmt.Sprintf(`{"Pid":%d,"Started":1}`, os.Getpid()))
 	}
 	// Let the system, or a loop as the first process of a container has it, reap the children.
 	modes["ignoring"] = func() { signal.Ignore(syscall.SIGCHLD) }

@@ -135,7 +135,7 @@ func serve(config *ServeConfig) error {
 	s.close()
 	// Its host removes the directory, unless it is gone by then. A host further up, which
 	// lives, may not be the one that has made it.
-	if hostIsParent || isClosed(watch.gone) || host.hasExited() {
+	if hostIsParent || isClosed(watch.gone) || host.Pid != 0 && !alive(host.Pid) {
 		removePrivate(env[EnvUnixSocketDir])
 	}
 	// The signal that ended the host may reach this process later, and main should finish.
