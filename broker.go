@@ -3,7 +3,6 @@ package plugin
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -42,33 +41,35 @@ const (
 // MuxBroker cannot be used.
 type MuxBroker struct {
 	session *session
-	ids     atomic.Uint32
+	ids     atomic.Uint64
 	waiting chan struct{} // holds one for each dialled stream that has not been accepted
+
+	// expected has what the peer will dial: its id, and a func(*stream) that gets the
+	// stream, in a goroutine of the session. The id is a new number of this side.
+	expected sync.Map
 
 	mu         sync.Mutex // guards the fields below, and the users of each rendezvous
 	rendezvous map[uint32]*rendezvous
-	expected   map[uint32]func(*stream) // what handles the stream that is dialled as an id
 
-	copyBuffers sync.Pool // of *copyBuffer
+	copyBuffers sync.Pool // of *copyBuffer; most streams are short
 }
+
+// copyBuffer is what bytes are copied with.
+type copyBuffer [64 << 10]byte
 
 func newMuxBroker(s *session) *MuxBroker {
 	return &MuxBroker{
-		session:    s,
-		waiting:    make(chan struct{}, maxWaiting),
-		rendezvous: make(map[uint32]*rendezvous),
-		expected:   make(map[uint32]func(*stream)),
+		session:     s,
+		waiting:     make(chan struct{}, maxWaiting),
+		rendezvous:  make(map[uint32]*rendezvous),
+		copyBuffers: sync.Pool{New: func() any { return new(copyBuffer) }},
 	}
 }
 
 // NextId returns a number for a stream. Host and plugin return different numbers, also if
 // one of them uses go-plugin. Numbers repeat after 1,073,741,823.
 func (b *MuxBroker) NextId() uint32 {
-	const bits = 1<<30 - 1
-	n := b.ids.Add(1) & bits
-	for n == 0 {
-		n = b.ids.Add(1) & bits
-	}
+	n := uint32(b.ids.Add(1)%(1<<30-1)) + 1
 	if b.session.host {
 		return n | 1<<31
 	}
@@ -90,14 +91,6 @@ func (b *MuxBroker) Accept(id uint32) (net.Conn, error) {
 // A deadline of the stream does not end a Write that the system is taking, as one to a
 // plugin that is stopped. The end of the connection does.
 func (b *MuxBroker) AcceptContext(ctx context.Context, id uint32) (net.Conn, error) {
-	st, err := b.accept(ctx, id)
-	if err != nil {
-		return nil, fmt.Errorf("plugin: accepting stream %d: %w", id, err)
-	}
-	return st, nil
-}
-
-func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 	meeting := b.join(id)
 	defer b.leave(id, meeting)
 	for {
@@ -107,22 +100,18 @@ func (b *MuxBroker) accept(ctx context.Context, id uint32) (*stream, error) {
 				_ = st.Close() // the peer has given up
 				continue
 			}
-			if err := acknowledge(st, id); err != nil {
+			if err := sendID(st, id); err != nil {
 				abort(st)
-				return nil, err
+				return nil, fmt.Errorf("plugin: accepting stream %d: %w", id, err)
 			}
 			return st, nil
 		case <-ctx.Done():
-			return nil, fmt.Errorf("the peer has not dialled it: %w", contextError(ctx))
+			return nil, fmt.Errorf("plugin: accepting stream %d: the peer has not dialled it: %w",
+				id, contextError(ctx))
 		case <-b.session.ended():
 			return nil, b.session.explain(net.ErrClosed)
 		}
 	}
-}
-
-// acknowledge tells the peer that a stream has been accepted.
-func acknowledge(st *stream, id uint32) error {
-	return st.queue(binary.LittleEndian.AppendUint32(nil, id))
 }
 
 // Dial is [MuxBroker.DialContext] with a limit of five seconds.
@@ -162,7 +151,7 @@ func notAccepted(ctx context.Context, id uint32) error {
 func (b *MuxBroker) dial(ctx context.Context, id uint32) (*dialledConn, error) {
 	st, err := b.session.open(ctx)
 	if err == nil {
-		err = st.queue(binary.LittleEndian.AppendUint32(nil, id)) // fails if the session has ended
+		err = sendID(st, id) // fails if st has ended
 	}
 	if err != nil {
 		return nil, fmt.Errorf("plugin: dialling stream %d: %w", id, err)
@@ -223,80 +212,54 @@ func (b *MuxBroker) Run() {
 // receive reads the id that a stream was dialled as, and hands the stream to what expects
 // it, or to Accept.
 func (b *MuxBroker) receive(st *stream) {
-	handle, err := b.route(st)
-	if err != nil {
-		refuse(st)
-	}
-	<-b.waiting // holds one for st
-	if handle != nil {
-		handle(st)
-	}
-}
-
-// route returns what expects a stream, or waits until the stream is accepted.
-func (b *MuxBroker) route(st *stream) (handle func(*stream), err error) {
 	_ = st.SetReadDeadline(time.Now().Add(brokerTimeout))
 	id, err := readID(st)
-	if err != nil {
-		return nil, err
-	}
 	_ = st.SetReadDeadline(time.Time{})
-	handle = b.takeExpected(id)
-	if handle != nil {
-		return handle, nil
+	handle, isExpected := b.expected.LoadAndDelete(id)
+	switch {
+	case err != nil:
+		refuse(st)
+	case !isExpected:
+		b.handOver(st, id)
 	}
-	return nil, b.handOver(st, id)
+	<-b.waiting // holds one for st
+	if isExpected {
+		_ = sendID(st, id) // fails if st has ended, as its use will
+		handle.(func(*stream))(st)
+	}
 }
 
-// handOver waits until a stream that was dialled as id is accepted.
-func (b *MuxBroker) handOver(st *stream, id uint32) error {
-	timeout := time.NewTimer(brokerTimeout)
-	defer timeout.Stop()
+// handOver waits until a stream that was dialled as id is accepted, or refuses it.
+func (b *MuxBroker) handOver(st *stream, id uint32) {
 	meeting := b.join(id)
 	defer b.leave(id, meeting)
 	select {
 	case meeting.streams <- st:
-		return nil
-	case <-timeout.C:
-		return errors.New("nobody accepts it")
-	case <-st.flow.gone:
-		return errors.New("the peer has given up")
+		return
+	case <-time.After(brokerTimeout):
+	case <-st.flow.gone: // the peer has given up
 	case <-b.session.ended():
-		return net.ErrClosed
 	}
+	refuse(st)
 }
 
 // refuse closes a stream and waits until the peer has closed it, too. What arrives
 // meanwhile is dropped, because yamux would keep it.
 func refuse(st *stream) {
 	_ = st.Close()
-	_ = st.SetReadDeadline(time.Time{})
 	_, _ = io.Copy(io.Discard, st)
+}
+
+// sendID sends the number of a stream to the peer: that as which it is dialled, or the
+// acknowledgement that it has been accepted. It waits for nothing.
+func sendID(st *stream, id uint32) error {
+	return st.queue(binary.LittleEndian.AppendUint32(nil, id))
 }
 
 func readID(st *stream) (uint32, error) {
 	var id [4]byte
-	if _, err := io.ReadFull(st, id[:]); err != nil {
-		return 0, err
-	}
-	return binary.LittleEndian.Uint32(id[:]), nil
-}
-
-// expect lets handle have the stream that the peer dials as id, a new number of this side.
-// It runs in a goroutine of the session. The peer need not wait for an acknowledgement.
-func (b *MuxBroker) expect(id uint32, handle func(*stream)) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.expected[id] = handle
-}
-
-// takeExpected ends what expect has begun, and returns nil if that has ended.
-func (b *MuxBroker) takeExpected(id uint32) func(*stream) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	handle := b.expected[id]
-	delete(b.expected, id)
-	return handle
+	_, err := io.ReadFull(st, id[:])
+	return binary.LittleEndian.Uint32(id[:]), err
 }
 
 // rendezvous hands the streams that the peer dials as one id to those that accept it. It
@@ -338,14 +301,12 @@ func (b *MuxBroker) Close() error {
 // closes its client. [Plugin] describes the methods. An error of Accept is logged.
 func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
 	svc := b.service(v)
-	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
-	defer cancel()
-	st, err := b.accept(ctx, id)
+	conn, err := b.Accept(id)
 	if err != nil {
-		b.session.logger.Error("a service was not dialled", "stream", id, "error", err)
+		b.session.logger.Error("a service was not dialled", "error", err)
 		return
 	}
-	svc.answerCalls(b.session.calls, st)
+	b.session.answerCalls(b.session.calls, conn, svc)
 }
 
 // service returns a service for v. If none of its methods can be called, calls return an

@@ -13,7 +13,7 @@ func TestNextId(t *testing.T) {
 		if isHost {
 			side = 2
 		}
-		for _, begin := range []uint32{0, 1<<30 - 50, 1<<31 - 50, 1<<32 - 50} {
+		for _, begin := range []uint64{0, 1<<30 - 50, 1<<31 - 50, 1<<32 - 50} {
 			b.ids.Store(begin)
 			seen := make(map[uint32]bool)
 			for range 100 {

@@ -52,38 +52,24 @@ type offer struct {
 func (b *MuxBroker) offer(svc *service, uses *group, timeout time.Duration) *offer {
 	o := &offer{broker: b, id: b.NextId(), service: svc, uses: uses}
 	o.ctx, o.cancel = context.WithCancelCause(b.session.calls)
-	o.expiry = time.AfterFunc(timeout, o.expire)
-	b.expect(o.id, o.serve)
+	o.expiry = time.AfterFunc(timeout, o.end)
+	b.expected.Store(o.id, o.serve)
 	return o
 }
 
-// serve accepts the stream of the offer and answers the calls on it.
+// serve answers the calls of the peer. If the offer has ended, these fail.
 func (o *offer) serve(st *stream) {
 	defer o.cancel(nil)
 	o.expiry.Stop()
-	err := acknowledge(st, o.id)
-	if err != nil {
-		abort(st)
-		return
-	}
-	o.service.answerCalls(o.ctx, st)
-}
-
-// expire ends an offer that the peer has not dialled in time.
-func (o *offer) expire() {
-	if o.broker.takeExpected(o.id) == nil {
-		return
-	}
-	o.cancel(nil)
-	o.broker.session.debug("what is served was not dialled", "stream", o.id)
+	o.broker.session.answerCalls(o.ctx, st, o.service)
 }
 
 // end ends the offer without waiting for uses. None begins any more.
 func (o *offer) end() {
+	o.broker.expected.Delete(o.id)
 	o.service.calls.close()
 	o.uses.close()
 	o.expiry.Stop()
-	o.broker.takeExpected(o.id)
 	o.cancel(errStopped)
 }
 

@@ -176,14 +176,14 @@ func (s *sequenceSender) take(written []byte) []byte {
 // whole range over it.
 func (b *MuxBroker) offerSequence(sequence reflect.Value) *offer {
 	s := &servedStream{broker: b}
-	s.send = func(ctx context.Context, w io.Writer) error {
+	s.copy = func(ctx context.Context, conn io.ReadWriter) error {
 		if !s.uses.enter() {
 			return errStopped
 		}
 		defer s.uses.Done()
-		return sendSequence(ctx, w, sequence, true)
+		return sendSequence(ctx, conn, sequence, true)
 	}
-	return s.offer(&readerService{stream: s}, untilStopped, nil)
+	return s.offer("Read", untilStopped, nil)
 }
 
 // ---- The end that ranges over it ----

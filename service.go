@@ -113,11 +113,10 @@ func newMethod(f reflect.Value) (m *method, problem string) {
 	return m, ""
 }
 
-// answerCalls answers calls on a stream until the peer closes it. Contexts of methods end
-// with ctx.
-func (svc *service) answerCalls(ctx context.Context, st *stream) {
-	s := st.session
-	server := newRPCServer(st, map[string]*service{"Plugin": svc}, s.logger, s.host)
+// answerCalls answers calls of svc on conn, a stream, until the peer closes it. Contexts of
+// methods end with ctx.
+func (s *session) answerCalls(ctx context.Context, conn io.ReadWriteCloser, svc *service) {
+	server := newRPCServer(conn, map[string]*service{"Plugin": svc}, s.logger, s.host)
 	if err := server.answerCalls(ctx); err != io.EOF {
 		s.debug("an RPC stream ended", "error", err)
 	}

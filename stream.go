@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/rpc"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -53,11 +54,7 @@ func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
 func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), brokerTimeout)
 	defer cancel()
-	r, err := b.dialReader(ctx, id, false)
-	if err != nil {
-		return nil, err
-	}
-	return r, nil
+	return b.dialReader(ctx, id, false)
 }
 
 // ServeWriter lets the peer write to w. The peer passes id to [MuxBroker.DialWriter]
@@ -87,61 +84,51 @@ func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
 // offerReader offers r to the peer. If closer is not nil, it is called once, when the
 // peer closes its end or the offer ends.
 func (b *MuxBroker) offerReader(r io.Reader, timeout time.Duration, closer func() error) *offer {
-	s := &servedStream{broker: b, reader: r}
-	return s.offer(&readerService{stream: s}, timeout, closer)
+	s := &servedStream{broker: b}
+	s.copy = func(_ context.Context, conn io.ReadWriter) error {
+		return b.copyBytes(conn, usedReader{reader: r, uses: &s.uses})
+	}
+	return s.offer("Read", timeout, closer)
 }
 
 // offerWriter offers w to the peer, like offerReader.
 func (b *MuxBroker) offerWriter(w io.Writer, timeout time.Duration, closer func() error) *offer {
-	s := &servedStream{broker: b, writer: w}
-	return s.offer(&writerService{stream: s}, timeout, closer)
+	s := &servedStream{broker: b}
+	s.copy = func(_ context.Context, conn io.ReadWriter) error {
+		return b.copyBytes(usedWriter{writer: w, uses: &s.uses}, conn)
+	}
+	return s.offer("Write", timeout, closer)
 }
 
-// servedStream is a reader or writer of this side that the peer uses, or what is sent to the
-// peer as if it were read. Its uses are the Reads or Writes that are running, and not the
-// copying, because that may wait for the peer. Its Read and Write fail when the offer has
-// ended.
+// servedStream is a reader or writer of this side that the peer uses. Its uses are the
+// Reads or Writes that are running, and not the copying, because that may wait for the
+// peer.
 type servedStream struct {
 	broker *MuxBroker
-	reader io.Reader                              // or nil
-	writer io.Writer                              // or nil
-	send   func(context.Context, io.Writer) error // or nil
-	close  func() error                           // calls closer once
-	uses   group                                  // closed when the offer ends
-	copied atomic.Bool                            // copying has begun
+	copy   func(ctx context.Context, conn io.ReadWriter) error // copies all to or from conn
+	copied atomic.Bool                                         // copying has begun
+	uses   group                                               // closed when the offer ends
 }
 
-func (s *servedStream) Read(p []byte) (int, error) {
-	if !s.uses.enter() {
-		return 0, errStopped
-	}
-	defer s.uses.Done()
-	return s.reader.Read(p)
-}
-
-func (s *servedStream) Write(p []byte) (int, error) {
-	if !s.uses.enter() {
-		return 0, errStopped
-	}
-	defer s.uses.Done()
-	return s.writer.Write(p)
-}
-
-// offer offers s, with the methods of rcvr.
-func (s *servedStream) offer(rcvr any, timeout time.Duration, closer func() error) *offer {
-	s.close = sync.OnceValue(func() error { return s.closeWith(closer) })
-	svc := s.broker.service(rcvr)
-	offer := s.broker.offer(svc, &s.uses, timeout)
-	offer.reads = s.writer == nil
+// offer offers s to the peer, which lets it copy with the method of that name.
+func (s *servedStream) offer(name string, timeout time.Duration, closer func() error) *offer {
+	closed := sync.OnceValue(func() error { return s.close(closer) })
+	callClose := func(_ context.Context, _, _ reflect.Value) error { return closed() }
+	svc := &service{methods: map[string]*method{
+		name:    {call: s.copyFor, context: true, arg: reflect.TypeFor[uint32](), reply: typeOfNothing},
+		"Close": {call: callClose, arg: typeOfNothing, reply: typeOfNothing},
+	}}
+	o := s.broker.offer(svc, &s.uses, timeout)
+	o.reads = name == "Read"
 	if closer != nil {
-		context.AfterFunc(offer.ctx, func() { _ = s.close() }) // nobody is left to be told
+		context.AfterFunc(o.ctx, func() { _ = closed() }) // nobody is left to be told
 	}
-	return offer
+	return o
 }
 
-// closeWith calls closer, if it is not nil, when no use is running or a running one has
-// had its time.
-func (s *servedStream) closeWith(closer func() error) (err error) {
+// close calls closer, if it is not nil, when no use is running or a running one has had
+// its time.
+func (s *servedStream) close(closer func() error) (err error) {
 	if closer == nil {
 		return nil
 	}
@@ -151,20 +138,20 @@ func (s *servedStream) closeWith(closer func() error) (err error) {
 	return closer()
 }
 
-// copy copies to or from the stream that the peer accepts as id, until ctx, the context of
-// the call, ends.
-func (s *servedStream) copy(ctx context.Context, id uint32) error {
+// copyFor copies to or from the stream that the peer expects as id, until ctx, the context
+// of the call, ends.
+func (s *servedStream) copyFor(ctx context.Context, id, _ reflect.Value) error {
 	if s.copied.Swap(true) {
 		return errors.New("plugin: the peer uses the stream twice")
 	}
-	conn, err := s.broker.dial(ctx, id)
+	conn, err := s.broker.dial(ctx, uint32(id.Uint()))
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { abort(conn) })
 	defer stop()
-	err = s.copyBytes(ctx, conn)
+	err = s.copy(ctx, conn)
 	if err == nil {
 		return nil
 	}
@@ -176,67 +163,59 @@ func (s *servedStream) copy(ctx context.Context, id uint32) error {
 	return err
 }
 
-func (s *servedStream) copyBytes(ctx context.Context, conn io.ReadWriter) (err error) {
-	defer recoverTo(&err) // the caller's code may panic
-	if s.send != nil {
-		return s.send(ctx, conn)
-	}
-	buf, isBuffer := s.broker.copyBuffers.Get().(*copyBuffer)
-	if !isBuffer {
-		buf = new(copyBuffer)
-	}
-	defer s.broker.copyBuffers.Put(buf)
-	// Neither conn nor s has a ReadFrom or WriteTo, so all bytes go through Read and Write.
-	if s.reader != nil {
-		_, err = io.CopyBuffer(conn, s, buf[:])
-	} else {
-		_, err = io.CopyBuffer(s, conn, buf[:])
-	}
+// copyBytes copies all of src to dst. Neither has a ReadFrom or WriteTo, so all bytes go
+// through Read and Write. A panic of theirs is an error.
+func (b *MuxBroker) copyBytes(dst io.Writer, src io.Reader) (err error) {
+	defer recoverTo(&err)
+	buf := b.copyBuffers.Get().(*copyBuffer)
+	defer b.copyBuffers.Put(buf)
+	_, err = io.CopyBuffer(dst, src, buf[:])
 	return err
 }
 
-// copyBuffer is used again and again, because most readers and writers are short.
-type copyBuffer [64 << 10]byte
-
-// readerService has the methods by which the peer uses a reader.
-type readerService struct{ stream *servedStream }
-
-// Read sends what is read to the stream that the peer accepts as id.
-func (s *readerService) Read(ctx context.Context, id uint32, _ *struct{}) error {
-	return s.stream.copy(ctx, id)
+// usedReader is a reader whose Reads are uses.
+type usedReader struct {
+	reader io.Reader
+	uses   *group
 }
 
-// Close closes the reader.
-func (s *readerService) Close(struct{}, *struct{}) error { return s.stream.close() }
-
-// writerService has the methods by which the peer uses a writer.
-type writerService struct{ stream *servedStream }
-
-// Write writes what arrives on the stream that the peer accepts as id.
-func (s *writerService) Write(ctx context.Context, id uint32, _ *struct{}) error {
-	return s.stream.copy(ctx, id)
+func (r usedReader) Read(p []byte) (int, error) {
+	if !r.uses.enter() {
+		return 0, errStopped
+	}
+	defer r.uses.Done()
+	return r.reader.Read(p)
 }
 
-// Close closes the writer.
-func (s *writerService) Close(struct{}, *struct{}) error { return s.stream.close() }
+// usedWriter is a writer whose Writes are uses.
+type usedWriter struct {
+	writer io.Writer
+	uses   *group
+}
+
+func (w usedWriter) Write(p []byte) (int, error) {
+	if !w.uses.enter() {
+		return 0, errStopped
+	}
+	defer w.uses.Done()
+	return w.writer.Write(p)
+}
 
 // dialledStream is a reader or writer of the peer.
 type dialledStream struct {
-	method  string // of the service: Read or Write
-	client  *rpc.Client
-	arrived chan *stream  // has room for conn
-	conn    net.Conn      // the bytes
-	owned   bool          // Close closes the reader or writer of the peer
-	copied  chan struct{} // closed when the peer has copied, or cannot any more
-	err     error         // the error of that; may be read when copied is closed
-	closed  atomic.Bool   // Close has been called, or is about to return
+	client *rpc.Client
+	conn   *stream       // the bytes
+	owned  bool          // Close closes the reader or writer of the peer
+	copied chan struct{} // closed when the peer has copied, or cannot any more
+	err    error         // the error of that; may be read when copied is closed
+	closed atomic.Bool   // Close has been called, or is about to return
 }
 
 // dialReader dials the reader that the peer serves as id. If owned, its Close closes that
 // reader.
-func (b *MuxBroker) dialReader(ctx context.Context, id uint32, owned bool) (*dialledReader, error) {
-	s := &dialledStream{method: "Read", owned: owned}
-	if err := s.dial(ctx, b, id); err != nil {
+func (b *MuxBroker) dialReader(ctx context.Context, id uint32, owned bool) (io.ReadCloser, error) {
+	s, err := b.dialStream(ctx, id, "Read", owned)
+	if err != nil {
 		return nil, err
 	}
 	return &dialledReader{dialledStream: s}, nil
@@ -244,71 +223,63 @@ func (b *MuxBroker) dialReader(ctx context.Context, id uint32, owned bool) (*dia
 
 // dialWriter dials the writer that the peer serves as id, like dialReader.
 func (b *MuxBroker) dialWriter(ctx context.Context, id uint32, owned bool) (*dialledWriter, error) {
-	s := &dialledStream{method: "Write", owned: owned}
-	if err := s.dial(ctx, b, id); err != nil {
+	s, err := b.dialStream(ctx, id, "Write", owned)
+	if err != nil {
 		return nil, err
 	}
+	// When the peer has copied, it reads no more, which ends a Write that waits for it.
+	// Ends with the copying, at the latest when the session ends.
+	b.session.spawn(func() {
+		<-s.copied
+		abort(s.conn)
+	})
 	return &dialledWriter{dialledStream: s}, nil
 }
 
-// dial dials what the peer serves as id, and lets the peer copy.
-func (s *dialledStream) dial(ctx context.Context, b *MuxBroker, id uint32) error {
+// dialStream dials what the peer serves as id, and lets the peer copy with the method.
+func (b *MuxBroker) dialStream(
+	ctx context.Context, id uint32, method string, owned bool,
+) (*dialledStream, error) {
 	client, err := b.dialService(ctx, id)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	s.client = client
-	s.copied = make(chan struct{})
-	s.arrived = make(chan *stream, 1)
+	s := &dialledStream{client: client, owned: owned, copied: make(chan struct{})}
 	data := b.NextId()
-	b.expect(data, s.arrive)
+	arrived := make(chan *stream, 1)
+	b.expected.Store(data, func(st *stream) { arrived <- st })
 	// Ends with the copying, or when the client or the connection is closed.
-	go s.copy(data)
-	st, err := s.await(ctx, b.session)
+	go s.letCopy("Plugin."+method, data)
+	s.conn, err = s.await(ctx, b.session, arrived)
 	if err == nil {
-		err = acknowledge(st, data)
-	}
-	if err == nil {
-		s.conn = st
-		return nil
+		return s, nil
 	}
 	_ = client.Close() // err says why
-	if b.takeExpected(data) == nil && st == nil {
-		st = <-s.arrived // too late
-	}
-	if st != nil {
-		abort(st)
+	if _, isExpected := b.expected.LoadAndDelete(data); !isExpected {
+		abort(<-arrived) // too late
 	}
 	if ctx.Err() != nil {
 		err = notAccepted(ctx, id)
 	}
-	return err
+	return nil, err
 }
 
-// copy lets the peer copy to or from the stream that it dials as data.
-func (s *dialledStream) copy(data uint32) {
-	s.err = Call(context.Background(), s.client, "Plugin."+s.method, data, nil)
+// letCopy lets the peer copy to or from the stream that it dials as data.
+func (s *dialledStream) letCopy(method string, data uint32) {
+	s.err = Call(context.Background(), s.client, method, data, nil)
 	close(s.copied)
 }
 
-// arrive has the stream of the bytes. When the peer has copied, it reads no more, which
-// ends a Write that waits for it.
-func (s *dialledStream) arrive(st *stream) {
-	s.arrived <- st
-	if s.method == "Write" {
-		<-s.copied // at the latest when the session ends
-		abort(st)
-	}
-}
-
 // await waits for the stream of the bytes.
-func (s *dialledStream) await(ctx context.Context, session *session) (*stream, error) {
+func (s *dialledStream) await(
+	ctx context.Context, session *session, arrived <-chan *stream,
+) (*stream, error) {
 	copied := s.copied
 	var ended <-chan struct{}
 	var timeout <-chan time.Time
 	for {
 		select {
-		case st := <-s.arrived:
+		case st := <-arrived:
 			return st, nil
 		case <-ctx.Done():
 			return nil, ctx.Err()
