@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/hashicorp/yamux"
 )
 
 // This file is the connection below yamux. Frames travel on it as described in
@@ -20,7 +22,7 @@ import (
 //     two pieces. Here, the caller of Write writes it in one piece.
 //   - Waiting for data. When a session ends, all Reads that wait in yamux spin until yamux
 //     has closed their streams, which takes minutes if there are thousands. Here, they wait
-//     for a channel, and call yamux for what it certainly has.
+//     for a channel, and call yamux for what has arrived.
 //
 // So frameConn reads the header of each frame that passes, and keeps in a flow how much a
 // stream may send and how much of it can be read. This is right for these reasons:
@@ -28,8 +30,9 @@ import (
 //   - yamux sends only frames without a body: window updates, which also open, acknowledge,
 //     close and reset streams, pings, and the end of the session. Each is one call of
 //     frameConn.Write. This file sends data without flags, and nothing else.
-//   - yamux calls frameConn.Read in one goroutine, and only when it has handled every frame
-//     that Read has returned. So at the next call of Read, a flow gets what these frames say.
+//   - A flow is updated by the last byte of a frame, when yamux is about to handle it. yamux
+//     does so without waiting for the connection again. So what asks yamux for the effect
+//     of a frame, as a Read of its data does, may wait for that moment, and not for the peer.
 //   - Whoever writes to the connection holds the turn, and writes whole frames: those in the
 //     queue first, then its own. What yamux sends is queued. So a stream is opened before its
 //     data is sent. It is closed behind its data, because finish is called before yamux
@@ -73,11 +76,9 @@ type frameConn struct {
 	flushed chan struct{} // closed when the queue has been closed and written
 
 	// The state of Read:
-	header  header
-	have    int      // how many bytes of the header have been read
-	body    uint32   // how many bytes of the body have not been read
-	handled []header // frames that yamux has handled when it calls Read again
-	err     error    // for the next Read
+	header header
+	have   int    // how many bytes of the header have been read
+	body   uint32 // how many bytes of the body have not been read
 }
 
 func newFrameConn(conn io.ReadWriteCloser) *frameConn {
@@ -95,86 +96,91 @@ func newFrameConn(conn io.ReadWriteCloser) *frameConn {
 
 // Read reads for yamux.
 func (c *frameConn) Read(p []byte) (int, error) {
-	c.updateFlows()
-	if c.err != nil {
-		return 0, c.err
-	}
 	n, err := c.conn.Read(p)
 	if n == 0 {
 		return 0, err
 	}
 	c.received.Store(true)
-	c.err = err // after these bytes
-	for rest := p[:n]; len(rest) > 0; {
-		parsed, err := c.parse(rest)
-		if err != nil {
-			return 0, err
-		}
-		rest = rest[parsed:]
+	if err := c.parse(p[:n]); err != nil {
+		return 0, err
 	}
-	return n, nil
+	return n, nil // an error of reading comes again
 }
 
-// parse reads a header or a body, or a piece of one, and returns its length.
-func (c *frameConn) parse(b []byte) (int, error) {
-	if c.body > 0 {
+// parse follows the frames of which b is a part.
+func (c *frameConn) parse(b []byte) error {
+	for len(b) > 0 {
+		if c.body == 0 {
+			n := copy(c.header[c.have:], b)
+			c.have += n
+			b = b[n:]
+			if c.have < len(c.header) {
+				return nil
+			}
+			c.have = 0
+			if c.header.kind() == frameData {
+				c.body = c.header.length()
+			}
+		}
 		n := min(c.body, uint32(len(b)))
 		c.body -= n
-		if c.body == 0 {
-			c.handled = append(c.handled, c.header)
+		b = b[n:]
+		if c.body > 0 {
+			return nil
 		}
-		return int(n), nil
+		if c.header.kind() == framePing && c.pings.Add(1) > maxPings {
+			return errors.New("plugin: the peer sends pings and reads no answers")
+		}
+		c.frameReceived(&c.header)
 	}
-	n := copy(c.header[c.have:], b)
-	c.have += n
-	if c.have < len(c.header) {
-		return n, nil
-	}
-	c.have = 0
-	if c.header.kind() == frameData {
-		c.body = c.header.length()
-	}
-	if c.body == 0 {
-		c.handled = append(c.handled, c.header)
-	}
-	if c.header.kind() == framePing && c.pings.Add(1) > maxPings {
-		return 0, errors.New("plugin: the peer sends pings and reads no answers")
-	}
-	if c.header.ofStream() && c.header.has(flagSYN) {
-		// At once: the stream is accepted while yamux handles the frames.
-		c.openFlow(c.header.stream())
-	}
-	return n, nil
+	return nil
 }
 
-func (c *frameConn) openFlow(id uint32) {
+// frameReceived updates the flow of a frame that has arrived.
+func (c *frameConn) frameReceived(h *header) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.flows[id] == nil {
-		c.flows[id] = newFlow(id)
-	}
-}
-
-// updateFlows tells the flows what yamux has handled.
-func (c *frameConn) updateFlows() {
-	if len(c.handled) == 0 {
+	f := c.flowLocked(h)
+	if f == nil {
 		return
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for i := range c.handled {
-		h := &c.handled[i]
-		f := c.flows[h.stream()]
-		if f == nil || !h.ofStream() {
-			continue
-		}
-		f.receivedLocked(h)
-		if h.has(flagACK) {
-			c.openedLocked(f)
-		}
-		c.forgetLocked(f)
+	if h.kind() == frameData {
+		f.unread += h.length()
+	} else {
+		f.window += h.length()
 	}
-	c.handled = c.handled[:0]
+	if h.has(flagACK) {
+		c.openedLocked(f)
+	}
+	f.reset = f.reset || h.has(flagRST)
+	if h.has(flagFIN|flagRST) && !isClosed(f.gone) {
+		close(f.gone)
+	}
+	notify(f.readable)
+	notify(f.writable)
+	c.forgetLocked(f)
+}
+
+// flowLocked returns the flow of a frame, which is new if the frame opens a stream. It
+// returns nil if there is none.
+func (c *frameConn) flowLocked(h *header) *flow {
+	if h.kind() > frameWindow { // a ping, or the end of the session
+		return nil
+	}
+	f := c.flows[h.stream()]
+	if f == nil && h.has(flagSYN) {
+		f = newFlow(h.stream())
+		c.flows[f.id] = f
+	}
+	return f
+}
+
+// forgetLocked drops f if its stream has ended.
+func (c *frameConn) forgetLocked(f *flow) {
+	if f.reset || isClosed(f.finished) && isClosed(f.gone) {
+		c.openedLocked(f)
+		delete(c.flows, f.id)
+	}
 }
 
 // openedLocked ends the opening of a stream by this side.
@@ -182,14 +188,6 @@ func (c *frameConn) openedLocked(f *flow) {
 	if f.opening {
 		f.opening = false
 		<-c.opening // does not wait
-	}
-}
-
-// forgetLocked drops f if its stream has ended.
-func (c *frameConn) forgetLocked(f *flow) {
-	if f.hasEndedLocked() {
-		c.openedLocked(f)
-		delete(c.flows, f.id)
 	}
 }
 
@@ -206,11 +204,19 @@ func (c *frameConn) flow(id uint32) *flow {
 	return f
 }
 
-// take takes up to size bytes from what yamux has for a Read, which may be nothing.
+// take takes up to size bytes from what has arrived for a Read, which may be nothing.
 func (c *frameConn) take(f *flow, size int) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return f.takeLocked(size)
+	n := min(size, int(f.unread))
+	switch {
+	case f.reset:
+		return 0, yamux.ErrConnectionReset
+	case f.unread == 0 && isClosed(f.gone):
+		return 0, io.EOF
+	}
+	f.unread -= uint32(n)
+	return n, nil
 }
 
 // ---- What is sent ----
@@ -221,36 +227,19 @@ func (c *frameConn) Write(p []byte) (int, error) {
 	if h.kind() == framePing {
 		c.pings.Add(-1)
 	}
-	if size := c.queueFrame(&h); size > maxQueue {
+	c.mu.Lock()
+	if f := c.flowLocked(&h); f != nil {
+		f.opening = f.opening || h.has(flagSYN)
+		f.reset = f.reset || h.has(flagRST)
+		c.forgetLocked(f)
+	}
+	c.queueLocked(p)
+	full := len(c.queue) > maxQueue
+	c.mu.Unlock()
+	if full {
 		_ = c.conn.Close() // the peer does not read
 	}
 	return len(p), nil
-}
-
-// queueFrame queues a frame without a body, and returns the size of the queue.
-func (c *frameConn) queueFrame(h *header) int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if h.ofStream() {
-		c.announceLocked(h)
-	}
-	c.queueLocked(h[:])
-	return len(c.queue)
-}
-
-// announceLocked tells a flow what the peer is told.
-func (c *frameConn) announceLocked(h *header) {
-	f := c.flows[h.stream()]
-	if f == nil && h.has(flagSYN) {
-		f = newFlow(h.stream())
-		f.opening = true
-		c.flows[f.id] = f
-	}
-	if f == nil {
-		return
-	}
-	f.sentLocked(h)
-	c.forgetLocked(f)
 }
 
 // queueLocked queues a frame, unless closeQueue has been called.
@@ -297,6 +286,7 @@ func (c *frameConn) finish(f *flow) {
 	defer c.mu.Unlock()
 	if !isClosed(f.finished) {
 		close(f.finished)
+		c.forgetLocked(f)
 	}
 }
 
@@ -327,12 +317,7 @@ func (c *frameConn) sendLocked(f *flow, p []byte) (int, error) {
 	c.takeQueueLocked()
 	c.mu.Unlock()
 	c.buffer = appendDataHeader(c.buffer, f.id, n)
-	if n <= maxJoined {
-		c.buffer = append(c.buffer, p[:n]...)
-		c.writeLocked(nil)
-	} else {
-		c.writeLocked(p[:n])
-	}
+	c.writeLocked(p[:n])
 	return int(n), nil
 }
 
@@ -349,7 +334,8 @@ func (c *frameConn) writeLocked(body []byte) {
 		return
 	}
 	var err error
-	if body == nil {
+	if len(body) <= maxJoined {
+		c.buffer = append(c.buffer, body...)
 		_, err = c.conn.Write(c.buffer)
 	} else {
 		pieces := net.Buffers{c.buffer, body}

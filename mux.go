@@ -152,7 +152,7 @@ func (c *RPCClient) Close() error {
 }
 
 // isEnding reports whether this side has asked the plugin to quit.
-func (c *RPCClient) isEnding() bool { return c.session.isEnding() }
+func (c *RPCClient) isEnding() bool { return c.session.ending.Load() }
 
 // ended returns a channel that is closed when the connection has ended.
 func (c *RPCClient) ended() <-chan struct{} { return c.session.ended() }
@@ -197,7 +197,7 @@ func (c *RPCClient) askToQuit(ctx context.Context) error {
 		return c.quitErr
 	}
 	c.asked = true
-	c.session.expectEnd()
+	c.session.ending.Store(true)
 	if !c.flushes {
 		// A go-plugin plugin exits when it has answered Quit. A few round trips
 		// give it time to send its output before.

@@ -29,7 +29,7 @@ type session struct {
 
 	calls  context.Context // ends when methods of this side should return
 	cancel context.CancelFunc
-	ending atomic.Bool // expectEnd has been called
+	ending atomic.Bool // this side ends the session: its loss is no failure
 
 	why     func(received bool) error // of newSession
 	whyLost func() error              // why the connection ended; may wait for the end of the process
@@ -91,7 +91,7 @@ func (s *session) open(ctx context.Context) (*stream, error) {
 	case <-s.ended():
 		return nil, s.explain(yamux.ErrSessionShutdown)
 	}
-	st, err := s.mux.OpenStream() // does not wait: it counts like opening
+	st, err := s.mux.OpenStream() // does not wait for the peer: it counts like opening
 	if err != nil {
 		return nil, s.explain(err)
 	}
@@ -117,23 +117,19 @@ func (s *session) accept() (*stream, error) {
 }
 
 func (s *session) stream(st *yamux.Stream) *stream {
-	return &stream{
-		Stream:        st,
-		session:       s,
-		flow:          s.frames.flow(st.StreamID()),
-		writing:       newLock(),
-		readDeadline:  newDeadline(),
-		writeDeadline: newDeadline(),
+	wrapped := &stream{
+		Stream:  st,
+		session: s,
+		flow:    s.frames.flow(st.StreamID()),
+		reading: newLock(),
+		writing: newLock(),
 	}
+	wrapped.readDeadline.Store(newDeadline(time.Time{}))
+	wrapped.writeDeadline.Store(newDeadline(time.Time{}))
+	return wrapped
 }
 
 // ---- The end ----
-
-// expectEnd says that this side is about to end the session. Its loss is no failure then.
-func (s *session) expectEnd() { s.ending.Store(true) }
-
-// isEnding reports whether this side has called expectEnd or close.
-func (s *session) isEnding() bool { return s.ending.Load() }
 
 // disconnect closes the connection, which ends the session. It waits for nothing.
 func (s *session) disconnect() { _ = s.frames.Close() }
@@ -145,7 +141,7 @@ func (s *session) ended() <-chan struct{} { return s.mux.CloseChan() }
 // caller's code, such as a GobEncode.
 func (s *session) close() {
 	// What fails from here on is no failure.
-	s.expectEnd()
+	s.ending.Store(true)
 	// No goroutine begins that nobody would wait for.
 	s.running.close()
 	// Methods that serve the peer should return.
@@ -165,10 +161,8 @@ func (s *session) spawn(f func()) bool {
 	if !s.running.enter() {
 		return false
 	}
-	go func() {
-		defer s.running.Done()
-		f()
-	}()
+	defer s.running.Done() // Go has added f
+	s.running.Go(f)
 	return true
 }
 
@@ -176,11 +170,11 @@ func (s *session) spawn(f func()) bool {
 // and otherwise err.
 func (s *session) explain(err error) error {
 	switch {
-	case err == nil:
-		return nil
+	case err == nil || err == io.EOF: // also if the connection was lost later
+		return err
 	case s.mux.IsClosed():
 		return s.whyLost()
-	case s.isEnding():
+	case s.ending.Load():
 		return fmt.Errorf("%s: the connection is being closed: %w", s.peer, rpc.ErrShutdown)
 	}
 	return err
@@ -190,7 +184,7 @@ func (s *session) findWhyLost() error {
 	switch {
 	case s.why != nil:
 		return &lostError{s.why(s.frames.received.Load())}
-	case s.isEnding():
+	case s.ending.Load():
 		return fmt.Errorf("%s: the connection was closed: %w", s.peer, rpc.ErrShutdown)
 	}
 	return &lostError{errors.New("plugin: the connection was lost")}
@@ -198,7 +192,7 @@ func (s *session) findWhyLost() error {
 
 // debug logs, unless the session is about to end.
 func (s *session) debug(msg string, args ...any) {
-	if !s.isEnding() {
+	if !s.ending.Load() {
 		s.logger.Debug(msg, args...)
 	}
 }
@@ -210,43 +204,55 @@ type stream struct {
 	*yamux.Stream // keeps what arrives
 	session       *session
 	flow          *flow
+	reading       lock // of Read
 	writing       lock // of Write
-	readDeadline  *deadline
-	writeDeadline *deadline
+	readDeadline  atomic.Pointer[deadline]
+	writeDeadline atomic.Pointer[deadline]
+}
+
+// deadline ends at a time, or when another deadline is set.
+type deadline struct {
+	context.Context
+	end context.CancelFunc
+}
+
+// newDeadline returns a deadline. The zero time is never.
+func newDeadline(at time.Time) *deadline {
+	d := new(deadline)
+	if at.IsZero() {
+		d.Context, d.end = context.WithCancel(context.Background())
+	} else {
+		d.Context, d.end = context.WithDeadline(context.Background(), at)
+	}
+	return d
 }
 
 func (st *stream) Read(p []byte) (int, error) {
 	n, err := st.read(p)
-	if err == io.EOF {
-		return n, err // also if the connection was lost later
-	}
 	return n, st.session.explain(err)
 }
 
 // read reads like Read. If the session was lost, its error does not have the reason.
 func (st *stream) read(p []byte) (int, error) {
-	if len(p) == 0 {
-		return 0, nil
+	// In yamux, two Reads of a stream that the peer has closed may wait for each other.
+	waited := st.wait(st.reading, nil, &st.readDeadline)
+	if waited != nil {
+		return 0, waited
 	}
-	lost := false
+	defer st.reading.unlock()
 	for {
 		n, err := st.session.frames.take(st.flow, len(p))
-		if err != nil {
+		switch {
+		case n > 0:
+			return io.ReadFull(st.Stream, p[:n])
+		case err == io.EOF:
+			return st.Stream.Read(p) // so yamux has ended the stream, too
+		case err != nil:
 			return 0, err
+		case waited != nil || len(p) == 0:
+			return 0, waited
 		}
-		if n > 0 {
-			return st.Stream.Read(p[:n]) // has so much, and does not wait
-		}
-		if lost {
-			return 0, yamux.ErrSessionShutdown
-		}
-		select {
-		case <-st.flow.readable:
-		case <-st.session.ended():
-			lost = true // but something may have arrived before
-		case <-st.readDeadline.passed():
-			return 0, yamux.ErrTimeout
-		}
+		waited = st.wait(st.flow.readable, nil, &st.readDeadline)
 	}
 }
 
@@ -259,20 +265,20 @@ func (u unexplained) Read(p []byte) (int, error) { return u.read(p) }
 // Write has few frames on the stack, because it is called in new goroutines, and a stack
 // that must grow takes as long as all the rest of Write.
 func (st *stream) Write(p []byte) (sent int, err error) {
-	if err := st.lock(st.writing); err != nil {
+	if err := st.waitToWrite(st.writing); err != nil {
 		return 0, st.session.explain(err)
 	}
 	defer st.writing.unlock()
 	frames := st.session.frames
 	for sent < len(p) {
-		if err := st.lock(frames.turn); err != nil {
+		if err := st.waitToWrite(frames.turn); err != nil {
 			return sent, st.session.explain(err)
 		}
 		n, err := frames.sendLocked(st.flow, p[sent:])
 		frames.turn.unlock()
 		sent += n
 		if err == nil && n == 0 {
-			err = st.waitForRoom()
+			err = st.waitToWrite(st.flow.writable)
 		}
 		if err == nil && st.session.mux.IsClosed() {
 			err = yamux.ErrSessionShutdown
@@ -284,34 +290,33 @@ func (st *stream) Write(p []byte) (sent int, err error) {
 	return sent, nil
 }
 
-// lock locks l for Write.
-func (st *stream) lock(l lock) error {
-	if l.tryLock() {
-		return nil
-	}
-	select {
-	case l <- struct{}{}:
-		return nil
-	case <-st.flow.finished:
-		return yamux.ErrStreamClosed
-	case <-st.session.ended():
-		return yamux.ErrSessionShutdown
-	case <-st.writeDeadline.passed():
-		return yamux.ErrTimeout
-	}
+// waitToWrite waits for ready. Close and the deadline of Write end it.
+func (st *stream) waitToWrite(ready <-chan struct{}) error {
+	return st.wait(ready, st.flow.finished, &st.writeDeadline)
 }
 
-// waitForRoom waits until the peer has read something.
-func (st *stream) waitForRoom() error {
+// wait waits for ready, until finished is closed, the session ends, or the deadline has
+// passed.
+func (st *stream) wait(ready, finished <-chan struct{}, current *atomic.Pointer[deadline]) error {
 	select {
-	case <-st.flow.writable:
+	case <-ready: // whatever else has happened
 		return nil
-	case <-st.flow.finished:
-		return yamux.ErrStreamClosed
-	case <-st.session.ended():
-		return yamux.ErrSessionShutdown
-	case <-st.writeDeadline.passed():
-		return yamux.ErrTimeout
+	default:
+	}
+	for {
+		d := current.Load()
+		select {
+		case <-ready:
+			return nil
+		case <-finished:
+			return yamux.ErrStreamClosed
+		case <-st.session.ended():
+			return yamux.ErrSessionShutdown
+		case <-d.Done():
+		}
+		if d.Err() == context.DeadlineExceeded {
+			return yamux.ErrTimeout
+		}
 	}
 }
 
@@ -331,21 +336,20 @@ func (st *stream) Close() error {
 
 // SetDeadline sets the deadlines of Read and Write.
 func (st *stream) SetDeadline(t time.Time) error {
-	st.readDeadline.set(t)
-	st.writeDeadline.set(t)
-	return nil
+	_ = st.SetReadDeadline(t) // never fails
+	return st.SetWriteDeadline(t)
 }
 
 // SetReadDeadline sets the deadline of Read.
 func (st *stream) SetReadDeadline(t time.Time) error {
-	st.readDeadline.set(t)
+	st.readDeadline.Swap(newDeadline(t)).end()
 	return nil
 }
 
 // SetWriteDeadline sets the deadline of Write. It does not end a Write whose data the
 // system is taking: the end of the connection does.
 func (st *stream) SetWriteDeadline(t time.Time) error {
-	st.writeDeadline.set(t)
+	st.writeDeadline.Swap(newDeadline(t)).end()
 	return nil
 }
 
@@ -354,54 +358,5 @@ func abort(conn io.ReadWriteCloser) {
 	_ = conn.Close()
 	if d, ok := conn.(interface{ SetDeadline(time.Time) error }); ok {
 		_ = d.SetDeadline(time.Unix(1, 0))
-	}
-}
-
-// deadline is a time that may change while it is waited for.
-type deadline struct {
-	mu    sync.Mutex // guards the fields below
-	at    time.Time
-	timer *time.Timer   // calls pass; nil if there is no need
-	over  chan struct{} // closed when the time has passed
-}
-
-func newDeadline() *deadline { return &deadline{over: make(chan struct{})} }
-
-// passed returns a channel that is closed when the time has passed.
-func (d *deadline) passed() <-chan struct{} {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.over
-}
-
-// set sets the time. The zero time is never.
-func (d *deadline) set(at time.Time) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.at = at
-	if d.timer != nil {
-		d.timer.Stop()
-		d.timer = nil
-	}
-	if isClosed(d.over) {
-		d.over = make(chan struct{})
-	}
-	left := time.Until(at)
-	if at.IsZero() {
-		return
-	}
-	if left <= 0 {
-		close(d.over)
-		return
-	}
-	d.timer = time.AfterFunc(left, func() { d.pass(at) })
-}
-
-// pass ends the waits, if the time has not been changed.
-func (d *deadline) pass(at time.Time) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.at == at && !isClosed(d.over) {
-		close(d.over)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -127,6 +128,33 @@ func TestWriteWaits(t *testing.T) {
 				errorIs(t, "a Write that waits", err, io.ErrUnexpectedEOF)
 			}
 		})
+	}
+}
+
+// Reads of one stream that run at once get all that was sent, and its end.
+func TestReadsAtOnce(t *testing.T) {
+	t.Parallel()
+	a, b := plugin.TestConn(t)
+	host, guest := joinBrokers(t, a, b)
+	const size = streamWindow / 2
+	for range 100 {
+		conn, peer := joined(t, host.Dial, guest.Accept)
+		_, err := conn.Write(make([]byte, size/2))
+		check(t, err)
+		_, err = conn.Write(make([]byte, size/2))
+		check(t, errors.Join(err, conn.Close()))
+		var got atomic.Int64
+		reading := async(func() bool {
+			concurrently(t, 4, func(int) {
+				n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, peer, make([]byte, 1000))
+				got.Add(n)
+				check(t, err)
+			})
+			return true
+		})
+		receive(t, "the Reads", reading)
+		checkEqual(t, "bytes", got.Load(), size)
+		check(t, peer.Close())
 	}
 }
 

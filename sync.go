@@ -46,33 +46,27 @@ func (e *event) isSet() bool { return e.ctx.Err() != nil }
 // reason returns the reason, or nil if the event has not happened.
 func (e *event) reason() error { return context.Cause(e.ctx) }
 
-// lock is a mutex that a waiter can leave. One goroutine may lock it and another
-// unlock it.
+// lock is a mutex that a waiter can leave. It holds something while it is free: who
+// receives that has locked it. One goroutine may lock it and another unlock it.
 type lock chan struct{}
 
-func newLock() lock { return make(lock, 1) }
+func newLock() lock {
+	l := make(lock, 1)
+	l.unlock()
+	return l
+}
 
 // lock waits for the lock, or for the end of ctx.
 func (l lock) lock(ctx context.Context) error {
 	select {
-	case l <- struct{}{}:
+	case <-l:
 		return nil
 	case <-ctx.Done():
 		return contextError(ctx)
 	}
 }
 
-// tryLock reports whether the lock was free, and now is held.
-func (l lock) tryLock() bool {
-	select {
-	case l <- struct{}{}:
-		return true
-	default:
-		return false
-	}
-}
-
-func (l lock) unlock() { <-l }
+func (l lock) unlock() { l <- struct{}{} }
 
 // group is a sync.WaitGroup that can be closed.
 type group struct {
