@@ -549,27 +549,6 @@ func TestWriter(t *testing.T) {
 	})
 }
 
-// A reader is read ahead by no more than a stream holds.
-func TestReaderIsBounded(t *testing.T) {
-	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
-		leavesNoStreams(t, here, there)
-		var ahead atomic.Int64
-		id, _ := there.ServeReader(readerFunc(func(p []byte) (int, error) {
-			ahead.Add(int64(len(p)))
-			return len(p), nil
-		}))
-		r, err := here.DialReader(id)
-		check(t, err)
-		await(t, "a full stream", func() bool { return ahead.Load() >= 256<<10 })
-		a, b := joined(t, here.Dial, there.Accept) // takes a while
-		carry(t, a, b)
-		check(t, r.Close())
-		if ahead.Load() > 3<<20 {
-			t.Errorf("%d bytes were read ahead", ahead.Load())
-		}
-	})
-}
-
 // Closing a reader does not wait for a Read of the one that is served, and does
 // not close that.
 func TestReaderIsClosedEarly(t *testing.T) {
@@ -981,51 +960,5 @@ func TestResultWhileStuck(t *testing.T) {
 	check(t, line.Close())
 	if err := receive(t, "Ping", pinging); err == nil {
 		t.Error("a ping that was not sent is answered")
-	}
-}
-
-// The reader and writer of a call whose context has ended are the caller's
-// again once they are stopped.
-func TestStreamsOverProcess(t *testing.T) {
-	t.Parallel()
-	_, p := startPlugin(t, testConfig("plugin"))
-	c := dispense(t, p)
-	data := noise(1<<20, 1)
-	var in bytes.Reader
-	var out bytes.Buffer
-	for range 50 {
-		in.Reset(data)
-		out.Reset()
-		from, stopReader := c.broker.ServeReader(&in)
-		to, stopWriter := c.broker.ServeWriter(writerFunc(func(p []byte) (int, error) {
-			time.Sleep(rand.N(2 * time.Millisecond))
-			return out.Write(p)
-		}))
-		ctx, cancel := context.WithTimeout(context.Background(), rand.N(10*time.Millisecond))
-		err := plugin.Call(ctx, c.Client, "Plugin.Copy", Transfer{Reader: from, Writer: to}, nil)
-		stopReader()
-		stopWriter()
-		cancel()
-		if err == nil && out.Len() < len(data) || !bytes.HasPrefix(data, out.Bytes()) {
-			t.Errorf("of %d bytes, %d were copied: %v", len(data), out.Len(), err)
-		}
-		if err != nil && !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("a call whose context may end returned %v", err)
-		}
-	}
-}
-
-// A writer tells how its plugin died.
-func TestWriterOfDeadProcess(t *testing.T) {
-	t.Parallel()
-	_, p := startPlugin(t, testConfig("plugin"))
-	c := dispense(t, p)
-	w, err := dialWriter(c.broker, mustCall[uint32](t, c.Client, "Serve", "writer"))
-	check(t, err)
-	check(t, w.next())
-	c.Go("Plugin.Do", "killed", new(string), make(chan *rpc.Call, 1))
-	err = receive(t, "its end", async(func() error { return untilError(w.next) }))
-	if !isA[*plugin.ExitError](err) || !errors.Is(err, io.ErrUnexpectedEOF) {
-		t.Errorf("%T: %v", err, err)
 	}
 }

@@ -925,7 +925,7 @@ func TestTLS(t *testing.T) {
 		"host only":           {"plugin", noEdit, "TLS"},
 		"plugin only":         {"tls", noTLS, "TLS"},
 		"imposter":            {"imposter", mtls, "certificate"},
-		"deaf":                {"deaf", impatient, "deadline"},
+		"deaf":                {"deaf", impatient, "ClientConfig.StartTimeout"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -1,7 +1,6 @@
 package plugin_test
 
 import (
-	"context"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -76,17 +75,4 @@ func TestHints(t *testing.T) {
 			}
 		})
 	}
-}
-
-// The error of a connection that takes too long names the timeout.
-func TestConnectTimeout(t *testing.T) {
-	t.Parallel()
-	cfg := newLab(t).config("deaf")
-	testTLS(t, cfg)
-	cfg.StartTimeout = time.Second
-	c := plugin.NewClient(cfg)
-	t.Cleanup(c.Kill)
-	_, err := c.Client()
-	errorIs(t, "Client", err, context.DeadlineExceeded)
-	errorSays(t, err, "ClientConfig.StartTimeout")
 }

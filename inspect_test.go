@@ -1,9 +1,7 @@
 package plugin_test
 
 import (
-	"context"
 	"encoding/gob"
-	"iter"
 	"reflect"
 	"strings"
 	"testing"
@@ -151,33 +149,5 @@ func TestTooLargeValue(t *testing.T) {
 		within(t, "Call", time.Second, func() {
 			errorSays(t, plugin.Call(boundedContext(t), client, "Plugin.Box", arg, new(Box)), "GiB", "reader or writer")
 		})
-	}
-}
-
-// Endless has a sequence of values that hold themselves.
-type Endless interface {
-	Twins(ctx context.Context) iter.Seq2[Twin, error]
-}
-
-type endless struct{}
-
-func (endless) Twins(context.Context) iter.Seq2[Twin, error] {
-	return func(yield func(Twin, error) bool) { yield(*twins(), nil) }
-}
-
-type endlessClient struct{ remote *plugin.Remote }
-
-func (c endlessClient) Twins(ctx context.Context) iter.Seq2[Twin, error] {
-	return plugin.InvokeSeq[Twin](ctx, c.remote, "Twins")
-}
-
-// In a sequence, a value that holds itself is the error of the sequence.
-func TestEndlessValueInSequence(t *testing.T) {
-	p := plugin.For[Endless](endless{}, func(r *plugin.Remote) Endless { return endlessClient{r} })
-	host, _ := plugin.TestPluginRPCConn(t, plugin.PluginSet{"test": p}, nil)
-	client, err := plugin.Dispense[Endless](host, "test")
-	check(t, err)
-	for _, err := range client.Twins(boundedContext(t)) {
-		errorSays(t, err, "Twin", "itself")
 	}
 }

@@ -164,13 +164,14 @@ func (c closing) Close() error { return c.close() }
 func (k *kit) stream(ctx context.Context, how string) closing {
 	context.AfterFunc(ctx, func() { k.event("context of " + how) <- struct{}{} })
 	reader := io.Reader(strings.NewReader("content"))
-	if how == "endless" {
-		reader = readerFunc(func(p []byte) (int, error) { return len(p), nil })
-	}
-	writer := writerFunc(func(p []byte) (int, error) {
+	writer := io.Writer(writerFunc(func(p []byte) (int, error) {
 		k.event("written " + string(p)) <- struct{}{}
 		return len(p), nil
-	})
+	}))
+	if how == "endless" {
+		reader = readerFunc(func(p []byte) (int, error) { return len(p), nil })
+		writer = io.Discard
+	}
 	return closing{reader, writer, func() error {
 		k.event("closed " + how) <- struct{}{}
 		if how == "bad" {
@@ -746,17 +747,23 @@ func TestCutResults(t *testing.T) {
 	t.Parallel()
 	for _, end := range []string{"Kill", "crash"} {
 		c, _, r := startKit(t)
-		s := invoke[io.ReadCloser](t, r, "Open", "endless")
-		errs := async(func() error { _, err := io.Copy(io.Discard, s); return err })
+		in := invoke[io.ReadCloser](t, r, "Open", "endless")
+		reading := async(func() error { _, err := io.Copy(io.Discard, in); return err })
+		out := invoke[io.WriteCloser](t, r, "Create", "endless")
+		writing := async(func() error {
+			return untilError(func() error { _, err := out.Write([]byte("x")); return err })
+		})
 		if end == "Kill" {
 			c.Kill()
 		} else {
 			_ = errorOf[string](t, r, "Fail", "panic")
 		}
-		err := receive(t, "the end of a stream", errs)
-		checkEqual(t, end+": complete", err == nil, false)
-		checkEqual(t, end+": with an ExitError", errors.As(err, new(*plugin.ExitError)), end == "crash")
-		checkEqual(t, end+": Close fails", s.Close() != nil, true)
+		for _, errs := range []<-chan error{reading, writing} {
+			err := receive(t, "the end of a stream", errs)
+			checkEqual(t, end+": complete", err == nil, false)
+			checkEqual(t, end+": with an ExitError", isA[*plugin.ExitError](err), end == "crash")
+		}
+		checkEqual(t, end+": Close fails", in.Close() != nil && out.Close() != nil, true)
 	}
 }
 
@@ -1009,7 +1016,7 @@ func TestRemoteClose(t *testing.T) {
 	check(t, new(plugin.Remote).Close())
 }
 
-// The plugin's side is released with the host's: nothing is left of 20,000 instances.
+// The plugin's side is released with the host's: nothing is left of 2,000 instances.
 func TestManyInstances(t *testing.T) {
 	leavesNothing(t)
 	cfg := testConfig("yielder")
@@ -1022,15 +1029,13 @@ func TestManyInstances(t *testing.T) {
 	}
 	first := instance()
 	here, there := runtime.NumGoroutine(), invoke[int](t, first, "Goroutines")
-	for range 20 {
-		concurrently(t, 10, func(int) {
-			for range 100 {
-				r := instance()
-				_, err := plugin.Invoke[int](context.Background(), r, "Goroutines")
-				check(t, errors.Join(err, r.Close()))
-			}
-		})
-	}
+	concurrently(t, 10, func(int) {
+		for range 200 {
+			r := instance()
+			_, err := plugin.Invoke[int](context.Background(), r, "Goroutines")
+			check(t, errors.Join(err, r.Close()))
+		}
+	})
 	await(t, "the host to release them", func() bool { return runtime.NumGoroutine() <= here })
 	await(t, "the plugin to release them", func() bool { return invoke[int](t, first, "Goroutines") <= there })
 }

@@ -2,7 +2,6 @@ package plugin_test
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -114,32 +113,6 @@ func gatedWriter(gate <-chan struct{}, w io.Writer) io.Writer {
 	})
 }
 
-// A plugin that does not answer makes Ping and Close fail.
-func TestSilentPlugin(t *testing.T) {
-	t.Parallel()
-	a, b := plugin.TestConn(t)
-	host, err := plugin.NewRPCClient(a, nil)
-	check(t, err)
-	newRawPeer(t, b, false)
-	within(t, "Ping", pingTimeout, func() {
-		if err := host.Ping(); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("Ping returned %v", err)
-		}
-	})
-	within(t, "Close", quitTimeout, func() {
-		if err := host.Close(); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("Close returned %v", err)
-		}
-	})
-}
-
-// stockControl is the control service of a go-plugin plugin in test mode: when it has quit,
-// it goes on.
-type stockControl struct{}
-
-func (stockControl) Ping(bool, *struct{}) error { return nil }
-func (stockControl) Quit(bool, *struct{}) error { return nil }
-
 // Close waits for the end of the output only where it comes: a go-plugin plugin in test mode
 // lives on, and so do its streams.
 func TestCloseInTestMode(t *testing.T) {
@@ -163,7 +136,7 @@ func TestCloseInTestMode(t *testing.T) {
 	raw := newRawPeer(t, conn, false)
 	check(t, receive(t, "Client", connected))
 	control := rpc.NewServer()
-	check(t, control.RegisterName("Control", stockControl{}))
+	check(t, control.RegisterName("Control", rawControl{}))
 	go control.ServeConn(raw.control) // ends with the connection
 	_, err = raw.stdout.Write([]byte("to be read"))
 	check(t, err)

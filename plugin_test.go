@@ -466,8 +466,8 @@ var crashes = []struct{ how, panic, state string }{
 	{"killed", "", killedState},
 }
 
-// A plugin that ends by itself says why, with its last output: in Err, and in each
-// call in flight.
+// A plugin that ends by itself says why, with its last output: in Err, in each call in
+// flight, and in later ones.
 func TestCrash(t *testing.T) {
 	t.Parallel()
 	for _, crash := range crashes {
@@ -475,7 +475,7 @@ func TestCrash(t *testing.T) {
 			t.Parallel()
 			cfg := newLab(t).config("plugin")
 			c, p := startPlugin(t, cfg)
-			test := dispense(t, p)
+			test, idle := dispense(t, p), dispense(t, p)
 			lines := strings.Repeat(strings.Repeat("x", 99)+"\n", 100) + "last words\n"
 			mustCall[struct{}](t, test.Client, "Print", Output{Raw: lines})
 			explains := func(err error) {
@@ -508,10 +508,32 @@ func TestCrash(t *testing.T) {
 				explains(err)
 			}
 			receive(t, "Done", c.Done())
+			failsAfterCrash(t, p, test, idle)
 			c.Kill()
 			explains(c.Err())
 		})
 	}
+}
+
+// failsAfterCrash checks that all that is done with a plugin that has crashed fails at
+// once, with the reason and rpc.ErrShutdown.
+func failsAfterCrash(t *testing.T, p plugin.ClientProtocol, clients ...*testClient) {
+	t.Helper()
+	for _, c := range clients {
+		err := c.Call("Plugin.Echo", "", new(string))
+		if err != rpc.ErrShutdown && !isA[*plugin.ExitError](err) {
+			t.Errorf("a later call returned %v", err)
+		}
+		err = callIn(context.Background(), c.Client, "Echo")
+		if !errors.Is(err, rpc.ErrShutdown) || !isA[*plugin.ExitError](err) {
+			t.Errorf("a later Call returned %v", err)
+		}
+	}
+	within(t, "a later Dispense and Ping", 0, func() {
+		if dispensing(p) == nil || p.Ping() == nil {
+			t.Error("a later Dispense or Ping did not fail")
+		}
+	})
 }
 
 // A host that reattached to a plugin learns of its end, and not how it ended.
@@ -541,38 +563,6 @@ func TestCrashAfterReattach(t *testing.T) {
 			receive(t, "Done", second.Done())
 			second.Kill()
 			explains("Err", second.Err())
-		})
-	}
-}
-
-// After a crash, all that is done with the plugin fails at once, with the reason and
-// rpc.ErrShutdown.
-func TestAfterCrash(t *testing.T) {
-	t.Parallel()
-	for _, crash := range crashes {
-		t.Run(crash.how, func(t *testing.T) {
-			t.Parallel()
-			c, p := startPlugin(t, newLab(t).config("plugin"))
-			test, idle := dispense(t, p), dispense(t, p)
-			if test.Call("Plugin.Do", crash.how, new(string)) == nil {
-				t.Error("the call that ends it returned no error")
-			}
-			receive(t, "Done", c.Done())
-			for _, c := range []*testClient{test, idle} {
-				err := c.Call("Plugin.Echo", "", new(string))
-				if err != rpc.ErrShutdown && !isA[*plugin.ExitError](err) {
-					t.Errorf("a later call returned %v", err)
-				}
-				err = callIn(context.Background(), c.Client, "Echo")
-				if !errors.Is(err, rpc.ErrShutdown) || !isA[*plugin.ExitError](err) {
-					t.Errorf("a later Call returned %v", err)
-				}
-			}
-			within(t, "a later Dispense and Ping", 0, func() {
-				if dispensing(p) == nil || p.Ping() == nil {
-					t.Error("a later Dispense or Ping did not fail")
-				}
-			})
 		})
 	}
 }

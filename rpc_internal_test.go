@@ -79,9 +79,9 @@ func TestClientsAreCollected(t *testing.T) {
 		clientEnds.Range(func(any, any) bool { n++; return true })
 		return n
 	}
-	conn := &brokenConn{written: make(chan struct{}, 10000), known: make(chan struct{})}
+	conn := &brokenConn{written: make(chan struct{}, 1000), known: make(chan struct{})}
 	close(conn.known)
-	clients := make([]*rpc.Client, 10000)
+	clients := make([]*rpc.Client, 1000)
 	for i := range clients {
 		clients[i] = newRPCClient(conn, anyPeer, spawn)
 	}

@@ -227,25 +227,6 @@ func TestCancelOneOfMany(t *testing.T) {
 
 // ---- Lost connections ----
 
-// A panic in a plugin ends it, and each call in flight tells of it.
-func TestPluginPanics(t *testing.T) {
-	t.Parallel()
-	_, p := startPlugin(t, testConfig("plugin"))
-	test := dispense(t, p)
-	inFlight := test.block(t, 20)
-	errs := []error{dispense(t, p).Call("Plugin.Panic", "the end", new(string))}
-	for range cap(inFlight) {
-		errs = append(errs, receive(t, "a call", inFlight))
-	}
-	for _, err := range errs {
-		var exit *plugin.ExitError
-		if !errors.As(err, &exit) || !strings.Contains(exit.Panic, "the end") {
-			t.Errorf("a call returned %T: %v", err, err)
-		}
-		errorIs(t, "a call", err, io.ErrUnexpectedEOF)
-	}
-}
-
 // A panic in a method of the host is an error of that call, and is logged with its
 // trace.
 func TestCallbackPanics(t *testing.T) {
@@ -433,16 +414,6 @@ func TestErrorIdentity(t *testing.T) {
 	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 		compare(t, dialled(t, here, there, all), true)
 	})
-}
-
-// An error that both sides have registered is the same in another process.
-func TestRegisteredInBothProcesses(t *testing.T) {
-	t.Parallel()
-	_, p := startPlugin(t, testConfig("plugin"))
-	err := plugin.Call(boundedContext(t), dispense(t, p).Client, "Plugin.Fail", "registered", new(string))
-	if !errors.Is(err, errRegistered) {
-		t.Error(err)
-	}
 }
 
 // Of two errors with one text the first that is registered stays.

@@ -73,7 +73,7 @@ func TestTraffic(t *testing.T) {
 				streams = 4 // each byte costs a system call or two
 			}
 			concurrently(t, streams, func(i int) {
-				for range 5 {
+				for range 3 {
 					a, b := joined(t, ends[i%2].Dial, ends[1-i%2].Accept)
 					carry(t, a, b)
 				}
@@ -83,7 +83,7 @@ func TestTraffic(t *testing.T) {
 	t.Run("stock peer", func(t *testing.T) {
 		raw, c, _ := rawPlugin(t)
 		leavesNoStreams(t, c.broker)
-		for range 20 {
+		for range 5 {
 			a, b := joinedRaw(t, raw, c)
 			carry(t, a, b)
 			b, a = joinedRaw(t, raw, c)
@@ -176,7 +176,7 @@ func TestClosedBeforeTheEnd(t *testing.T) {
 
 // A session with many streams ends as soon as one with few.
 func TestEndWithManyStreams(t *testing.T) {
-	const instances = 10_000
+	const instances = 5000
 	for name, end := range map[string]func(c *plugin.Client){
 		"killed": func(c *plugin.Client) { c.Kill() },
 		"crashed": func(c *plugin.Client) {

@@ -195,7 +195,7 @@ func TestSupervisorPausesFromEnd(t *testing.T) {
 func TestSupervisorAfterLongLife(t *testing.T) {
 	t.Parallel()
 	s := supervise(t, testConfig("plugin"))
-	for range 5 { // short lives, so that the next pause is 3.2 seconds
+	for range 4 { // short lives, so that the next pause is 1.6 seconds
 		_ = mustGet(t, s).Call("Plugin.Do", "exit3", new(string))
 	}
 	instance := mustGet(t, s)
@@ -203,7 +203,7 @@ func TestSupervisorAfterLongLife(t *testing.T) {
 	_ = instance.Call("Plugin.Do", "exit3", new(string))
 	began := time.Now()
 	echo(t, mustGet(t, s).Client)
-	if took := time.Since(began); took > 3*time.Second {
+	if took := time.Since(began); took > 1500*time.Millisecond {
 		t.Errorf("after a long life, the start took %v", took)
 	}
 }
