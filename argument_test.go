@@ -79,57 +79,31 @@ func TestBlockedUses(t *testing.T) {
 	}
 }
 
-// Starter has a method that returns before a callback does.
-type Starter interface {
-	Start(background, untilThen func() error) error
-}
-
-type starter struct{}
-
-func (starter) Start(background, untilThen func() error) error {
+// Start returns when untilThen does, and before background.
+func (*kit) Start(background, untilThen func() error) error {
 	go background() // ends when the host lets it
 	return untilThen()
-}
-
-type starterClient struct{ remote *plugin.Remote }
-
-func (c starterClient) Start(background, untilThen func() error) error {
-	_, err := plugin.Invoke[struct{}](context.Background(), c.remote, "Start", background, untilThen)
-	return err
-}
-
-func newStarterPlugin(impl Starter) plugin.PluginSet {
-	client := func(r *plugin.Remote) Starter { return starterClient{r} }
-	return plugin.PluginSet{"starter": plugin.For(impl, client)}
-}
-
-func init() {
-	modes["starter"] = func() {
-		servePlugin(func(c *plugin.ServeConfig) { c.Plugins = newStarterPlugin(starter{}) })
-	}
 }
 
 // While its context and the connection live, Invoke waits for a callback that is
 // running, however long, also when the method has returned.
 func TestUsesAfterReturn(t *testing.T) {
 	t.Parallel()
-	cfg := testConfig("starter")
-	cfg.Plugins = newStarterPlugin(nil)
-	_, p := startPlugin(t, cfg)
-	s, err := plugin.Dispense[Starter](p, "starter")
-	check(t, err)
+	_, _, r := startKit(t)
 	began, release := make(chan struct{}), make(chan struct{})
 	var ended atomic.Bool
 	returned := async(func() error {
-		return s.Start(func() error {
+		background := func() error {
 			close(began)
 			<-release
 			ended.Store(true)
 			return nil
-		}, func() error {
+		}
+		untilThen := func() error {
 			<-began
 			return nil
-		})
+		}
+		return errorOf[struct{}](t, r, "Start", background, untilThen)
 	})
 	receive(t, "the callback", began)
 	select {

@@ -910,52 +910,29 @@ func TestStopWhileStuck(t *testing.T) {
 	}
 }
 
-// opener opens a reader when it is released.
-type opener struct{ asked, release chan bool }
-
-func (o opener) Open() (io.ReadCloser, error) {
-	o.asked <- true
-	<-o.release
-	return io.NopCloser(strings.NewReader("text")), nil
-}
-
-type Opener interface{ Open() (io.ReadCloser, error) }
-
-// invokeOpen is a function, so that a test says when and how Open is called.
-type invokeOpen func(ctx context.Context) (io.ReadCloser, error)
-
-func (f invokeOpen) Open() (io.ReadCloser, error) { return f(context.Background()) }
-
-func newInvokeOpen(r *plugin.Remote) Opener {
-	return invokeOpen(func(ctx context.Context) (io.ReadCloser, error) {
-		return plugin.Invoke[io.ReadCloser](ctx, r, "Open")
-	})
-}
-
 // Invoke ends with its context, also if it has a stream as its result and cannot
 // write.
 func TestResultWhileStuck(t *testing.T) {
 	a, b := plugin.TestConn(t)
 	line := newFaultyConn(a, 1<<40, true)
-	impl := opener{asked: make(chan bool, 1), release: make(chan bool)}
-	openers := plugin.PluginSet{"opener": plugin.For[Opener](impl, newInvokeOpen)}
-	serve(b, openers)
-	host, err := plugin.NewRPCClient(line, openers)
+	k := new(kit)
+	set := plugin.PluginSet{"kit": newKitPlugin(k)}
+	serve(b, set)
+	host, err := plugin.NewRPCClient(line, set)
 	check(t, err)
 	defer host.Close()
-	o, err := host.Dispense("opener")
-	check(t, err)
+	r := dispenseKit(t, host)
 	ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
 	defer cancel()
 	opening := async(func() error {
-		_, err := o.(invokeOpen)(ctx)
+		_, err := plugin.Invoke[io.ReadCloser](ctx, r, "Open", "late")
 		return err
 	})
-	receive(t, "a call", impl.asked)
+	receive(t, "a call", k.event("opening"))
 	line.left.Store(0)
 	pinging := async(host.Ping)
 	receive(t, "a Write that stalls", line.stalled)
-	close(impl.release)
+	send(t, "the signal", k.event("open"), struct{}{})
 	errorIs(t, "Invoke", receive(t, "Invoke", opening), context.DeadlineExceeded)
 	check(t, line.Close())
 	if err := receive(t, "Ping", pinging); err == nil {

@@ -16,15 +16,10 @@ import (
 
 // ---- Errors of the caller's own arguments ----
 
-// Troubled uses its arguments, which fail.
-type Troubled interface {
-	Use(ctx context.Context, how string, r io.Reader, w io.Writer, f func(n int) error) error
-}
-
-// troubled is a Troubled in the plugin.
-type troubled struct{ kept error }
-
-func (p *troubled) Use(_ context.Context, how string, r io.Reader, w io.Writer, f func(n int) error) (err error) {
+// Use uses its arguments, which fail.
+func (k *kit) Use(
+	_ context.Context, how string, r io.Reader, w io.Writer, f func(n int) error,
+) (err error) {
 	switch how {
 	case "callback":
 		err = f(1)
@@ -42,29 +37,10 @@ func (p *troubled) Use(_ context.Context, how string, r io.Reader, w io.Writer, 
 			return nil // Invoke returns the error of the writer
 		}
 	case "kept":
-		return p.kept
+		return k.kept
 	}
-	p.kept = err
+	k.kept = err
 	return fmt.Errorf("using: %w", err)
-}
-
-type troubledClient struct{ remote *plugin.Remote }
-
-func (c troubledClient) Use(ctx context.Context, how string, r io.Reader, w io.Writer, f func(n int) error) error {
-	_, err := plugin.Invoke[struct{}](ctx, c.remote, "Use", how, r, w, f)
-	return err
-}
-
-func troubledPlugin(impl Troubled) plugin.Plugin {
-	return plugin.For(impl, func(r *plugin.Remote) Troubled { return troubledClient{r} })
-}
-
-func init() {
-	modes["troubled"] = func() {
-		servePlugin(func(c *plugin.ServeConfig) {
-			c.Plugins = plugin.PluginSet{"test": troubledPlugin(&troubled{})}
-		})
-	}
 }
 
 // trouble is an error that is not registered. Two of them are different errors.
@@ -76,11 +52,7 @@ func (t *trouble) Error() string { return fmt.Sprint("trouble ", t.n) }
 // Invoke, and in no other call's.
 func TestErrorsOfArguments(t *testing.T) {
 	t.Parallel()
-	cfg := testConfig("troubled")
-	cfg.Plugins = plugin.PluginSet{"test": troubledPlugin(nil)}
-	_, p := startPlugin(t, cfg)
-	client, err := plugin.Dispense[Troubled](p, "test")
-	check(t, err)
+	_, _, remote := startKit(t)
 	var troubles []*trouble
 	use := func(how string) error {
 		troubles = nil
@@ -94,7 +66,7 @@ func TestErrorsOfArguments(t *testing.T) {
 			r = readerFunc(func([]byte) (int, error) { return 0, fail(1) })
 		}
 		w := writerFunc(func([]byte) (int, error) { return 0, fail(1) })
-		return client.Use(boundedContext(t), how, r, w, fail)
+		return errorOf[struct{}](t, remote, "Use", how, r, w, fail)
 	}
 	for _, how := range []string{"callback", "two callbacks", "reader", "writer"} {
 		err := use(how)
@@ -112,7 +84,7 @@ func TestErrorsOfArguments(t *testing.T) {
 			t.Errorf("%s: another call returned %v", how, err)
 		}
 	}
-	err = use("many callbacks")
+	err := use("many callbacks")
 	if last := troubles[len(troubles)-1]; !errors.Is(err, last) {
 		t.Error("the last of many errors is not itself")
 	}
@@ -120,18 +92,23 @@ func TestErrorsOfArguments(t *testing.T) {
 
 // ---- Calls that are not answered ----
 
-// startGreeter starts a plugin whose binary is named greeter, and dispenses its Kit.
-func startGreeter(t testing.TB) (*plugin.Client, kitClient) {
-	t.Helper()
-	cfg := testConfig("kit")
-	cfg.Cmd.Path = copyBinary(t, "greeter")
-	cfg.Plugins = plugin.PluginSet{"kit": newKitPlugin(nil)}
-	c, p := startPlugin(t, cfg)
-	return c, dispenseKit(t, p)
+// unanswered is a Kit whose calls are not answered.
+type unanswered struct {
+	remote *plugin.Remote
+	hand   *testClient
 }
 
-// checkUnanswered checks the errors of Call and Invoke with a context.
-func (k kitClient) checkUnanswered(ctx context.Context, t testing.TB, text string, is ...error) {
+// startGreeter starts a plugin whose binary is named greeter.
+func startGreeter(t testing.TB) (*plugin.Client, unanswered) {
+	t.Helper()
+	cfg := testConfig("plugin")
+	cfg.Cmd.Path = copyBinary(t, "greeter")
+	c, p := startPlugin(t, cfg)
+	return c, unanswered{dispenseKit(t, p), dispenseKitByHand(t, p)}
+}
+
+// check checks the errors of Call and Invoke with a context.
+func (k unanswered) check(ctx context.Context, t testing.TB, text string, is ...error) {
 	t.Helper()
 	_, invoked := plugin.Invoke[struct{}](ctx, k.remote, "Await", "nothing")
 	called := plugin.Call(ctx, k.hand.Client, "Plugin.Await", "nothing", nil)
@@ -154,11 +131,11 @@ func TestUnanswered(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
 	for range 2 { // the second begins when the context has ended
-		kit.checkUnanswered(ctx, t, "plugin greeter: Await: context deadline exceeded", context.DeadlineExceeded)
+		kit.check(ctx, t, "plugin greeter: Await: context deadline exceeded", context.DeadlineExceeded)
 	}
 	canceled, cancelCause := context.WithCancelCause(context.Background())
 	cancelCause(errCause)
-	kit.checkUnanswered(canceled, t, "plugin greeter: Await: context canceled: "+errCause.Error(),
+	kit.check(canceled, t, "plugin greeter: Await: context canceled: "+errCause.Error(),
 		context.Canceled, errCause)
 
 	const crash = "plugin greeter: Fail: panic: boom (exit status 2)"
@@ -171,9 +148,9 @@ func TestUnanswered(t *testing.T) {
 		checkEqual(t, "a later call", later.Error(), crash)
 		errorIs(t, "a later call", later, rpc.ErrShutdown)
 		errorIs(t, "a later call", later, c.Err())
-		kit.checkUnanswered(canceled, t, "plugin greeter: Await: context canceled: "+errCause.Error(), errCause)
+		kit.check(canceled, t, "plugin greeter: Await: context canceled: "+errCause.Error(), errCause)
 	}
-	checkEqual(t, "the error of net/rpc", kit.hand.Call("Plugin.Add", 1, nil), rpc.ErrShutdown)
+	await(t, "the error of net/rpc", func() bool { return kit.hand.Call("Plugin.Add", 1, nil) == rpc.ErrShutdown })
 }
 
 // After Kill, and after Close of the client, calls fail with rpc.ErrShutdown.
@@ -187,12 +164,12 @@ func TestUnansweredAfterKill(t *testing.T) {
 	inFlight := receive(t, "the call in flight", waiting)
 	checkEqual(t, "the call in flight", inFlight.Error(), killed)
 	errorIs(t, "the call in flight", inFlight, rpc.ErrShutdown)
-	kit.checkUnanswered(context.Background(), t, killed, rpc.ErrShutdown)
+	kit.check(context.Background(), t, killed, rpc.ErrShutdown)
 
 	_, kit = startGreeter(t)
 	invoke[int](t, kit.remote, "Add", 1, 2)
-	check(t, kit.hand.Close())
-	kit.checkUnanswered(context.Background(), t, "plugin greeter: Await: connection is shut down", rpc.ErrShutdown)
+	check(t, errors.Join(kit.remote.Close(), kit.hand.Close()))
+	kit.check(context.Background(), t, "plugin greeter: Await: connection is shut down", rpc.ErrShutdown)
 }
 
 // A call says that the connection was lost if the process lives.

@@ -574,22 +574,14 @@ func (s *Stuck) GobDecode([]byte) error {
 	return err
 }
 
-// sticky replies with a Stuck.
-type sticky struct{}
-
-func (sticky) Get(string, *Stuck) error { return nil }
-
-func init() {
-	modes["sticky"] = func() {
-		servePlugin(func(c *plugin.ServeConfig) { c.Plugins = plugin.PluginSet{"test": serves(sticky{})} })
-	}
-}
+// GetStuck replies with a Stuck.
+func (*testServer) GetStuck(string, *Stuck) error { return nil }
 
 // Kill does not wait for the host's own GobEncode or GobDecode.
 func TestKillStuckGob(t *testing.T) {
 	for _, decode := range []bool{false, true} {
 		leavesNothing(t)
-		c, p := startPlugin(t, testConfig("sticky"))
+		c, p := startPlugin(t, testConfig("plugin"))
 		test := dispense(t, p)
 		inside, release := make(chan bool), make(chan bool)
 		stuck := Stuck{func() {
@@ -598,9 +590,9 @@ func TestKillStuckGob(t *testing.T) {
 		}}
 		call := async(func() error {
 			if decode {
-				return test.Call("Plugin.Get", "", &stuck)
+				return test.Call("Plugin.GetStuck", "", &stuck)
 			}
-			return test.Call("Plugin.Get", stuck, new(Stuck))
+			return test.Call("Plugin.GetStuck", stuck, new(Stuck))
 		})
 		receive(t, "the encoding or decoding", inside)
 		within(t, "Kill", hangs, c.Kill)

@@ -39,15 +39,11 @@ func chain(length int) *Chain {
 	return c
 }
 
-// deep serves values of these types.
-type deep struct{}
-
-func (deep) Twin(_ *Twin, reply *Twin) error   { *reply = *twins(); return nil }
-func (deep) Box(in Box, reply *Box) error      { return mirrored(in, reply) }
-func (deep) Lists(_ Lists, reply *Lists) error { return nil }
-func (deep) Maps(_ Maps, reply *Maps) error    { return nil }
-func (deep) Link(in *Link, reply *Link) error  { return mirrored(*in, reply) }
-func (deep) Chain(in *Chain, length *int) error {
+func (*testServer) Twin(_ *Twin, reply *Twin) error   { *reply = *twins(); return nil }
+func (*testServer) Lists(_ Lists, reply *Lists) error { return nil }
+func (*testServer) Maps(_ Maps, reply *Maps) error    { return nil }
+func (*testServer) Link(in *Link, reply *Link) error  { return mirrored(*in, reply) }
+func (*testServer) Chain(in *Chain, length *int) error {
 	for ; in != nil; in = in.Next {
 		*length++
 	}
@@ -55,21 +51,18 @@ func (deep) Chain(in *Chain, length *int) error {
 }
 
 // NewChain replies with a chain.
-func (deep) NewChain(length int, reply *Chain) error { return mirrored(*chain(length), reply) }
+func (*testServer) NewChain(length int, reply *Chain) error { return mirrored(*chain(length), reply) }
 
 func init() {
 	gob.Register(Lists{})
 	gob.Register(Twin{})
-	modes["deep"] = func() {
-		servePlugin(func(c *plugin.ServeConfig) { c.Plugins = plugin.PluginSet{"test": serves(deep{})} })
-	}
 }
 
 // A value that holds itself, or is nested too deeply, is an error of its call, which the
 // host and the plugin survive.
 func TestEndlessValues(t *testing.T) {
 	t.Parallel()
-	_, p := startPlugin(t, testConfig("deep"))
+	_, p := startPlugin(t, testConfig("plugin"))
 	client := dispense(t, p)
 	lists := make(Lists, 1)
 	lists[0] = lists
@@ -108,7 +101,7 @@ func TestEndlessValues(t *testing.T) {
 // A value that is deep, but does not hold itself, arrives.
 func TestDeepValues(t *testing.T) {
 	t.Parallel()
-	_, p := startPlugin(t, testConfig("deep"))
+	_, p := startPlugin(t, testConfig("plugin"))
 	client := dispense(t, p)
 	checkEqual(t, "the length", mustCall[int](t, client.Client, "Chain", chain(99_999)), 99_999)
 	var first *Link
@@ -135,7 +128,7 @@ func TestDeepValues(t *testing.T) {
 
 // A value above the limit of gob fails before it has been encoded.
 func TestTooLargeValue(t *testing.T) {
-	client := wires[0].connect(t, deep{})
+	client := wires[0].connect(t, newTestServer())
 	pieces := make([]any, 600) // which have 9.4 GiB together
 	piece := strings.Repeat("x", 16<<20)
 	for i := range pieces {

@@ -27,6 +27,7 @@ import (
 type Kit interface {
 	io.Closer
 	Echoer[any]
+	Yielder
 	Point(*Point) (*Point, error)
 	Add(a, b int) (int, error)
 	Greet(ctx context.Context, name string) (string, error)
@@ -38,6 +39,8 @@ type Kit interface {
 	Call(f func(context.Context, int) (string, error), n int) (string, error)
 	Nest(f Nested) (string, error)
 	Which(r io.Reader, w io.Writer, f func() error) (string, error)
+	Use(ctx context.Context, how string, r io.Reader, w io.Writer, f func(n int) error) error
+	Start(background, untilThen func() error) error
 
 	Open(ctx context.Context, how string) (io.ReadCloser, error)
 	Create(ctx context.Context, how string) (io.WriteCloser, error)
@@ -62,6 +65,8 @@ type kit struct {
 	r io.Reader
 	w io.Writer
 	f func() error
+
+	kept error // the last that Use returned
 }
 
 func (k *kit) event(name string) chan struct{} {
@@ -185,6 +190,9 @@ func (k *kit) Open(ctx context.Context, how string) (io.ReadCloser, error) {
 	switch how {
 	case "nil":
 		return nil, nil
+	case "late":
+		k.event("opening") <- struct{}{}
+		<-k.event("open")
 	case "failing":
 		return k.stream(ctx, how), fs.ErrPermission
 	}
@@ -195,62 +203,63 @@ func (k *kit) Create(ctx context.Context, how string) (io.WriteCloser, error) {
 	return k.stream(ctx, how), nil
 }
 
-// kitClient is a Kit whose methods tests call with Invoke, or by hand.
+// kitClient is a Kit whose methods tests call with Invoke and InvokeSeq.
 type kitClient struct {
 	Kit
 	remote *plugin.Remote
-	hand   *testClient
 }
-
-// kitPlugin is what For returns, and tells a kitClient its rpc.Client and broker.
-type kitPlugin struct{ plugin.Plugin }
 
 func newKitPlugin(impl Kit) plugin.Plugin {
-	return kitPlugin{plugin.For(impl, func(r *plugin.Remote) Kit { return kitClient{remote: r} })}
+	return plugin.For(impl, func(r *plugin.Remote) Kit { return kitClient{remote: r} })
 }
 
-func (p kitPlugin) Client(b *plugin.MuxBroker, c *rpc.Client) (any, error) {
-	v, err := p.Plugin.Client(b, c)
-	if err != nil {
-		return nil, err
-	}
-	k := v.(kitClient)
-	k.hand = &testClient{c, b}
-	return k, nil
+// calledByHand is a plugin of For whose client is written by hand.
+type calledByHand struct{ plugin.Plugin }
+
+func (calledByHand) Client(b *plugin.MuxBroker, c *rpc.Client) (any, error) {
+	return &testClient{c, b}, nil
 }
 
-func init() {
-	gob.Register(Point{})
-	modes["kit"] = func() {
-		servePlugin(func(c *plugin.ServeConfig) {
-			c.Plugins = plugin.PluginSet{"kit": newKitPlugin(new(kit)), "none": newKitPlugin(nil)}
-		})
-	}
+// servedByHand is a plugin of For whose server is written by hand.
+type servedByHand struct {
+	plugin.Plugin
+	server testPlugin
 }
+
+func (p servedByHand) Server(b *plugin.MuxBroker) (any, error) { return p.server(b) }
+
+func init() { gob.Register(Point{}) }
 
 // startKit starts a plugin and returns its Kit.
 func startKit(t testing.TB) (*plugin.Client, plugin.ClientProtocol, *plugin.Remote) {
 	t.Helper()
-	cfg := testConfig("kit")
-	cfg.Plugins = plugin.PluginSet{"kit": newKitPlugin(nil), "none": newKitPlugin(nil)}
-	c, p := startPlugin(t, cfg)
-	return c, p, dispenseKit(t, p).remote
+	c, p := startPlugin(t, testConfig("plugin"))
+	return c, p, dispenseKit(t, p)
 }
 
 // dispenseKit dispenses a Kit.
-func dispenseKit(t testing.TB, p plugin.ClientProtocol) kitClient {
+func dispenseKit(t testing.TB, p plugin.ClientProtocol) *plugin.Remote {
 	t.Helper()
 	k, err := plugin.Dispense[Kit](p, "kit")
 	check(t, err)
-	return k.(kitClient)
+	return k.(kitClient).remote
+}
+
+// dispenseKitByHand dispenses a client of the same kit.
+func dispenseKitByHand(t testing.TB, p plugin.ClientProtocol) *testClient {
+	t.Helper()
+	c, err := plugin.Dispense[*testClient](p, "kit by hand")
+	check(t, err)
+	return c
 }
 
 // localKit is startKit in this process.
 func localKit(t testing.TB) (*plugin.RPCClient, *kit, *plugin.Remote) {
 	t.Helper()
 	k := new(kit)
-	host, _ := plugin.TestPluginRPCConn(t, plugin.PluginSet{"kit": newKitPlugin(k)}, nil)
-	return host, k, dispenseKit(t, host).remote
+	set := plugin.PluginSet{"kit": newKitPlugin(k), "kit by hand": calledByHand{newKitPlugin(k)}}
+	host, _ := plugin.TestPluginRPCConn(t, set, nil)
+	return host, k, dispenseKit(t, host)
 }
 
 // invoke calls a method and fails the test if there is an error.
@@ -363,20 +372,25 @@ func TestInvokeChecks(t *testing.T) {
 
 // ---- Values ----
 
+// A plugin without an implementation cannot be dispensed.
+func TestNoImplementation(t *testing.T) {
+	host, _ := plugin.TestPluginRPCConn(t, plugin.PluginSet{"kit": newKitPlugin(nil)}, nil)
+	_, err := host.Dispense("kit")
+	errorSays(t, err, "Kit", "implementation")
+}
+
 // Methods of an interface are called with values and contexts, and return values and
 // errors that keep their identity. Another call fails after the end of the plugin.
 func TestInterface(t *testing.T) {
 	leavesNothing(t)
-	c, p, r := startKit(t)
+	c, _, r := startKit(t)
 	checkEqual(t, "1 + 2", invoke[int](t, r, "Add", 1, 2), 3)
 	checkEqual(t, "the greeting", invoke[string](t, r, "Greet", "Gopher"), "Hello, Gopher")
 	invoke[struct{}](t, r, "Close")
 	invoke[struct{}](t, r, "Await", "closed")
-	_, err := plugin.Dispense[Kit](p, "none")
-	errorSays(t, err, "Kit", "implementation")
 	ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
 	defer cancel()
-	_, err = plugin.Invoke[struct{}](ctx, r, "Await", "nothing")
+	_, err := plugin.Invoke[struct{}](ctx, r, "Await", "nothing")
 	errorIs(t, "a call that takes too long", err, context.DeadlineExceeded)
 	for how, want := range testErrors {
 		got, err := plugin.Invoke[string](boundedContext(t), r, "Fail", how)
@@ -732,7 +746,7 @@ func TestResultWithError(t *testing.T) {
 func TestForgottenResults(t *testing.T) {
 	t.Parallel()
 	host, k, r := localKit(t)
-	mustCall[uint32](t, dispenseKit(t, host).hand.Client, "Open", "forgotten")
+	mustCall[uint32](t, dispenseKitByHand(t, host).Client, "Open", "forgotten")
 	invoke[io.WriteCloser](t, r, "Create", "cut")
 	check(t, k.Await(boundedContext(t), "closed forgotten"))
 	check(t, k.Await(boundedContext(t), "context of forgotten"))
@@ -904,8 +918,10 @@ func lastMessage(t testing.TB, v any) (last string) {
 
 // Invoke calls methods that were written by hand, which have no context.
 func TestInvokeOfHandWritten(t *testing.T) {
-	host, _ := plugin.TestPluginRPCConn(t, plugin.PluginSet{"kit": handPlugin{newKitPlugin(nil)}}, nil)
-	r := dispenseKit(t, host).remote
+	server := func(b *plugin.MuxBroker) (any, error) { return handKit{b}, nil }
+	set := plugin.PluginSet{"kit": servedByHand{newKitPlugin(nil), server}}
+	host, _ := plugin.TestPluginRPCConn(t, set, nil)
+	r := dispenseKit(t, host)
 	var back bytes.Buffer
 	called := false
 	callback := func() error {
@@ -925,15 +941,11 @@ func TestInvokeOfHandWritten(t *testing.T) {
 	errorSays(t, errorOf[struct{}](t, r, "Await", "text"), "Await")
 }
 
-type handPlugin struct{ plugin.Plugin }
-
-func (handPlugin) Server(b *plugin.MuxBroker) (any, error) { return handKit{b}, nil }
-
 // A client that was written by hand calls methods of an interface.
 func TestHandWrittenCalls(t *testing.T) {
 	t.Parallel()
 	_, p, r := startKit(t)
-	hand := dispenseKit(t, p).hand
+	hand := dispenseKitByHand(t, p)
 	checkEqual(t, "without the last parameter", mustCall[int](t, hand.Client, "Add", struct{ A0 int }{5}), 5)
 	checkEqual(t, "with one more", mustCall[int](t, hand.Client, "Add", struct{ A2, A1, A0 int }{7, 2, 1}), 3)
 	for _, args := range []any{
@@ -991,7 +1003,7 @@ func (handCallback) Call(n int, reply *string) error {
 func TestRemoteClose(t *testing.T) {
 	leavesNothing(t)
 	_, p, r := startKit(t)
-	other := dispenseKit(t, p).remote
+	other := dispenseKit(t, p)
 	in := invoke[io.ReadCloser](t, r, "Open", "good")
 	calls := make(chan error, 2)
 	for range cap(calls) {
@@ -1019,19 +1031,11 @@ func TestRemoteClose(t *testing.T) {
 // The plugin's side is released with the host's: nothing is left of 2,000 instances.
 func TestManyInstances(t *testing.T) {
 	leavesNothing(t)
-	cfg := testConfig("yielder")
-	cfg.Plugins = newYielderPlugin(nil)
-	_, p := startPlugin(t, cfg)
-	instance := func() *plugin.Remote {
-		s, err := plugin.Dispense[Yielder](p, "yielder")
-		check(t, err)
-		return s.(yielderClient).remote
-	}
-	first := instance()
+	_, p, first := startKit(t)
 	here, there := runtime.NumGoroutine(), invoke[int](t, first, "Goroutines")
 	concurrently(t, 10, func(int) {
 		for range 200 {
-			r := instance()
+			r := dispenseKit(t, p)
 			_, err := plugin.Invoke[int](context.Background(), r, "Goroutines")
 			check(t, errors.Join(err, r.Close()))
 		}

@@ -143,12 +143,15 @@ func (testPlugin) Client(b *plugin.MuxBroker, c *rpc.Client) (any, error) {
 // serves returns a plugin that serves v.
 func serves(v any) testPlugin { return func(*plugin.MuxBroker) (any, error) { return v, nil } }
 
-// testPlugins returns the plugin set of the step "plugin". Its one plugin is
-// "test".
+// testPlugins returns the plugin set of the step "plugin": a testServer and a kit, each
+// called by hand, and the same kit called with Invoke.
 func testPlugins(s *testState) plugin.PluginSet {
-	return plugin.PluginSet{"test": testPlugin(func(b *plugin.MuxBroker) (any, error) {
-		return &testServer{s, b}, nil
-	})}
+	kit := newKitPlugin(new(kit))
+	return plugin.PluginSet{
+		"kit":         kit,
+		"kit by hand": calledByHand{kit},
+		"test":        testPlugin(func(b *plugin.MuxBroker) (any, error) { return &testServer{s, b}, nil }),
+	}
 }
 
 // servePlugin is the main function of a plugin.

@@ -30,7 +30,6 @@ type Yielder interface {
 	Double(ctx context.Context, rows Numbers) Numbers
 	Points(n int) iter.Seq2[*Point, error]
 	Anything(values iter.Seq2[any, error]) iter.Seq2[any, error]
-	Await(ctx context.Context, event string) error
 	Goroutines() (int, error)
 	Follow(ctx context.Context, plan Plan, rows Numbers) Numbers
 	Log(ctx context.Context, out io.Writer) Numbers
@@ -58,19 +57,16 @@ type (
 	}
 )
 
-// yielder implements Yielder. Its events tell a test what has happened in the plugin.
-type yielder struct{ kit }
-
 // Watch yields n events, and then does what how says.
-func (s *yielder) Watch(ctx context.Context, how string, n int) iter.Seq2[Item, error] {
+func (k *kit) Watch(ctx context.Context, how string, n int) iter.Seq2[Item, error] {
 	if how == "nil" {
 		return nil
 	}
 	return func(yield func(Item, error) bool) {
-		defer func() { s.event("left " + how) <- struct{}{} }()
+		defer func() { k.event("left " + how) <- struct{}{} }()
 		for i := range n {
 			if !yield(Item{N: i, Name: how}, nil) {
-				s.event("no more") <- struct{}{}
+				k.event("no more") <- struct{}{}
 				<-ctx.Done()
 				return
 			}
@@ -97,15 +93,15 @@ func (s *yielder) Watch(ctx context.Context, how string, n int) iter.Seq2[Item, 
 }
 
 // Import returns the sum of the rows.
-func (s *yielder) Import(ctx context.Context, how string, rows Numbers) (sum int, err error) {
+func (k *kit) Import(ctx context.Context, how string, rows Numbers) (sum int, err error) {
 	switch how {
 	case "ignore":
 		return 0, nil
 	case "keep":
 		go func() { // ends with the test
-			<-s.event("now")
+			<-k.event("now")
 			for _, err := range rows {
-				s.event("kept: " + err.Error()) <- struct{}{}
+				k.event("kept: " + err.Error()) <- struct{}{}
 			}
 		}()
 		return 0, nil
@@ -127,7 +123,7 @@ func (s *yielder) Import(ctx context.Context, how string, rows Numbers) (sum int
 	return sum, nil
 }
 
-func (s *yielder) Double(ctx context.Context, rows Numbers) Numbers {
+func (k *kit) Double(ctx context.Context, rows Numbers) Numbers {
 	return func(yield func(Number, error) bool) {
 		for row, err := range rows {
 			if !yield(Number{2 * row.N}, err) {
@@ -138,7 +134,7 @@ func (s *yielder) Double(ctx context.Context, rows Numbers) Numbers {
 }
 
 // Points yields n points, and a nil one.
-func (s *yielder) Points(n int) iter.Seq2[*Point, error] {
+func (k *kit) Points(n int) iter.Seq2[*Point, error] {
 	return func(yield func(*Point, error) bool) {
 		for i := range n {
 			if !yield(&Point{i, 0}, nil) {
@@ -149,9 +145,9 @@ func (s *yielder) Points(n int) iter.Seq2[*Point, error] {
 	}
 }
 
-func (s *yielder) Anything(values iter.Seq2[any, error]) iter.Seq2[any, error] { return values }
+func (k *kit) Anything(values iter.Seq2[any, error]) iter.Seq2[any, error] { return values }
 
-func (s *yielder) Follow(ctx context.Context, plan Plan, rows Numbers) Numbers {
+func (k *kit) Follow(ctx context.Context, plan Plan, rows Numbers) Numbers {
 	return func(yield func(Number, error) bool) {
 		taken := 0
 		for row, err := range rows {
@@ -178,7 +174,7 @@ func (s *yielder) Follow(ctx context.Context, plan Plan, rows Numbers) Numbers {
 }
 
 // Log yields a number, and writes for ever.
-func (s *yielder) Log(ctx context.Context, out io.Writer) Numbers {
+func (k *kit) Log(ctx context.Context, out io.Writer) Numbers {
 	return func(yield func(Number, error) bool) {
 		yield(Number{}, nil)
 		for ctx.Err() == nil {
@@ -189,36 +185,9 @@ func (s *yielder) Log(ctx context.Context, out io.Writer) Numbers {
 	}
 }
 
-func (s *yielder) Goroutines() (int, error) { return runtime.NumGoroutine(), nil }
+func (k *kit) Goroutines() (int, error) { return runtime.NumGoroutine(), nil }
 
-// yielderClient is a Yielder whose methods tests call with Invoke and InvokeSeq.
-type yielderClient struct {
-	Yielder
-	remote *plugin.Remote
-}
-
-func newYielderPlugin(impl Yielder) plugin.PluginSet {
-	client := func(r *plugin.Remote) Yielder { return yielderClient{remote: r} }
-	return plugin.PluginSet{"yielder": plugin.For(impl, client)}
-}
-
-func init() {
-	gob.Register(&Loop{})
-	modes["yielder"] = func() {
-		servePlugin(func(c *plugin.ServeConfig) { c.Plugins = newYielderPlugin(new(yielder)) })
-	}
-}
-
-// startYielder starts a plugin and returns its Yielder.
-func startYielder(t testing.TB) (*plugin.Client, *plugin.Remote) {
-	t.Helper()
-	cfg := testConfig("yielder")
-	cfg.Plugins = newYielderPlugin(nil)
-	c, p := startPlugin(t, cfg)
-	s, err := plugin.Dispense[Yielder](p, "yielder")
-	check(t, err)
-	return c, s.(yielderClient).remote
-}
+func init() { gob.Register(&Loop{}) }
 
 // collect ranges over a sequence. It fails the test if anything follows an error, or an
 // error comes with a value.
@@ -266,7 +235,7 @@ func rowsTo(n int, end error) Numbers {
 // All values arrive in their order, and each range is one call.
 func TestSequence(t *testing.T) {
 	leavesNothing(t)
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	for _, n := range []int{0, 1, 100, 50_000} {
 		events := plugin.InvokeSeq[Item](boundedContext(t), r, "Watch", "good", n)
 		for range 2 {
@@ -289,7 +258,7 @@ func TestSequence(t *testing.T) {
 // The first error comes after all values, and keeps its identity.
 func TestSequenceErrors(t *testing.T) {
 	leavesNothing(t)
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	for _, n := range []int{0, 1, 10_000} {
 		all, err := collectFrom[Item](t, r, "Watch", "fail", n)
 		checkEqual(t, "values before an error", len(all), n)
@@ -333,7 +302,7 @@ func valuesOf[T any](values ...T) iter.Seq2[T, error] {
 // when it comes back in a sequence.
 func TestOwnErrorOfSequence(t *testing.T) {
 	t.Parallel()
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	own := errors.New("an error that is not registered")
 	errorIs(t, "the error of Invoke", errorOf[int](t, r, "Import", "", rowsTo(3, own)), own)
 	all, err := collectFrom[Number](t, r, "Double", rowsTo(3, own))
@@ -344,7 +313,7 @@ func TestOwnErrorOfSequence(t *testing.T) {
 // The end of the plugin is the error of the sequence.
 func TestSequenceCrash(t *testing.T) {
 	t.Parallel()
-	c, r := startYielder(t)
+	c, _, r := startKit(t)
 	all, err := collectFrom[Item](t, r, "Watch", "panic", 10)
 	var exit *plugin.ExitError
 	if !errors.As(err, &exit) || !strings.Contains(exit.Panic, "boom") || len(all) > 10 {
@@ -360,10 +329,7 @@ func TestSequenceCrash(t *testing.T) {
 // What cannot be called is one error, and nothing is sent.
 func TestSequenceChecks(t *testing.T) {
 	t.Parallel()
-	host, _ := plugin.TestPluginRPCConn(t, newYielderPlugin(new(yielder)), nil)
-	s, err := plugin.Dispense[Yielder](host, "yielder")
-	check(t, err)
-	r := s.(yielderClient).remote
+	host, _, r := localKit(t)
 	check(t, host.Close()) // so what is sent fails with rpc.ErrShutdown
 	ctx := boundedContext(t)
 	var noContext context.Context
@@ -394,7 +360,7 @@ func TestSequenceChecks(t *testing.T) {
 	}
 	errorSays(t, errorOf[iter.Seq2[Item, error]](t, r, "Watch", "", 1), "InvokeSeq")
 	errorSays(t, errorOf[struct{}](t, r, "Watch", "", 1), "InvokeSeq")
-	_, err = collect(t, watch("", 1))
+	_, err := collect(t, watch("", 1))
 	errorIs(t, "a correct call", err, rpc.ErrShutdown)
 }
 
@@ -433,7 +399,7 @@ func TestForRefusesSequences(t *testing.T) {
 // Leaving the loop ends the context of the method, and its yield returns false.
 func TestSequenceLeft(t *testing.T) {
 	leavesNothing(t)
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	endless := plugin.InvokeSeq[Item](context.Background(), r, "Watch", "endless", 1<<40)
 	for _, last := range []int{0, 1, 1000} {
 		for e, err := range endless {
@@ -468,7 +434,7 @@ func TestSequenceLeft(t *testing.T) {
 // A Write that blocks holds a loop that was left as it holds Invoke: for a second at most.
 func TestSequenceWithBlockedWrite(t *testing.T) {
 	t.Parallel()
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	began, release := make(chan struct{}, 10), make(chan struct{})
 	out := writerFunc(func(p []byte) (int, error) {
 		began <- struct{}{}
@@ -487,7 +453,7 @@ func TestSequenceWithBlockedWrite(t *testing.T) {
 // The end of ctx is the error, and no value follows it.
 func TestSequenceCanceled(t *testing.T) {
 	leavesNothing(t)
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	n := 0
@@ -548,7 +514,7 @@ func (c deadlineContext) Err() error {
 // A slow loop holds the method back, and the method a sequence of the caller.
 func TestSlowLoop(t *testing.T) {
 	t.Parallel()
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	var pulled atomic.Int64
 	var endless Numbers = func(yield func(Number, error) bool) {
 		for yield(Number{1 << 40}, nil) {
@@ -573,7 +539,7 @@ func TestSlowLoop(t *testing.T) {
 // A method ranges over a sequence of the caller.
 func TestSequenceParameter(t *testing.T) {
 	leavesNothing(t)
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	for _, n := range []int{0, 1, 20_000} {
 		checkEqual(t, "the sum", invoke[int](t, r, "Import", "", rowsTo(n, nil)), n*(n-1)/2)
 		failing := rowsTo(n, fmt.Errorf("failing: %w", fs.ErrExist))
@@ -602,7 +568,7 @@ func TestSequenceParameter(t *testing.T) {
 // A sequence begins when the method ranges over it, and has ended when Invoke returns.
 func TestEndOfParameter(t *testing.T) {
 	leavesNothing(t)
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	for _, how := range []string{"break", "ignore", "timeout"} {
 		ctx, cancel := context.WithTimeout(context.Background(), hangs)
 		if how == "timeout" {
@@ -631,20 +597,17 @@ func TestEndOfParameter(t *testing.T) {
 // A sequence that is kept is an error after the method has returned.
 func TestKeptSequence(t *testing.T) {
 	t.Parallel()
-	s := new(yielder)
-	host, _ := plugin.TestPluginRPCConn(t, newYielderPlugin(s), nil)
-	d, err := plugin.Dispense[Yielder](host, "yielder")
-	check(t, err)
-	invoke[int](t, d.(yielderClient).remote, "Import", "keep", rowsTo(5, nil))
-	send(t, "the signal", s.event("now"), struct{}{})
-	check(t, s.Await(boundedContext(t), "kept: plugin: the method that took this argument has returned"))
+	_, k, r := localKit(t)
+	invoke[int](t, r, "Import", "keep", rowsTo(5, nil))
+	send(t, "the signal", k.event("now"), struct{}{})
+	check(t, k.Await(boundedContext(t), "kept: plugin: the method that took this argument has returned"))
 }
 
 // A sequence that waits does not hold Invoke or a loop that was left, and its yield
 // returns false afterwards.
 func TestWaitingSequence(t *testing.T) {
 	leavesNothing(t)
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	release, ended := make(chan struct{}), make(chan bool, 1)
 	waiting := Numbers(func(yield func(Number, error) bool) {
 		yield(Number{1}, nil)
@@ -666,7 +629,7 @@ func TestWaitingSequence(t *testing.T) {
 // A method ranges over one sequence and yields another, in turns.
 func TestConversation(t *testing.T) {
 	leavesNothing(t)
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	say := make(chan int, 1)
 	turns := 0
 	say <- 1
@@ -742,36 +705,17 @@ func (s *handYielder) Import(args importArgs, sum *int) error {
 	return errors.Join(err, r.Close())
 }
 
-// handYielderPlugin is a Yielder whose plugin or whose host is written by hand.
-type handYielderPlugin struct {
-	plugin.Plugin
-	yielder *handYielder // the plugin, or nil
-}
-
-func (p handYielderPlugin) Server(b *plugin.MuxBroker) (any, error) {
-	if p.yielder == nil {
-		return p.Plugin.Server(b)
-	}
-	p.yielder.broker = b
-	return p.yielder, nil
-}
-
-func (p handYielderPlugin) Client(b *plugin.MuxBroker, c *rpc.Client) (any, error) {
-	if p.yielder == nil {
-		return &testClient{c, b}, nil
-	}
-	return p.Plugin.Client(b, c)
-}
-
 // What InvokeSeq and Invoke send and read is what stock gob writes, byte for byte.
 func TestSequencesOnWire(t *testing.T) {
 	t.Parallel()
 	byHand := &handYielder{t: t}
-	set := plugin.PluginSet{"yielder": handYielderPlugin{newYielderPlugin(nil)["yielder"], byHand}}
+	server := func(b *plugin.MuxBroker) (any, error) {
+		byHand.broker = b
+		return byHand, nil
+	}
+	set := plugin.PluginSet{"kit": servedByHand{newKitPlugin(nil), server}}
 	host, _ := plugin.TestPluginRPCConn(t, set, nil)
-	s, err := plugin.Dispense[Yielder](host, "yielder")
-	check(t, err)
-	r := s.(yielderClient).remote
+	r := dispenseKit(t, host)
 	events, err := collectFrom[Item](t, r, "Watch", "by hand", 7)
 	check(t, err)
 	checkEqual(t, "the events", fmt.Sprint(events), "[{7 by hand <nil>} {1  {1 2}} {0  <nil>}]")
@@ -788,10 +732,8 @@ func TestSequencesOnWire(t *testing.T) {
 // A host that is written by hand calls methods with sequences.
 func TestHandWrittenSequences(t *testing.T) {
 	t.Parallel()
-	set := plugin.PluginSet{"yielder": handYielderPlugin{newYielderPlugin(new(yielder))["yielder"], nil}}
-	host, _ := plugin.TestPluginRPCConn(t, set, nil)
-	c, err := plugin.Dispense[*testClient](host, "yielder")
-	check(t, err)
+	host, _, _ := localKit(t)
+	c := dispenseKitByHand(t, host)
 	var written syncBuffer
 	id, stop := c.broker.ServeWriter(&written)
 	defer stop()
@@ -965,7 +907,7 @@ func (tr trial) checkCut(t testing.TB, r *plugin.Remote, isRight func(error) boo
 // and nothing is left of 1,000 of them, at either side.
 func TestRandomSequences(t *testing.T) {
 	leavesNothing(t)
-	_, r := startYielder(t)
+	_, _, r := startKit(t)
 	new(trial).check(t, r) // what this starts may stay
 	before := invoke[int](t, r, "Goroutines")
 	concurrently(t, 8, func(i int) {
@@ -978,7 +920,7 @@ func TestRandomSequences(t *testing.T) {
 		return invoke[int](t, r, "Goroutines") <= before
 	})
 	for round := range 40 {
-		c, r := startYielder(t)
+		c, _, r := startKit(t)
 		end := func() { c.Kill() }
 		isRight := func(err error) bool { return err != nil }
 		if round%2 == 1 {
@@ -1004,7 +946,7 @@ func TestRandomSequences(t *testing.T) {
 func FuzzSequences(f *testing.F) {
 	f.Add(3, 5, false, 4, uint8(1), uint8(2), 3)
 	f.Add(30_000, 5, true, 40_000, uint8(2), uint8(4), 20_000)
-	_, r := startYielder(f)
+	_, _, r := startKit(f)
 	f.Fuzz(func(t *testing.T, take, yield int, fails bool, rows int, rowsEnd, leave uint8, at int) {
 		const most = 50_000
 		ends := []string{"", "fail", "panic"}

@@ -31,18 +31,13 @@ type soaked struct {
 	protocol plugin.ClientProtocol
 	test     *testClient
 	kit      *plugin.Remote
-	yielder  *plugin.Remote
 	adopted  bool         // nothing reads the process's own stderr, whose host is gone
 	streamed atomic.Int64 // bytes
 }
 
 func init() {
-	modes["soak"] = func() {
-		servePlugin(func(c *plugin.ServeConfig) { c.Plugins = soakPlugins(newTestState()) })
-	}
 	// Uses its plugin until that is gone.
 	modes["busy"] = func() {
-		hosted.cfg.Plugins = soakPlugins(nil)
 		hosted.client = plugin.NewClient(hosted.cfg)
 		s := must(newSoaked(must(hosted.client.Client())))
 		r := rand.New(rand.NewPCG(rand.Uint64(), 0))
@@ -59,14 +54,6 @@ func init() {
 // errWrong is the error of a reply that is not what it should be.
 var errWrong = errors.New("a wrong reply")
 
-// soakPlugins has all that activities use.
-func soakPlugins(s *testState) plugin.PluginSet {
-	set := testPlugins(s)
-	set["kit"] = newKitPlugin(new(kit))
-	maps.Copy(set, newYielderPlugin(new(yielder)))
-	return set
-}
-
 // newSoaked dispenses what activities use.
 func newSoaked(p plugin.ClientProtocol) (*soaked, error) {
 	test, err := plugin.Dispense[*testClient](p, "test")
@@ -77,13 +64,7 @@ func newSoaked(p plugin.ClientProtocol) (*soaked, error) {
 	if err != nil {
 		return nil, err
 	}
-	y, err := plugin.Dispense[Yielder](p, "yielder")
-	if err != nil {
-		return nil, err
-	}
-	s := &soaked{protocol: p, test: test}
-	s.kit, s.yielder = k.(kitClient).remote, y.(yielderClient).remote
-	return s, nil
+	return &soaked{protocol: p, test: test, kit: k.(kitClient).remote}, nil
 }
 
 // activity is something that hosts do with a plugin.
@@ -240,7 +221,7 @@ func readServed(ctx context.Context, s *soaked, r *rand.Rand) error {
 
 func importRows(ctx context.Context, s *soaked, r *rand.Rand) error {
 	n := r.IntN(1000)
-	sum, err := plugin.Invoke[int](ctx, s.yielder, "Import", "", rowsTo(n, nil))
+	sum, err := plugin.Invoke[int](ctx, s.kit, "Import", "", rowsTo(n, nil))
 	if err == nil && sum != n*(n-1)/2 {
 		return fmt.Errorf("%w: the sum of %d numbers is %d", errWrong, n, sum)
 	}
@@ -250,7 +231,7 @@ func importRows(ctx context.Context, s *soaked, r *rand.Rand) error {
 func doubleRows(ctx context.Context, s *soaked, r *rand.Rand) error {
 	n, taken := r.IntN(1000), 0
 	last := r.IntN(2000) // after which the caller breaks, or never
-	for row, err := range plugin.InvokeSeq[Number](ctx, s.yielder, "Double", rowsTo(n, nil)) {
+	for row, err := range plugin.InvokeSeq[Number](ctx, s.kit, "Double", rowsTo(n, nil)) {
 		if err != nil {
 			return err
 		}
@@ -329,7 +310,7 @@ func endedWith(ctx context.Context, err error) bool {
 // that of the context, and the connection goes on.
 func TestRandomCancels(t *testing.T) {
 	leavesNothing(t)
-	host, _ := plugin.TestPluginRPCConn(t, soakPlugins(newTestState()), nil)
+	host, _ := plugin.TestPluginRPCConn(t, testPlugins(newTestState()), nil)
 	s, err := newSoaked(host)
 	check(t, err)
 	seed := rand.Uint64()
@@ -472,8 +453,7 @@ func TestSoak(t *testing.T) {
 
 // start starts a plugin in the lab, and dispenses what activities use.
 func (l *soakLife) start(edit func(*plugin.ClientConfig)) {
-	l.cfg = l.lab.config("soak")
-	l.cfg.Plugins = soakPlugins(nil)
+	l.cfg = l.lab.config("plugin")
 	l.cfg.AutoMTLS = l.r.IntN(4) == 0
 	l.cfg.KillTimeout = time.Second
 	edit(l.cfg)
@@ -574,7 +554,6 @@ func (l *soakLife) liveDetached() {
 	l.start(func(c *plugin.ClientConfig) { c.Detach, c.AutoMTLS = true, false })
 	first := l.client
 	l.cfg = attachTo(first.ReattachConfig())
-	l.cfg.Plugins = soakPlugins(nil)
 	l.connect()
 	l.use(l.client.Kill)
 	l.isOver(l.client, true)
@@ -584,7 +563,7 @@ func (l *soakLife) liveDetached() {
 // liveKilledHost is a host in its own process that is killed. Its plugin is gone
 // soon.
 func (l *soakLife) liveKilledHost() {
-	host := l.lab.start("host busy", childEnv+"=soak")
+	host := l.lab.start("host busy", childEnv+"=plugin")
 	if l.r.IntN(2) == 0 {
 		l.lab.read("busy")
 	} else { // earlier, nothing could remove the directory of the socket
@@ -600,13 +579,12 @@ func (l *soakLife) liveKilledHost() {
 
 // liveLeavingHost is a host that leaves a plugin, which is reattached to and killed.
 func (l *soakLife) liveLeavingHost() {
-	receive(l, "the end of a host", l.lab.start("host detaching idle", childEnv+"=soak").ended)
+	receive(l, "the end of a host", l.lab.start("host detaching idle", childEnv+"=plugin").ended)
 	l.cfg = attachTo(&plugin.ReattachConfig{
 		ProtocolVersion: 3,
 		Addr:            parseAddr(l.lab.read("address")),
 		Pid:             l.lab.readPid("plugin"),
 	})
-	l.cfg.Plugins = soakPlugins(nil)
 	l.connect()
 	l.soaked.adopted = true
 	l.use(l.client.Kill)
