@@ -293,8 +293,8 @@ func (z *brokerFuzz) end() {
 	})
 	ended := poll(100*time.Millisecond, func() bool { return len(done) > 0 })
 	z.drain()
-	if ended && !poll(hangs, func() bool { return openStreams(z.ends[0]) <= connectionStreams }) {
-		z.t.Errorf("%d streams are left", openStreams(z.ends[0]))
+	if ended && !poll(hangs, func() bool { return plugin.OpenStreams(z.ends[0]) <= connectionStreams }) {
+		z.t.Errorf("%d streams are left", plugin.OpenStreams(z.ends[0]))
 	}
 	check(z.t, z.ends[0].Close())
 	receive(z.t, "the end of what was begun", done)
@@ -323,7 +323,3 @@ func (z *brokerFuzz) drain() {
 	}
 	all.Wait()
 }
-
-// connectionStreams is how many streams a connection has over which one plugin was
-// dispensed: for control, stdout, stderr, and the plugin.
-const connectionStreams = 4

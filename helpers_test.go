@@ -576,16 +576,16 @@ func joinEnds(
 		dispensed <- s
 		return s, nil
 	})})
-	var counter streamCounter
-	host, err := plugin.NewRPCClient(counter.over(hostEnd), testPlugins(nil))
+	host, err := plugin.NewRPCClient(hostEnd, testPlugins(nil))
 	check(t, err)
 	client := dispense(t, host)
 	t.Cleanup(func() { _ = client.broker.Close() })
 	s := <-dispensed
 	// Dispense does not wait until its stream has been opened.
-	await(t, "control, stdout, stderr and the instance", func() bool { return counter.count() == 4 })
-	counter.is(t, client.broker)
-	counter.is(t, s.broker)
+	await(t, "the stream of the instance", func() bool {
+		return plugin.OpenStreams(client.broker) == connectionStreams &&
+			plugin.OpenStreams(s.broker) == connectionStreams
+	})
 	return host, client, s
 }
 
@@ -608,133 +608,22 @@ func joinedRaw(t testing.TB, raw *rawPeer, c *testClient) (dialled, accepted net
 }
 
 // leavesNoStreams fails the test if it leaves a stream open on the connection of a
-// broker of joinBrokers, joinInProcess, rawHost or rawPlugin.
+// broker.
 func leavesNoStreams(t testing.TB, brokers ...*plugin.MuxBroker) {
 	t.Helper()
 	for _, b := range brokers {
-		before := openStreams(b)
+		before := plugin.OpenStreams(b)
 		t.Cleanup(func() {
-			if !poll(hangs, func() bool { return openStreams(b) <= before }) {
-				t.Errorf("%d streams were open, and now %d", before, openStreams(b))
+			if !poll(hangs, func() bool { return plugin.OpenStreams(b) <= before }) {
+				t.Errorf("%d streams were open, and now %d", before, plugin.OpenStreams(b))
 			}
 		})
 	}
 }
 
-// openStreams returns how many streams are open on such a connection.
-func openStreams(b *plugin.MuxBroker) int {
-	counter, _ := counters.Load(b)
-	return counter.(*streamCounter).count()
-}
-
-// counters has the streamCounter of each broker's connection.
-var counters sync.Map // *plugin.MuxBroker to *streamCounter
-
-// streamCounter counts the streams that are open on a connection, from the frames
-// of yamux that it carries. A stream is open from the frame that opens it to one that
-// resets it, or to those that close both of its directions.
-type streamCounter struct {
-	mu   sync.Mutex // guards the fields below
-	ends [2]frameScanner
-	open map[uint32]*[2]bool // by stream: which direction has been closed
-}
-
-// is makes c the counter of a broker's connection, until the test ends.
-func (c *streamCounter) is(t testing.TB, b *plugin.MuxBroker) {
-	counters.Store(b, c)
-	t.Cleanup(func() { counters.Delete(b) })
-}
-
-// over returns conn with its frames counted.
-func (c *streamCounter) over(conn io.ReadWriteCloser) io.ReadWriteCloser {
-	const received, sent = 0, 1
-	r := readerFunc(func(p []byte) (int, error) {
-		n, err := conn.Read(p)
-		c.pass(received, p[:n])
-		return n, err
-	})
-	w := writerFunc(func(p []byte) (int, error) {
-		c.pass(sent, p)
-		return conn.Write(p)
-	})
-	if conn, ok := conn.(net.Conn); ok {
-		return countedConn{conn, r, w}
-	}
-	return readWriteCloser{r, w, conn}
-}
-
-// countedConn is a net.Conn whose Read and Write are others.
-type countedConn struct {
-	net.Conn
-	r io.Reader
-	w io.Writer
-}
-
-func (c countedConn) Read(p []byte) (int, error)  { return c.r.Read(p) }
-func (c countedConn) Write(p []byte) (int, error) { return c.w.Write(p) }
-
-// pass takes the next bytes of one direction.
-func (c *streamCounter) pass(direction int, b []byte) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.open == nil {
-		c.open = make(map[uint32]*[2]bool)
-	}
-	c.ends[direction].scan(b, func(kind byte, flags uint16, stream uint32) {
-		if kind != dataFrame && kind != windowFrame {
-			return
-		}
-		if flags&synFlag != 0 {
-			c.open[stream] = new([2]bool)
-		}
-		closed := c.open[stream]
-		if closed == nil {
-			return
-		}
-		if flags&finFlag != 0 {
-			closed[direction] = true
-		}
-		if flags&rstFlag != 0 || *closed == [2]bool{true, true} {
-			delete(c.open, stream)
-		}
-	})
-}
-
-// count returns how many streams are open.
-func (c *streamCounter) count() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.open)
-}
-
-// frameScanner finds the frames of yamux in the bytes of one direction.
-type frameScanner struct {
-	header []byte // as much as has arrived
-	body   uint32 // how many bytes of the body have not arrived
-}
-
-func (s *frameScanner) scan(b []byte, found func(kind byte, flags uint16, stream uint32)) {
-	for len(b) > 0 {
-		if s.body > 0 {
-			n := min(s.body, uint32(len(b)))
-			s.body -= n
-			b = b[n:]
-			continue
-		}
-		n := min(12-len(s.header), len(b))
-		s.header = append(s.header, b[:n]...)
-		b = b[n:]
-		if len(s.header) < 12 {
-			return
-		}
-		kind := s.header[1]
-		found(kind, binary.BigEndian.Uint16(s.header[2:]), binary.BigEndian.Uint32(s.header[4:]))
-		if kind == dataFrame {
-			s.body = binary.BigEndian.Uint32(s.header[8:])
-		}
-		s.header = s.header[:0]
-	}
-}
+// connectionStreams is how many streams a connection has over which one plugin was
+// dispensed: for control, stdout, stderr, and the plugin.
+const connectionStreams = 4
 
 // The types of frames of yamux, and their flags.
 const (
@@ -818,9 +707,7 @@ func rawHost(t testing.TB, v any) (*rawPeer, *plugin.MuxBroker, net.Conn) {
 	t.Helper()
 	brokers := make(chan *plugin.MuxBroker, 1)
 	a, end := plugin.TestConn(t)
-	var counter streamCounter
-	serve(counter.over(end), plugin.PluginSet{"test": testPlugin(func(b *plugin.MuxBroker) (any, error) {
-		counter.is(t, b)
+	serve(end, plugin.PluginSet{"test": testPlugin(func(b *plugin.MuxBroker) (any, error) {
 		brokers <- b
 		return v, nil
 	})})
@@ -841,8 +728,7 @@ func rawPlugin(t testing.TB) (*rawPeer, *testClient, net.Conn) {
 // joinRawPlugin is rawPlugin over a connection whose ends are given.
 func joinRawPlugin(t testing.TB, hostEnd, pluginEnd net.Conn) (*rawPeer, *testClient, net.Conn) {
 	t.Helper()
-	var counter streamCounter
-	host, err := plugin.NewRPCClient(counter.over(hostEnd), testPlugins(nil))
+	host, err := plugin.NewRPCClient(hostEnd, testPlugins(nil))
 	check(t, err)
 	t.Cleanup(func() { host.Close() })
 	raw := newRawPeer(t, pluginEnd, false)
@@ -852,9 +738,7 @@ func joinRawPlugin(t testing.TB, hostEnd, pluginEnd net.Conn) (*rawPeer, *testCl
 	go control.ServeConn(raw.control) // ends with the connection
 	client := async(func() *testClient { return dispense(t, host) })
 	st, _ := raw.accept(t)
-	c := receive(t, "a dispensed client", client)
-	counter.is(t, c.broker)
-	return raw, c, st
+	return raw, receive(t, "a dispensed client", client), st
 }
 
 // rawControl serves the control RPC of a raw plugin.
