@@ -3,128 +3,17 @@ package plugin
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"encoding/gob"
 	"errors"
 	"io"
-	"math/rand"
+	"math/rand/v2"
 	"net/rpc"
 	"reflect"
 	"strings"
 	"testing"
-	"testing/quick"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
-
-// ---- RPC streams ----
-
-// Box holds any value, and Pair is one that it may hold.
-type (
-	Box  struct{ V any }
-	Pair struct {
-		Name   string
-		Number int
-	}
-)
-
-func init() {
-	gob.Register(Box{})
-	gob.Register(Pair{})
-	gob.Register([]any{})
-	gob.Register(map[string]any{})
-	gob.Register([2]any{})
-	gob.Register(time.Time{})
-}
-
-// nested has registered types in an interface in an interface.
-var nested = Box{[]any{
-	Box{[]any{Pair{"x", 1}, map[string]any{"x": Pair{}}, [2]any{1, 2}, time.Unix(1, 0).UTC()}},
-}}
-
-// notGob are beginnings of a stream that claim more than comes, or are no gob.
-var notGob = [][]byte{
-	{0xfc, 0x40, 0, 0, 1, 0xff},
-	{0xf8, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
-	{0x80, 1, 2, 3},
-	{0},
-	{0xfc, 0x40, 0, 0, 0, 1, 2, 3},
-	{0xfc, 0x40},
-	{0x03, 0x01, 0x02, 0x03},
-}
-
-// script is a connection to a peer that sends what is read, and takes anything.
-type script struct{ io.Reader }
-
-func (script) Write(p []byte) (int, error) { return len(p), nil }
-func (script) Close() error                { return nil }
-
-// addStreams adds beginnings of streams: no gob, and a header with each body.
-func addStreams(f *testing.F, h any) {
-	for _, sent := range notGob {
-		f.Add(sent)
-	}
-	for _, body := range []any{nested, "text", struct{}{}} {
-		var sent bytes.Buffer
-		enc := gob.NewEncoder(&sent)
-		for range 2 {
-			check(f, errors.Join(enc.Encode(h), enc.Encode(body)))
-		}
-		f.Add(sent.Bytes())
-		f.Add(sent.Bytes()[:sent.Len()-2])
-	}
-}
-
-// ending has methods that return soon after their callers have left.
-type ending struct{}
-
-func (ending) Box(in Box, out *Box) error {
-	*out = in
-	return nil
-}
-
-func (ending) Wait(ctx context.Context, _ string, _ *string) error {
-	<-ctx.Done()
-	return ctx.Err()
-}
-
-// A server ends, with a reason, whatever its caller sends.
-func FuzzRPCServer(f *testing.F) {
-	for _, method := range []string{"Plugin.Box", "Plugin.Wait", "Plugin.Missing"} {
-		addStreams(f, rpc.Request{ServiceMethod: method, Seq: 1})
-	}
-	addStreams(f, rpc.Request{ServiceMethod: "Context.Cancel", Seq: 1 | 1<<63})
-	f.Fuzz(func(t *testing.T, sent []byte) {
-		svc, err := newService(ending{})
-		check(t, err)
-		services := map[string]*service{"Plugin": svc}
-		s := newRPCServer(script{bytes.NewReader(sent)}, services, hclog.NewNullLogger(), true)
-		if s.answerCalls(context.Background()) == nil {
-			t.Error("the end has no reason")
-		}
-	})
-}
-
-// The calls of a client end, whatever its peer sends.
-func FuzzRPCClient(f *testing.F) {
-	addStreams(f, response{Seq: 1})
-	addStreams(f, response{Seq: 1, Error: "failed", Is: "io.EOF\nunknown"})
-	f.Fuzz(func(t *testing.T, sent []byte) {
-		wait, begin := io.Pipe() // the script arrives when there are calls
-		c := newRPCClient(script{io.MultiReader(wait, bytes.NewReader(sent))}, anyPeer, spawn)
-		defer c.Close()
-		first := c.Go("Plugin.Box", Box{}, new(Box), nil)
-		second := make(chan error, 1)
-		go func() { second <- Call(context.Background(), c, "Plugin.Box", Box{}, new(Box)) }()
-		check(t, begin.Close())
-		receive(t, "the first call", first.Done)
-		receive(t, "the second call", second)
-		if c.Call("Plugin.Box", Box{}, new(Box)) == nil {
-			t.Error("a stream that has ended replies")
-		}
-	})
-}
 
 // ---- What a plugin prints ----
 
@@ -177,31 +66,6 @@ func FuzzLogLine(f *testing.F) {
 
 // ---- All shapes ----
 
-// byteSource is a source of random numbers that are in bytes, and then 0.
-type byteSource struct{ data []byte }
-
-func (s *byteSource) Seed(int64) {}
-
-func (s *byteSource) Int63() int64 {
-	var b [8]byte
-	s.data = s.data[copy(b[:], s.data):]
-	return int64(binary.LittleEndian.Uint64(b[:]) >> 1)
-}
-
-// holder holds interfaces, also with what gob does not encode.
-type holder struct {
-	V any
-	M map[string]any
-}
-
-func (*holder) Generate(r *rand.Rand, _ int) reflect.Value {
-	h := &holder{V: fuzzValue(reflect.TypeFor[any](), r).Interface()}
-	if r.Intn(2) == 1 {
-		h.M = map[string]any{"x": h.V}
-	}
-	return reflect.ValueOf(h)
-}
-
 // picky cannot encode its zero value.
 type picky struct{ V int }
 
@@ -220,62 +84,20 @@ func (p *picky) GobDecode(data []byte) error {
 // Point is a plain struct.
 type Point struct{ X, Y int }
 
+// holder holds an interface.
+type holder struct{ V any }
+
 func init() { gob.Register(Point{}) }
 
-// shapeTypes are the types of which others are made.
-var shapeTypes = []reflect.Type{
-	reflect.TypeFor[any](),
-	reflect.TypeFor[*holder](),
-	reflect.TypeFor[Point](),
-	reflect.TypeFor[picky](),
-	reflect.TypeFor[struct{}](),
-	reflect.TypeFor[bool](),
-	reflect.TypeFor[int](),
-	reflect.TypeFor[int8](),
-	reflect.TypeFor[uint32](),
-	reflect.TypeFor[float64](),
-	reflect.TypeFor[complex128](),
-	reflect.TypeFor[string](),
-	reflect.TypeFor[[]byte](),
-	reflect.TypeFor[map[int]string](),
-}
-
-// fuzzType returns a type that gob can encode.
-func fuzzType(r *rand.Rand, depth int) reflect.Type {
-	kinds := 10
-	if depth == 0 {
-		kinds = 5
-	}
-	switch r.Intn(kinds) {
-	case 9:
-		return reflect.PointerTo(fuzzType(r, depth-1))
-	case 8:
-		return reflect.SliceOf(fuzzType(r, depth-1))
-	case 7:
-		return reflect.MapOf(reflect.TypeFor[string](), fuzzType(r, depth-1))
-	case 6:
-		return reflect.ArrayOf(r.Intn(3), fuzzType(r, depth-1))
-	case 5:
-		return reflect.StructOf([]reflect.StructField{
-			{Name: "F", Type: fuzzType(r, depth-1)},
-			{Name: "G", Type: fuzzType(r, depth-1)},
-		})
-	}
-	return shapeTypes[r.Intn(len(shapeTypes))]
-}
-
-// fuzzValue returns a value of that type.
-func fuzzValue(t reflect.Type, r *rand.Rand) reflect.Value {
-	v := reflect.New(t).Elem()
-	if t.Kind() == reflect.Interface {
-		values := []any{nil, 1, "x", Point{1, 0}, &Point{}, []string{"not registered"}, (*Point)(nil)}
-		if x := values[r.Intn(len(values))]; x != nil {
-			v.Set(reflect.ValueOf(x))
-		}
-	} else if x, ok := quick.Value(t, r); ok { // it cannot make an interface inside
-		v.Set(x)
-	}
-	return v
+// shapes are values of the types that parameters have.
+var shapes = []any{
+	holder{}, holder{1}, holder{"x"}, holder{Point{1, 0}}, holder{&Point{}}, holder{(*Point)(nil)},
+	holder{[]string{"not registered"}}, &holder{Point{}}, []holder{{1}, {}}, map[string]holder{"x": {2}},
+	Point{}, Point{1, 2}, &Point{}, &Point{3, 4}, (*Point)(nil), []*Point{{}, {5, 6}}, []*Point{nil},
+	picky{}, picky{1}, &picky{}, &picky{2}, []picky{{3}}, []picky{{}}, map[string]picky{"x": {}},
+	struct{}{}, [2]struct{}{}, struct{ F, G any }{1, nil}, struct{ F *int }{}, true, false, "", "text",
+	0, 7, int8(-8), uint32(9), 0.5, complex(1, 2), []byte(nil), []byte("bytes"), [3]int{1, 2, 3},
+	map[int]string(nil), map[int]string{1: "x"}, [][]map[string]bool{{{"x": true}, nil}, nil},
 }
 
 // throughGob returns v as it arrives if it is all that is sent.
@@ -298,14 +120,14 @@ func throughGob(v reflect.Value) (_ reflect.Value, err error) {
 // of one call.
 func FuzzInvoke(f *testing.F) {
 	for seed := range uint64(100) {
-		f.Add(noise(200, seed))
+		f.Add(seed)
 	}
 	there := make(chan *MuxBroker, 1)
 	host, _ := TestPluginRPCConn(f, PluginSet{"test": brokerPlugin{there}}, nil)
 	_, err := host.Dispense("test")
 	check(f, err)
 	b := <-there
-	f.Fuzz(func(t *testing.T, data []byte) { fuzzInvoke(t, host.broker, b, rand.New(&byteSource{data})) })
+	f.Fuzz(func(t *testing.T, seed uint64) { fuzzInvoke(t, host.broker, b, rand.New(rand.NewPCG(seed, 0))) })
 }
 
 // brokerPlugin tells the broker of the plugin's side.
@@ -329,9 +151,10 @@ func (*rpcEcho) Echo(in string, out *string) error {
 // fuzzMethod is a method with random parameters, and what a call of it has seen.
 type fuzzMethod struct {
 	typ      reflect.Type
-	context  bool // its first parameter is a context
-	returned int  // which argument it returns; -1 for none
-	seen     []reflect.Value
+	context  bool            // its first parameter is a context
+	args     []any           // what it is called with, without a context
+	returned int             // which argument it returns; -1 for none
+	seen     []reflect.Value // what it was called with
 }
 
 // fuzzCallback is the type of a function that is an argument.
@@ -339,26 +162,40 @@ type fuzzCallback = func(int) (int, error)
 
 // newFuzzMethod returns a method that returns one of its arguments, or nothing.
 func newFuzzMethod(r *rand.Rand) *fuzzMethod {
-	m := &fuzzMethod{context: r.Intn(2) == 1, returned: -1}
+	m := &fuzzMethod{context: r.IntN(2) == 1, returned: -1}
 	var in []reflect.Type
 	out := []reflect.Type{typeOfError}
 	if m.context {
 		in = append(in, typeOfContext)
 	}
-	served := []reflect.Type{typeOfReader, typeOfWriter, reflect.TypeFor[fuzzCallback]()}
-	for i := range r.Intn(5) {
-		if n := r.Intn(9); n < len(served) {
-			in = append(in, served[n])
+	for i := range r.IntN(5) {
+		served := fuzzServed[r.IntN(len(fuzzServed))]
+		if r.IntN(3) == 0 {
+			in = append(in, served.typ)
+			m.args = append(m.args, served.args[r.IntN(2)])
 			continue
 		}
-		in = append(in, fuzzType(r, 3))
-		if r.Intn(2) == 1 {
+		arg := shapes[r.IntN(len(shapes))]
+		in = append(in, reflect.TypeOf(arg))
+		m.args = append(m.args, arg)
+		if r.IntN(2) == 1 {
 			m.returned = i
-			out = []reflect.Type{in[len(in)-1], typeOfError}
+			out = []reflect.Type{reflect.TypeOf(arg), typeOfError}
 		}
 	}
 	m.typ = reflect.FuncOf(in, out, false)
 	return m
+}
+
+// fuzzServed are the types of arguments that are served, and not sent: one that is nil,
+// and one that is not.
+var fuzzServed = []struct {
+	typ  reflect.Type
+	args [2]any
+}{
+	{typeOfReader, [2]any{nil, strings.NewReader("")}},
+	{typeOfWriter, [2]any{nil, io.Discard}},
+	{reflect.TypeFor[fuzzCallback](), [2]any{nil, fuzzCallback(func(n int) (int, error) { return n + 1, nil })}},
 }
 
 // call is the method. It uses its arguments.
@@ -395,35 +232,18 @@ func useArgument(v any) error {
 	return err
 }
 
-// fuzzServed returns an argument that is served, and not sent.
-func fuzzServed(t reflect.Type) any {
-	switch t {
-	case reflect.TypeFor[io.Reader]():
-		return strings.NewReader("x")
-	case reflect.TypeFor[io.Writer]():
-		return io.Discard
-	}
-	return fuzzCallback(func(n int) (int, error) { return n + 1, nil })
-}
-
-// fuzzArguments returns arguments for a signature, and the struct that is sent with a
-// number for each of those that are served.
-func fuzzArguments(s *signature, r *rand.Rand) (args []any, sent reflect.Value) {
-	sent = reflect.New(s.sent).Elem()
+// sent returns the struct that is sent, with a number for each argument that is served.
+func (m *fuzzMethod) sent(s *signature) reflect.Value {
+	sent := reflect.New(s.sent).Elem()
 	for i, p := range s.params {
 		switch {
 		case p.sent == p.Type:
-			v := fuzzValue(p.Type, r)
-			s.param(sent, i).Set(v)
-			args = append(args, v.Interface())
-		case r.Intn(2) == 1:
+			s.param(sent, i).Set(reflect.ValueOf(m.args[i]))
+		case m.args[i] != nil:
 			s.param(sent, i).SetUint(1)
-			args = append(args, fuzzServed(p.Type))
-		default:
-			args = append(args, reflect.Zero(p.Type).Interface())
 		}
 	}
-	return args, sent
+	return sent
 }
 
 // fuzzInvoke calls a random method with random arguments, and compares the result
@@ -440,17 +260,16 @@ func fuzzInvoke(t *testing.T, here, there *MuxBroker, r *rand.Rand) {
 	c, err := here.DialRPC(id)
 	check(t, err)
 	defer c.Close()
-	args, sent := fuzzArguments(s, r)
 	ctx, cancel := context.WithTimeout(context.Background(), hangs)
 	defer cancel()
-	got, err := s.invoke(ctx, here, c, "Call", args)
+	got, err := s.invoke(ctx, here, c, "Call", m.args)
 
-	arrives, lost := throughGob(sent)
+	arrives, lost := throughGob(m.sent(s))
 	if called := m.seen != nil; called != (lost == nil) {
 		t.Errorf("%v: called: %v; what gob says: %v; the error: %v", m.typ, called, lost, err)
 	}
 	if lost == nil {
-		m.checkSeen(t, s, args, arrives)
+		m.checkSeen(t, s, arrives)
 	}
 	if lost == nil && m.returned >= 0 {
 		result := m.seen[m.returned]
@@ -469,7 +288,7 @@ func fuzzInvoke(t *testing.T, here, there *MuxBroker, r *rand.Rand) {
 
 // checkSeen compares the arguments that the method has seen with the struct as it
 // arrives.
-func (m *fuzzMethod) checkSeen(t *testing.T, s *signature, args []any, arrives reflect.Value) {
+func (m *fuzzMethod) checkSeen(t *testing.T, s *signature, arrives reflect.Value) {
 	t.Helper()
 	for i, got := range m.seen {
 		want := s.param(arrives, i)
@@ -478,7 +297,7 @@ func (m *fuzzMethod) checkSeen(t *testing.T, s *signature, args []any, arrives r
 			t.Errorf("%v: argument %d is nil: %v", m.typ, i, got.IsNil())
 		}
 		if !served && !reflect.DeepEqual(got.Interface(), want.Interface()) {
-			t.Errorf("%v: argument %d, %#v, arrives as %#v and not %#v", m.typ, i, args[i], got, want)
+			t.Errorf("%v: argument %d, %#v, arrives as %#v and not %#v", m.typ, i, m.args[i], got, want)
 		}
 	}
 }

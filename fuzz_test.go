@@ -3,8 +3,12 @@ package plugin_test
 import (
 	"bytes"
 	"context"
+	"encoding/gob"
+	"errors"
 	"io"
 	"net"
+	"net/rpc"
+	"os"
 	"runtime"
 	"sync"
 	"testing"
@@ -78,9 +82,70 @@ func FuzzSessionPlugin(f *testing.F) {
 
 // ---- RPC streams ----
 
-// ---- What a plugin prints ----
+// addStreams adds beginnings of streams: no gob, and a header with each body.
+func addStreams(f *testing.F, h any) {
+	for _, sent := range notGob {
+		f.Add(sent)
+	}
+	for _, body := range []any{allTypes, "text", struct{}{}} {
+		var sent bytes.Buffer
+		enc := gob.NewEncoder(&sent)
+		for range 2 {
+			check(f, errors.Join(enc.Encode(h), enc.Encode(body)))
+		}
+		f.Add(sent.Bytes())
+		f.Add(sent.Bytes()[:sent.Len()-2])
+	}
+}
 
-// ---- All shapes ----
+// A server ends its stream, whatever its caller sends.
+func FuzzRPCServer(f *testing.F) {
+	for _, method := range []string{"Plugin.Box", "Plugin.Wait", "Plugin.Missing"} {
+		addStreams(f, rpc.Request{ServiceMethod: method, Seq: 1})
+	}
+	addStreams(f, rpc.Request{ServiceMethod: "Context.Cancel", Seq: 1 | 1<<63})
+	raw, broker, _ := rawHost(f, newTestServer())
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		id, stop := broker.ServeRPC(newTestServer())
+		defer stop()
+		stream := raw.dial(t, id)
+		_ = stream.SetDeadline(time.Now().Add(hangs))
+		_, writeErr := stream.Write(sent) // or the server has ended it before
+		check(t, stream.Close())
+		if _, err := io.Copy(io.Discard, stream); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("the stream does not end: %v, %v", writeErr, err)
+		}
+	})
+}
+
+// The calls of a client end, whatever its peer sends.
+func FuzzRPCClient(f *testing.F) {
+	type response struct { // as this package sends it
+		ServiceMethod string
+		Seq           uint64
+		Error, Is     string
+	}
+	addStreams(f, response{Seq: 1})
+	addStreams(f, response{Seq: 1, Error: "failed", Is: "io.EOF\nunknown"})
+	raw, host, _ := rawPlugin(f)
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		dialling := async(func() *rpc.Client { c, err := host.broker.DialRPC(7); check(t, err); return c })
+		stream, _ := raw.accept(t)
+		c := receive(t, "a client", dialling)
+		defer c.Close()
+		first := c.Go("Plugin.Box", Box{}, new(Box), nil)
+		second := async(func() error { return plugin.Call(context.Background(), c, "Plugin.Box", Box{}, new(Box)) })
+		_, err := stream.Read(make([]byte, 1)) // there is a call
+		check(t, err)
+		_, _ = stream.Write(sent) // the client may end it before
+		_ = stream.Close()
+		receive(t, "the first call", first.Done)
+		receive(t, "the second call", second)
+		if c.Call("Plugin.Box", Box{}, new(Box)) == nil {
+			t.Error("a stream that has ended replies")
+		}
+	})
+}
 
 // ---- Brokers ----
 
