@@ -170,6 +170,7 @@ type startFailure struct {
 	edit      func(testing.TB, *plugin.ClientConfig)
 	state     string // how the process exits by itself, if it does
 	word      string // in the text
+	without   string // not in it; "" for nothing
 	is        error  // nil for any
 }
 
@@ -182,6 +183,9 @@ func (f startFailure) run(t *testing.T) {
 	c := plugin.NewClient(cfg)
 	err := startError(t, c)
 	errorSays(t, err, pluginName(cfg.Cmd.Path), f.word, f.state)
+	if f.without != "" && strings.Contains(err.Error(), f.without) {
+		t.Errorf("the error says %q:\n%v", f.without, err)
+	}
 	if f.state == "" && err.State != nil {
 		t.Errorf("it exited by itself, with %v: %v", err.State, err)
 	}
@@ -213,6 +217,7 @@ func TestStartError(t *testing.T) {
 		c.AutoMTLS = true
 	}
 	nowhere := func(_ testing.TB, c *plugin.ClientConfig) { c.Cmd.Dir = "/no/such/dir" }
+	wrongCookie := func(_ testing.TB, c *plugin.ClientConfig) { c.MagicCookieValue = "wrong" }
 	noFile := fs.ErrNotExist
 	if runtime.GOOS == "windows" {
 		noFile = exec.ErrNotFound
@@ -220,6 +225,7 @@ func TestStartError(t *testing.T) {
 	badCertificate := "1|3|unix|/s|netrpc|AAAA"
 	endless := "1|" + strings.Repeat("x", 100_000) + "|unix|/s"
 	late := context.DeadlineExceeded
+	cookie := "the cookie " + testHandshake.MagicCookieKey
 	for name, test := range map[string]startFailure{
 		"exits":               {mode: "exit3", state: "exit status 3", word: "Serve"},
 		"panics":              {mode: "panic", state: "exit status 2", word: "panic: boom"},
@@ -227,15 +233,20 @@ func TestStartError(t *testing.T) {
 		"stderr, and exits":   {mode: "cry exit3", say: "jungle", state: "exit status 3", word: "jungle"},
 		"stdout, and stays":   {mode: "say wait", say: "jungle", edit: impatient, word: "jungle", is: late},
 		"stays":               {mode: "wait", edit: impatient, word: "Serve", is: late},
+		"too late":            {mode: "wait", edit: impatient, word: "StartTimeout", without: "interpreter"},
+		"another cookie":      {mode: "plugin", edit: wrongCookie, state: "exit status 1", word: cookie},
 		"gRPC":                {mode: "say wait", say: "1|3|unix|/s|grpc|", word: "gRPC"},
-		"gibberish":           {mode: "say wait", say: "1|three|unix|/s", word: "three"},
+		"another core":        {mode: "say wait", say: "2|3|unix|/s|netrpc|", word: `"2|3|unix|/s|netrpc|"`},
+		"behind other text":   {mode: "say wait", say: "loading 2|3|unix|/s", word: `"2|3|unix|/s"`},
+		"gibberish":           {mode: "say wait", say: "1|three|unix|/s", word: `"1|three|unix|/s"`},
+		"numbers":             {mode: "say wait", say: "50|100", word: `"50|100"`},
 		"a long handshake":    {mode: "say wait", say: endless, word: "handshake"},
 		"no certificate":      {mode: "say wait", say: "1|3|unix|/s|netrpc|", edit: mtls, word: "AutoMTLS"},
 		"a bad certificate":   {mode: "say wait", say: badCertificate, edit: mtls, word: "certificate"},
 		"its own certificate": {mode: "tls", edit: ownCertificate, word: "TLSProvider"},
 		"no file":             {edit: runs("/no/such/file"), word: "/no/such/file", is: noFile},
 		"not in PATH":         {edit: runs("no-such-program"), word: "PATH", is: exec.ErrNotFound},
-		"nowhere to run":      {edit: nowhere, is: fs.ErrNotExist},
+		"nowhere to run":      {edit: nowhere, word: "/no/such/dir", without: "interpreter", is: fs.ErrNotExist},
 	} {
 		t.Run(name, test.run)
 	}

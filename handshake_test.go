@@ -53,20 +53,6 @@ func TestTextBeforeHandshake(t *testing.T) {
 	}
 }
 
-// The error about a handshake shows its line, at once.
-func TestBadHandshake(t *testing.T) {
-	t.Parallel()
-	for _, line := range []string{
-		"2|3|unix|/s|netrpc|",
-		"loading 2|3|unix|/s|netrpc|",
-		"1|x|unix|/s",
-		"50|100",
-	} {
-		c := plugin.NewClient(testConfig("say wait", sayEnv+"="+line))
-		errorSays(t, startError(t, c), strconv.Quote(strings.TrimPrefix(line, "loading ")))
-	}
-}
-
 // The address in a handshake may have no host, or its usual name.
 func TestLocalAddress(t *testing.T) {
 	for _, host := range []string{"", "localhost", "127.0.0.1"} {

@@ -168,6 +168,10 @@ func TestStartErrorFiles(t *testing.T) {
 	sockets := func(to plugin.UnixSocketConfig) func(testing.TB, *plugin.ClientConfig) {
 		return func(_ testing.TB, c *plugin.ClientConfig) { c.UnixSocketConfig = &to }
 	}
+	isDirectory := func(t testing.TB, c *plugin.ClientConfig) { c.Cmd.Path = t.TempDir() }
+	bar := filepath.Join(t.TempDir(), "a|b")
+	check(t, os.Mkdir(bar, 0o700))
+	withBar := sockets(plugin.UnixSocketConfig{TempDir: bar})
 	noShell := "#!/no/such/shell\n"
 	foreign := "\x7fELF\x02\x01\x01" + strings.Repeat("\x00", 999)
 	notThere := sockets(plugin.UnixSocketConfig{TempDir: "/no/such/dir"})
@@ -176,10 +180,15 @@ func TestStartErrorFiles(t *testing.T) {
 		"not executable":    {edit: runs("#!/bin/sh\n", 0o600), word: "executable", is: fs.ErrPermission},
 		"no interpreter":    {edit: runs(noShell, 0o700), word: "interpreter", is: fs.ErrNotExist},
 		"another processor": {edit: runs(foreign, 0o700), word: runtime.GOARCH, is: syscall.ENOEXEC},
-		"no directory":      {edit: notThere, word: "TempDir", is: fs.ErrNotExist},
+		"a directory":       {edit: isDirectory, word: "it is a directory", without: "is it executable"},
+		"no directory":      {edit: notThere, word: "TempDir", without: "interpreter", is: fs.ErrNotExist},
 		"a file":            {edit: aFile, word: "TempDir", is: syscall.ENOTDIR},
-		"too long a path":   {edit: sockets(plugin.UnixSocketConfig{TempDir: longDir(t)}), word: "TempDir"},
-		"no group":          {edit: sockets(plugin.UnixSocketConfig{Group: "no-such-group"}), word: "Group"},
+		"a bar in a path":   {mode: "plugin", edit: withBar, word: "without |", without: "plugin.Serve"},
+		"killed":            {mode: "killed", state: killedState, without: "plugin.Serve"},
+		"says and is killed": {mode: "say killed", say: "jungle", state: killedState, word: "jungle",
+			without: "plugin.Serve"},
+		"too long a path": {edit: sockets(plugin.UnixSocketConfig{TempDir: longDir(t)}), word: "TempDir"},
+		"no group":        {edit: sockets(plugin.UnixSocketConfig{Group: "no-such-group"}), word: "Group"},
 	} {
 		t.Run(name, test.run)
 	}

@@ -109,15 +109,6 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// A host whose cookie is another one says so.
-func TestWrongCookie(t *testing.T) {
-	t.Parallel()
-	cfg := newLab(t).config("plugin")
-	cfg.MagicCookieValue = "wrong"
-	err := startError(t, plugin.NewClient(cfg))
-	errorSays(t, err, "cookie", testHandshake.MagicCookieKey, "exit status 1")
-}
-
 // The argument selects the plugin that ServeMux serves.
 func TestServeMux(t *testing.T) {
 	for _, name := range []string{"first", "second"} {
