@@ -297,47 +297,48 @@ type (
 	Gives[T any]  interface{ M() (T, error) }
 )
 
-// forPanics calls For and returns what it panics with.
-func forPanics[T any]() (text string) {
-	defer func() { text = fmt.Sprint(recover()) }()
+// forPanics calls For, and checks the words of its panic, or that there is none.
+func forPanics[T any](t *testing.T, words ...string) {
+	t.Helper()
+	defer func() {
+		text := fmt.Sprint(recover())
+		if len(words) == 0 && text != "<nil>" {
+			t.Errorf("For panics with %s", text)
+		}
+		for _, word := range words {
+			if !strings.Contains(text, word) {
+				t.Errorf("For does not say %q: %s", word, text)
+			}
+		}
+	}()
 	plugin.For(*new(T), func(*plugin.Remote) (none T) { return none })
-	return ""
 }
 
 // For panics if a method cannot cross the connection, and says which one and why.
 func TestForPanics(t *testing.T) {
-	for _, test := range [][]string{
-		{forPanics[*kit](), "interface"},
-		{forPanics[any](), "interface"},
-		{forPanics[interface{ mine() error }](), "mine", "exported"},
-		{forPanics[interface{ M(...int) error }](), "M", "variadic"},
-		{forPanics[interface{ M() (int, string, error) }](), "M", "error"},
-		{forPanics[Second[context.Context]](), "M", "context"},
-		{forPanics[Gives[context.Context]](), "M", "context"},
-		{forPanics[Takes[error]](), "M", "error"},
-		{forPanics[Gives[error]](), "M", "error"},
-		{forPanics[Gives[func() error]](), "M", "func"},
-		{forPanics[Takes[func() (io.Reader, error)]](), "M", "io.Reader"},
-		{forPanics[Takes[recursive]](), "M", "recursive"},
-		{forPanics[Second[mutual]](), "M", "mutual"},
-		{forPanics[Takes[io.ReadCloser]](), "M", "io.ReadCloser"},
-		{forPanics[Gives[io.Reader]](), "M", "io.Reader"},
-		{forPanics[Takes[chan int]](), "M", "chan"},
-		{forPanics[Takes[struct{ P *hidden }]](), "M", "hidden"},
-		{forPanics[Gives[map[string]**hidden]](), "M", "hidden"},
-		{forPanics[Takes[halfGob]](), "M", "halfGob"},
-		// These are accepted.
-		{forPanics[Takes[map[Point][]**list]](), "nil"},
-		{forPanics[Second[Padded]](), "nil"},
-		{forPanics[Gives[fmt.Stringer]](), "nil"},
-		{forPanics[Takes[func(io.Reader, func(io.Writer) error) (io.WriteCloser, error)]](), "nil"},
-	} {
-		for _, word := range test[1:] {
-			if !strings.Contains(test[0], word) {
-				t.Errorf("For does not say %q: %s", word, test[0])
-			}
-		}
-	}
+	forPanics[*kit](t, "interface")
+	forPanics[any](t, "interface")
+	forPanics[interface{ mine() error }](t, "mine", "exported")
+	forPanics[interface{ M() (int, string, error) }](t, "M", "error")
+	forPanics[Second[context.Context]](t, "M", "context")
+	forPanics[Gives[context.Context]](t, "M", "context")
+	forPanics[Takes[error]](t, "M", "error")
+	forPanics[Gives[error]](t, "M", "error")
+	forPanics[Gives[func() error]](t, "M", "func")
+	forPanics[Takes[func() (io.Reader, error)]](t, "M", "io.Reader")
+	forPanics[Takes[recursive]](t, "M", "recursive")
+	forPanics[Second[mutual]](t, "M", "mutual")
+	forPanics[Takes[io.ReadCloser]](t, "M", "io.ReadCloser")
+	forPanics[Gives[io.Reader]](t, "M", "io.Reader")
+	forPanics[Takes[chan int]](t, "M", "chan")
+	forPanics[Takes[struct{ P *hidden }]](t, "M", "hidden")
+	forPanics[Gives[map[string]**hidden]](t, "M", "hidden")
+	forPanics[Takes[halfGob]](t, "M", "halfGob")
+	// These are accepted.
+	forPanics[Takes[map[Point][]**list]](t)
+	forPanics[Second[Padded]](t)
+	forPanics[Gives[fmt.Stringer]](t)
+	forPanics[Takes[func(io.Reader, func(io.Writer) error) (io.WriteCloser, error)]](t)
 }
 
 // Invoke sends nothing if the method, its arguments or its result are not those of

@@ -134,9 +134,7 @@ func TestGodocExamples(t *testing.T) {
 			t.Fatalf("Example%s uses something that its file does not declare", ex.Name)
 		}
 		var text bytes.Buffer
-		if err := format.Node(&text, fset, ex.Play); err != nil {
-			t.Fatal(err)
-		}
+		check(t, format.Node(&text, fset, ex.Play))
 		writeFile(t, filepath.Join(dir, "Example"+ex.Name, "main.go"), text.String())
 	}
 	runIn(t, dir, "go", "vet", "./...")
@@ -189,20 +187,14 @@ func documentation(t *testing.T) (*token.FileSet, *doc.Package) {
 	fset := token.NewFileSet()
 	var files []*ast.File
 	names, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for _, name := range names {
 		f, err := parser.ParseFile(fset, name, nil, parser.ParseComments)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		files = append(files, f)
 	}
 	pkg, err := doc.NewFromFiles(fset, files, "github.com/muxplug/plugin")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return fset, pkg
 }
 
@@ -211,9 +203,7 @@ func documentation(t *testing.T) (*token.FileSet, *doc.Package) {
 func newModule(t *testing.T) string {
 	t.Helper()
 	here, err := os.Getwd()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	dir := t.TempDir()
 	mod := readFile(t, "go.mod")
 	mod = strings.Replace(mod, "module github.com/muxplug/plugin", "module example.com/greeter", 1)
@@ -226,20 +216,14 @@ func newModule(t *testing.T) string {
 func readFile(t *testing.T, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return strings.ReplaceAll(string(text), "\r\n", "\n")
 }
 
 func writeFile(t *testing.T, path, text string) {
 	t.Helper()
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	check(t, os.WriteFile(path, []byte(text), 0o644))
 }
 
 // runIn runs a command in a directory and returns its stdout.

@@ -57,9 +57,7 @@ func TestRooms(t *testing.T) {
 func tableOfFiles(t *testing.T) map[string]int {
 	t.Helper()
 	text, err := os.ReadFile("CONTRIBUTING.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	rows := make(map[string]int)
 	row := regexp.MustCompile("(?m)^\\| [^|]*\\| `(\\w+\\.go)` \\|")
 	for i, match := range row.FindAllStringSubmatch(string(text), -1) {
@@ -72,9 +70,7 @@ func tableOfFiles(t *testing.T) map[string]int {
 func sourceFiles(t *testing.T) []string {
 	t.Helper()
 	names, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return slices.DeleteFunc(names, func(name string) bool { return strings.HasSuffix(name, "_test.go") })
 }
 
@@ -94,9 +90,7 @@ func usesBetweenFiles(t *testing.T) []use {
 	var files []*ast.File
 	for _, name := range sourceFiles(t) {
 		file, err := parser.ParseFile(fileSet, name, nil, parser.SkipObjectResolution)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		files = append(files, file)
 	}
 	info := &types.Info{Uses: make(map[*ast.Ident]types.Object)}
