@@ -385,9 +385,7 @@ func TestClosingClient(t *testing.T) {
 			c.Go("Plugin.Echo", strings.Repeat("x", 1<<18), new(string), make(chan *rpc.Call, 1))
 		}
 		check(t, c.Close())
-		if err := receive(t, "a call in flight", waiting); !errors.Is(err, rpc.ErrShutdown) {
-			t.Error("a call in flight returned", err)
-		}
+		errorIs(t, "a call in flight", receive(t, "a call in flight", waiting), rpc.ErrShutdown)
 		receive(t, "the end of a context", s.ended)
 		receive(t, "the end of AcceptAndServe", serving)
 	})
@@ -524,9 +522,7 @@ func TestWriter(t *testing.T) {
 			check(t, err)
 			_, writeErr = w.Write(noise(size, 1))
 			closeErr = w.Close()
-			if again := w.Close(); again != closeErr {
-				t.Errorf("Close returned %.100v, and then %.100v", closeErr, again)
-			}
+			checkEqual(t, "Close", w.Close(), closeErr)
 			if closeErr == nil && !bytes.Equal(got.Bytes(), noise(size, 1)) {
 				t.Errorf("of %d bytes, %d were written", size, got.Len())
 			}
@@ -569,9 +565,7 @@ func TestReaderIsClosedEarly(t *testing.T) {
 			return err
 		})
 		check(t, r.Close())
-		if err := receive(t, "Read", reading); !errors.Is(err, io.ErrClosedPipe) {
-			t.Error("Read during Close returned", err)
-		}
+		errorIs(t, "Read during Close", receive(t, "Read", reading), io.ErrClosedPipe)
 		_, err = feed.Write([]byte("x"))
 		check(t, err)
 	})

@@ -3,7 +3,6 @@ package plugin_test
 import (
 	"context"
 	"encoding/gob"
-	"errors"
 	"net/rpc"
 	"testing"
 	"time"
@@ -41,9 +40,7 @@ func TestCallEndsBetweenHeaderAndBody(t *testing.T) {
 			check(t, gob.NewEncoder(stream).Encode(header))
 			// The host reads the header before what follows on another stream.
 			time.AfterFunc(50*time.Millisecond, cancel)
-			if err := receive(t, "the end of Call", call); !errors.Is(err, context.Canceled) {
-				t.Errorf("Call returned %v", err)
-			}
+			errorIs(t, "Call", receive(t, "the end of Call", call), context.Canceled)
 		})
 	}
 }
@@ -53,9 +50,7 @@ func TestControlEndsBetweenHeaderAndBody(t *testing.T) {
 	t.Parallel()
 	c, p := startPlugin(t, testConfig("half"))
 	within(t, "Ping", pingTimeout, func() {
-		if err := p.Ping(); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("Ping returned %v", err)
-		}
+		errorIs(t, "Ping", p.Ping(), context.DeadlineExceeded)
 	})
 	within(t, "Close", quitTimeout, func() {
 		if p.Close() == nil {

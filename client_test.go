@@ -272,9 +272,7 @@ func TestStartContext(t *testing.T) {
 	ended, leave := context.WithCancel(context.Background())
 	second := async(func() error { return startIn(t, c, ended) })
 	leave()
-	if err := receive(t, "the second start", second); !errors.Is(err, context.Canceled) {
-		t.Errorf("the second start returned %v", err)
-	}
+	errorIs(t, "the second start", receive(t, "the second start", second), context.Canceled)
 	if len(first) > 0 || c.Exited() {
 		t.Error("the first start has ended with the context of the second")
 	}
@@ -365,9 +363,7 @@ func TestConfigIsKept(t *testing.T) {
 	if s := cmd.ProcessState; s == nil || strconv.Itoa(s.Pid()) != clients[1].ID() {
 		t.Errorf("the command has %v", s)
 	}
-	if after := state(); after != before {
-		t.Errorf("before:\n%s\nafter:\n%s", before, after)
-	}
+	checkEqual(t, "the configuration", state(), before)
 }
 
 // The variables of the handshake win over the command's, and those over the
@@ -436,9 +432,7 @@ func TestStdin(t *testing.T) {
 		cfg := newLab(t).config("plugin")
 		cfg.Cmd.Stdin = stdin
 		_, p := startPlugin(t, cfg)
-		if got := mustCall[string](t, dispense(t, p).Client, "Stdin", len(want)); got != want {
-			t.Errorf("it read %q and not %q", got, want)
-		}
+		checkEqual(t, "what it read", mustCall[string](t, dispense(t, p).Client, "Stdin", len(want)), want)
 	}
 }
 
@@ -587,9 +581,7 @@ func TestKillIsGentle(t *testing.T) {
 		t.Errorf("main has not finished: %v, %v", cfg.Cmd.ProcessState, c.Err())
 	}
 	for range cap(errs) {
-		if err := receive(t, "a call", errs); !errors.Is(err, rpc.ErrShutdown) {
-			t.Errorf("a call in flight returned %v", err)
-		}
+		errorIs(t, "a call in flight", receive(t, "a call", errs), rpc.ErrShutdown)
 	}
 	within(t, "a second Kill", 0, c.Kill)
 }

@@ -181,9 +181,7 @@ func TestVersions(t *testing.T) {
 			c, p := startPlugin(t, cfg)
 			client, err := plugin.Dispense[*testClient](p, strconv.Itoa(test.want))
 			check(t, err)
-			if c.NegotiatedVersion() != test.want {
-				t.Errorf("version %d was negotiated", c.NegotiatedVersion())
-			}
+			checkEqual(t, "version", c.NegotiatedVersion(), test.want)
 			echo(t, client.Client)
 		})
 	}

@@ -189,9 +189,7 @@ func mustCall[R any](t testing.TB, c *rpc.Client, method string, arg any) (reply
 func echo(t testing.TB, c *rpc.Client) {
 	t.Helper()
 	want := fmt.Sprint(rand.Int())
-	if got := mustCall[string](t, c, "Echo", want); got != want {
-		t.Errorf("the echo of %s is %q", want, got)
-	}
+	checkEqual(t, "the echo of", mustCall[string](t, c, "Echo", want), want)
 }
 
 // dispenseAndEcho checks that the plugin "test" can be dispensed and called.

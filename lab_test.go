@@ -27,9 +27,7 @@ func leavesNothing(t testing.TB) {
 	t.Helper()
 	left := takeStock(os.TempDir())
 	t.Cleanup(func() {
-		if left := left(); left != "" {
-			t.Errorf("left behind:\n%s", left)
-		}
+		checkEqual(t, "left behind", left(), "")
 	})
 }
 

@@ -221,9 +221,7 @@ func TestBadDispense(t *testing.T) {
 			leavesNothing(t)
 			v, err := host.Dispense(name)
 			errorSays(t, err, append(words, fmt.Sprintf("%q", name))...)
-			if v != nil {
-				t.Errorf("there is the value %v with the error", v)
-			}
+			checkEqual(t, "the value with the error", v, nil)
 			c, err := plugin.Dispense[*testClient](host, "good")
 			check(t, err)
 			echo(t, c.Client)

@@ -380,8 +380,8 @@ func (s *testServer) CallBack(ctx context.Context, in Callback, out *string) err
 	return plugin.Call(ctx, c, "Plugin."+in.Method, in.Arg, out)
 }
 
-// Serve serves a "reader" of 1 MiB of noise, a "writer" to stdout, or, as
-// "rpc", this server.
+// Serve serves a "reader" of 1 MiB of noise, a "writer" to stdout, as "rpc" this
+// server, or as "echo" a stream on which everything comes back.
 func (s *testServer) Serve(kind string, id *uint32) error {
 	switch kind {
 	case "reader":
@@ -390,15 +390,19 @@ func (s *testServer) Serve(kind string, id *uint32) error {
 		*id, _ = s.broker.ServeWriter(os.Stdout)
 	case "rpc":
 		*id, _ = s.broker.ServeRPC(s)
+	case "echo":
+		*id = s.broker.NextId()
+		go s.echo(*id) // ends when the host closes the stream
 	}
 	return nil
 }
 
-// ---- Starting and calling ----
-
-// ---- Waiting ----
-
-// ---- Checks, logs, buffers ----
+func (s *testServer) echo(id uint32) {
+	if conn, err := s.broker.Accept(id); err == nil {
+		_, _ = io.Copy(conn, conn)
+		_ = conn.Close()
+	}
+}
 
 // killedState is how a process has ended that was killed.
 var killedState = onWindows("exit status 1", "signal: killed")
@@ -439,9 +443,7 @@ func TestLife(t *testing.T) {
 	id, stop := test.broker.ServeRPC(newTestServer())
 	defer stop()
 	callback := Callback{ID: id, Method: "Echo", Arg: "called back"}
-	if got := mustCall[string](t, test.Client, "CallBack", callback); got != "called back" {
-		t.Errorf("the callback returned %q", got)
-	}
+	checkEqual(t, "the callback", mustCall[string](t, test.Client, "CallBack", callback), "called back")
 	if err := c.Err(); err != nil || c.Exited() || isClosed(c.Done()) {
 		t.Errorf("it runs, and Err is %v, Exited %v", err, c.Exited())
 	}
@@ -578,9 +580,7 @@ func TestDispenseType(t *testing.T) {
 	}
 	n, err := plugin.Dispense[int](host, "test")
 	errorSays(t, err, `"test"`, "*plugin_test.testClient", "int")
-	if n != 0 {
-		t.Errorf("there is the value %d with the error", n)
-	}
+	checkEqual(t, "the value with the error", n, 0)
 	_, err = plugin.Dispense[io.Closer](host, "missing")
 	errorSays(t, err, `"missing"`)
 }

@@ -17,10 +17,6 @@ import (
 	"github.com/muxplug/plugin"
 )
 
-// ---- What is left behind ----
-
-// ---- Labs: processes that tests watch and kill ----
-
 // ---- Hosts in their own processes ----
 
 // orphanTest is a host that ends, and its plugin with it.

@@ -286,9 +286,7 @@ func TestPause(t *testing.T) {
 		results <- err
 	}()
 	go func() { _, err := p.Dispense("test"); results <- err }()
-	if err := p.Ping(); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("Ping of a stopped plugin returned %v", err)
-	}
+	errorIs(t, "Ping of a stopped plugin", p.Ping(), context.DeadlineExceeded)
 	<-paused
 	if len(results) > 0 || c.Exited() {
 		t.Fatalf("while the plugin was stopped, a call returned %v, and Err %v", <-results, c.Err())
@@ -410,24 +408,19 @@ func TestSocketGroup(t *testing.T) {
 	}
 }
 
-// A TMPDIR that is too long for a socket is not used.
-func TestLongTMPDIR(t *testing.T) {
-	long := longDir(t)
-	t.Setenv("TMPDIR", long)
-	_, p := startPlugin(t, testConfig("plugin"))
-	dispenseAndEcho(t, p)
-	if left, err := os.ReadDir(long); err != nil || len(left) > 0 {
-		t.Errorf("in TMPDIR there is %v, %v", left, err)
+// A TMPDIR that is too long for a socket, or has a mark of the handshake in its path, is
+// not used.
+func TestUnfitTMPDIR(t *testing.T) {
+	bar := filepath.Join(t.TempDir(), "a|b")
+	check(t, os.Mkdir(bar, 0o700))
+	for _, unfit := range []string{longDir(t), bar} {
+		t.Setenv("TMPDIR", unfit)
+		_, p := startPlugin(t, testConfig("plugin"))
+		dispenseAndEcho(t, p)
+		left, err := os.ReadDir(unfit)
+		check(t, err)
+		checkEqual(t, "files in TMPDIR", len(left), 0)
 	}
-}
-
-// A TMPDIR that has a mark of the handshake in its path is not used.
-func TestTMPDIRWithBar(t *testing.T) {
-	odd := filepath.Join(t.TempDir(), "a|b")
-	check(t, os.Mkdir(odd, 0o700))
-	t.Setenv("TMPDIR", odd)
-	_, p := startPlugin(t, testConfig("plugin"))
-	dispenseAndEcho(t, p)
 }
 
 // swapHash swaps the file when it has been summed.

@@ -126,9 +126,7 @@ func TestGodocExamples(t *testing.T) {
 			examples = append(examples, f.Examples...)
 		}
 	}
-	if len(examples) != len(examplePlugins) {
-		t.Errorf("godoc shows %d examples, and there are %d", len(examples), len(examplePlugins))
-	}
+	checkEqual(t, "examples that godoc shows", len(examples), len(examplePlugins))
 	for _, ex := range examples {
 		if ex.Play == nil {
 			t.Fatalf("Example%s uses something that its file does not declare", ex.Name)

@@ -63,9 +63,7 @@ func testCallEndsWithContext(t *testing.T, c *rpc.Client, s *testServer, want, c
 		reply = "in use again" // the race detector watches
 		echo(t, c)
 	}
-	if reply != "in use again" {
-		t.Errorf("a late reply was written: %q", reply)
-	}
+	checkEqual(t, "the reply, which is in use again", reply, "in use again")
 	calls := len(s.started)
 	again := plugin.Call(ctx, c, "Plugin.Block", "", &reply)
 	if again == nil || again.Error() != err.Error() {

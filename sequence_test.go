@@ -933,25 +933,3 @@ func TestRandomSequences(t *testing.T) {
 		c.Kill()
 	}
 }
-
-// FuzzSequences has what TestRandomSequences has, chosen by the fuzzer.
-func FuzzSequences(f *testing.F) {
-	f.Add(3, 5, false, 4, uint8(1), uint8(2), 3)
-	f.Add(30_000, 5, true, 40_000, uint8(2), uint8(4), 20_000)
-	_, _, r := startKit(f)
-	f.Fuzz(func(t *testing.T, take, yield int, fails bool, rows int, rowsEnd, leave uint8, at int) {
-		const most = 50_000
-		ends := []string{"", "fail", "panic"}
-		tr := trial{
-			plan:    Plan{Take: take & most, Yield: yield & most},
-			rows:    rows & most,
-			rowsEnd: ends[rowsEnd%3],
-			leave:   []string{"", "break", "panic", "cancel"}[leave%4],
-			at:      1 + at&most,
-		}
-		if fails {
-			tr.plan.End = "fail"
-		}
-		tr.check(t, r)
-	})
-}

@@ -22,10 +22,6 @@ import (
 	"github.com/muxplug/plugin"
 )
 
-// ---- Peers made of yamux and net/rpc ----
-
-// ---- Both ends of this package ----
-
 // ---- What a stream carries ----
 
 // carry sends random data from a to b and back, and closes both.

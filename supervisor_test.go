@@ -67,9 +67,7 @@ func endedContext() context.Context {
 func TestSupervisor(t *testing.T) {
 	t.Parallel()
 	s := supervise(t, testConfig("plugin"))
-	if c := s.Client(); c != nil {
-		t.Errorf("before the first Get, the client is %v", c)
-	}
+	checkEqual(t, "before the first Get, the client", s.Client(), nil)
 	var instances [20]*testClient
 	concurrently(t, len(instances), func(i int) {
 		var err error
