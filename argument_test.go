@@ -27,31 +27,19 @@ func TestBlockedUses(t *testing.T) {
 			c, _, r := startKit(t)
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
-			began, release := make(chan struct{}, 100), make(chan struct{})
-			use := func() {
-				began <- struct{}{}
-				<-release
-			}
+			u := newUses()
 			errs := make(chan error, 2)
 			go func() {
-				w := writerFunc(func(p []byte) (int, error) {
-					use()
-					return len(p), nil
-				})
 				data := noise(1<<20, 1)
-				_, err := plugin.Invoke[int64](ctx, r, "Copy", bytes.NewReader(data), w, int64(len(data)))
+				_, err := plugin.Invoke[int64](ctx, r, "Copy", bytes.NewReader(data), u, int64(len(data)))
 				errs <- err
 			}()
 			go func() {
-				f := func(context.Context, int) (string, error) {
-					use()
-					return "", nil
-				}
-				_, err := plugin.Invoke[string](ctx, r, "Call", f, 1)
+				_, err := plugin.Invoke[string](ctx, r, "Call", u.callback, 1)
 				errs <- err
 			}()
-			receive(t, "a Write or callback", began)
-			receive(t, "the other", began)
+			receive(t, "a Write or callback", u.began)
+			receive(t, "the other", u.began)
 			isRight := func(err error) bool { return errors.As(err, new(*plugin.ExitError)) }
 			switch end {
 			case "cancel":
@@ -70,11 +58,11 @@ func TestBlockedUses(t *testing.T) {
 					}
 				}
 			})
-			close(release)
+			close(u.release)
 			if end == "cancel" {
 				invoke[int](t, r, "Add", 1, 2) // time for another one to begin
 			}
-			checkEqual(t, "Writes and callbacks too many", len(began), 0)
+			checkEqual(t, "Writes and callbacks too many", len(u.began), 0)
 		})
 	}
 }

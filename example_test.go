@@ -32,8 +32,7 @@ var examplePlugins = map[string]func(){
 	"brewer":   ExampleSupervisor,
 	"logging":  ExampleNewSlogLogger,
 	"sleeper":  ExampleCall,
-	"numberer": ExampleMuxBroker_ServeReader,
-	"baker":    ExampleMuxBroker_ServeRPC,
+	"numberer": ExampleMuxBroker,
 	"shop":     ExampleRegisterError,
 	"adder":    ExampleHandshakeConfig_versions,
 }
@@ -570,22 +569,34 @@ type Numberer struct {
 	client *rpc.Client
 }
 
-// NumberArgs are the numbers of the streams.
-type NumberArgs struct{ From, To uint32 }
+// NumberArgs are the numbers under which the host serves two streams and a service.
+type NumberArgs struct{ From, To, Progress uint32 }
 
-// Number copies the lines of src to dst and numbers them.
-func (n *Numberer) Number(ctx context.Context, dst io.Writer, src io.Reader) (lines int, err error) {
+// Number copies the lines of src to dst and numbers them. It calls progress after each.
+func (n *Numberer) Number(
+	ctx context.Context, dst io.Writer, src io.Reader, progress func(lines int),
+) (lines int, err error) {
 	from, stopReading := n.broker.ServeReader(src)
 	defer stopReading()
 	to, stopWriting := n.broker.ServeWriter(dst)
 	defer stopWriting()
-	err = plugin.Call(ctx, n.client, "Plugin.Number", NumberArgs{from, to}, &lines)
+	calls, stopCalls := n.broker.ServeRPC(ProgressServer{progress})
+	defer stopCalls()
+	err = plugin.Call(ctx, n.client, "Plugin.Number", NumberArgs{from, to, calls}, &lines)
 	return lines, err
+}
+
+// ProgressServer answers the plugin's calls in the host.
+type ProgressServer struct{ progress func(lines int) }
+
+func (s ProgressServer) Report(lines int, _ *struct{}) error {
+	s.progress(lines)
+	return nil
 }
 
 type NumbererServer struct{ broker *plugin.MuxBroker }
 
-func (s *NumbererServer) Number(args NumberArgs, lines *int) error {
+func (s *NumbererServer) Number(ctx context.Context, args NumberArgs, lines *int) error {
 	from, err := s.broker.DialReader(args.From)
 	if err != nil {
 		return err
@@ -596,10 +607,19 @@ func (s *NumbererServer) Number(args NumberArgs, lines *int) error {
 		return err
 	}
 	defer to.Close()
+	progress, err := s.broker.DialRPC(args.Progress)
+	if err != nil {
+		return err
+	}
+	defer progress.Close()
 	text := bufio.NewScanner(from)
 	for text.Scan() {
 		*lines++
-		if _, err := fmt.Fprintf(to, "%d: %s\n", *lines, text.Text()); err != nil {
+		_, err := fmt.Fprintf(to, "%d: %s\n", *lines, text.Text())
+		if err == nil {
+			err = plugin.Call(ctx, progress, "Plugin.Report", *lines, nil)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -616,86 +636,21 @@ func (NumbererPlugin) Client(b *plugin.MuxBroker, c *rpc.Client) (any, error) {
 	return &Numberer{b, c}, nil
 }
 
-// The plugin reads from a reader of the host and writes to the host's stdout.
-func ExampleMuxBroker_ServeReader() {
+// The plugin reads from a reader of the host, writes to the host's stdout, and reports its
+// progress to a function in the host. This is ExampleFor, written by hand.
+func ExampleMuxBroker() {
 	numberer, client := start[*Numberer]("numberer", NumbererPlugin{})
 	defer client.Kill()
 
 	poem := strings.NewReader("Roses are red,\nviolets are blue.\n")
-	lines, err := numberer.Number(context.Background(), os.Stdout, poem)
-	fmt.Println(lines, "lines", err)
+	var reported []int
+	progress := func(lines int) { reported = append(reported, lines) }
+	lines, err := numberer.Number(context.Background(), os.Stdout, poem, progress)
+	fmt.Println(lines, "lines", reported, err)
 	// Output:
 	// 1: Roses are red,
 	// 2: violets are blue.
-	// 2 lines <nil>
-}
-
-// Baker is the client in the host of a BakerServer in the plugin.
-type Baker struct {
-	broker *plugin.MuxBroker
-	client *rpc.Client
-}
-
-// BakeArgs has the number of the service that progress is reported to.
-type BakeArgs struct {
-	Loaves   int
-	Progress uint32
-}
-
-// Bake calls progress, in the host, while the plugin works.
-func (b *Baker) Bake(ctx context.Context, loaves int, progress func(percent int)) error {
-	id, stop := b.broker.ServeRPC(ProgressServer{progress})
-	defer stop()
-	return plugin.Call(ctx, b.client, "Plugin.Bake", BakeArgs{loaves, id}, nil)
-}
-
-// ProgressServer answers the plugin's calls in the host.
-type ProgressServer struct{ progress func(percent int) }
-
-func (s ProgressServer) Report(percent int, _ *struct{}) error {
-	s.progress(percent)
-	return nil
-}
-
-type BakerServer struct{ broker *plugin.MuxBroker }
-
-func (s *BakerServer) Bake(ctx context.Context, args BakeArgs, _ *struct{}) error {
-	progress, err := s.broker.DialRPC(args.Progress)
-	if err != nil {
-		return err
-	}
-	defer progress.Close()
-	for loaf := range args.Loaves {
-		percent := 100 * (loaf + 1) / args.Loaves
-		if err := plugin.Call(ctx, progress, "Plugin.Report", percent, nil); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-type BakerPlugin struct{}
-
-func (BakerPlugin) Server(b *plugin.MuxBroker) (any, error) { return &BakerServer{b}, nil }
-func (BakerPlugin) Client(b *plugin.MuxBroker, c *rpc.Client) (any, error) {
-	return &Baker{b, c}, nil
-}
-
-// The plugin reports its progress to a function in the host.
-func ExampleMuxBroker_ServeRPC() {
-	baker, client := start[*Baker]("baker", BakerPlugin{})
-	defer client.Kill()
-
-	err := baker.Bake(context.Background(), 4, func(percent int) {
-		fmt.Printf("%d %%\n", percent)
-	})
-	fmt.Println(err)
-	// Output:
-	// 25 %
-	// 50 %
-	// 75 %
-	// 100 %
-	// <nil>
+	// 2 lines [1 2] <nil>
 }
 
 // ErrSoldOut is declared in the package that host and plugin share.

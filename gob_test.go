@@ -445,16 +445,11 @@ func TestRandomCalls(t *testing.T) {
 
 // The error of a value that cannot be encoded, or does not fit, names its type.
 func TestBadValues(t *testing.T) {
-	inMap, inList, inTree := map[string]any{}, []any{nil}, &Tree{}
-	inMap["self"], inList[0], inTree.Leaf = inMap, inList, inTree
 	for _, test := range []struct {
 		method     string
 		arg, reply any
 		words      []string
 	}{
-		{"Box", Box{inMap}, new(Box), []string{"Box", "itself"}},
-		{"Box", Box{inList}, new(Box), []string{"Box", "itself"}},
-		{"Box", inTree, new(Box), []string{"Tree", "itself"}},
 		{"Box", Box{notRegistered{1}}, new(Box), []string{"Box", "notRegistered", "gob.Register"}},
 		{"Box", Box{make(chan int)}, new(Box), []string{"Box", "chan int"}},
 		{"Box", nil, new(Box), []string{"nil"}},

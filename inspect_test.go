@@ -70,6 +70,8 @@ func TestEndlessValues(t *testing.T) {
 	maps["self"] = maps
 	inMap := map[string]any{}
 	inMap["self"] = inMap
+	tree, list := &Tree{}, []any{nil}
+	tree.Leaf, list[0] = tree, list
 	var pointer Pointer
 	pointer = &pointer
 	for _, test := range []struct {
@@ -83,6 +85,8 @@ func TestEndlessValues(t *testing.T) {
 		{"maps", "Maps", maps, new(Maps), "itself"},
 		{"in an interface", "Box", Box{twins()}, new(Box), "itself"},
 		{"map in an interface", "Box", Box{inMap}, new(Box), "itself"},
+		{"interface in a struct", "Box", tree, new(Box), "itself"},
+		{"interface in a slice", "Box", Box{list}, new(Box), "itself"},
 		{"slices in an interface", "Box", Box{lists}, new(Box), "itself"},
 		{"pointer to itself", "Box", Box{pointer}, new(Box), "itself"},
 		{"pointer to its own type", "Box", Box{new(Pointer)}, new(Box), "Pointer"},

@@ -427,19 +427,14 @@ func TestSequenceLeft(t *testing.T) {
 func TestSequenceWithBlockedWrite(t *testing.T) {
 	t.Parallel()
 	_, _, r := startKit(t)
-	began, release := make(chan struct{}, 10), make(chan struct{})
-	out := writerFunc(func(p []byte) (int, error) {
-		began <- struct{}{}
-		<-release
-		return len(p), nil
-	})
+	out := newUses()
 	within(t, "leaving the loop", usesTimeout, func() {
 		for range plugin.InvokeSeq[Number](context.Background(), r, "Log", out) {
-			receive(t, "a Write", began)
+			receive(t, "a Write", out.began)
 			break
 		}
 	})
-	close(release)
+	close(out.release)
 }
 
 // The end of ctx is the error, and no value follows it.
