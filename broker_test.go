@@ -271,7 +271,8 @@ func TestManyDialled(t *testing.T) {
 	for range cap(dialled) {
 		check(t, receive(t, "a stream", dialled).Close())
 	}
-	st, accepted := joined(t, func(id uint32) (net.Conn, error) { return raw.dial(t, id), nil }, c.broker.Accept)
+	dial := func(id uint32) (net.Conn, error) { return raw.dial(t, id), nil }
+	st, accepted := joined(t, dial, c.broker.Accept)
 	check(t, errors.Join(st.Close(), accepted.Close()))
 }
 
@@ -871,10 +872,7 @@ func TestStopWhileStuck(t *testing.T) {
 			waits := []<-chan error{
 				async(func() error { return untilError(end.next) }),
 				async(func() error {
-					return untilError(func() error {
-						_, err := conn.Write(make([]byte, 1000))
-						return err
-					})
+					return untilError(func() error { return writeTo(conn, 1000) })
 				}),
 			}
 			await(t, "some use", func() bool { return uses.Load() > 10 })

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/yamux"
-	"github.com/muxplug/plugin"
 )
 
 func init() {
@@ -33,7 +32,7 @@ func TestCallEndsBetweenHeaderAndBody(t *testing.T) {
 			_, client, stream := rawPlugin(t)
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
-			call := async(func() error { return plugin.Call(ctx, client.Client, "Plugin.Echo", "", new(string)) })
+			call := async(func() error { return callIn(ctx, client.Client, "Echo") })
 			var request rpc.Request
 			check(t, gob.NewDecoder(stream).Decode(&request))
 			header.Seq = request.Seq

@@ -246,7 +246,7 @@ func TestStartError(t *testing.T) {
 		"its own certificate": {mode: "tls", edit: ownCertificate, word: "TLSProvider"},
 		"no file":             {edit: runs("/no/such/file"), word: "/no/such/file", is: noFile},
 		"not in PATH":         {edit: runs("no-such-program"), word: "PATH", is: exec.ErrNotFound},
-		"nowhere to run":      {edit: nowhere, word: "/no/such/dir", without: "interpreter", is: fs.ErrNotExist},
+		"nowhere to run":      {edit: nowhere, word: "/such/dir", without: "interpreter", is: fs.ErrNotExist},
 	} {
 		t.Run(name, test.run)
 	}
@@ -625,12 +625,13 @@ func TestKillPastLogger(t *testing.T) {
 			var blocks atomic.Bool
 			release := make(chan struct{})
 			defer close(release)
-			cfg.Logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: writerFunc(func(p []byte) (int, error) {
+			output := writerFunc(func(p []byte) (int, error) {
 				if blocks.Load() {
 					<-release
 				}
 				return len(p), nil
-			})})
+			})
+			cfg.Logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: output})
 			c := plugin.NewClient(cfg)
 			if when == "starting" {
 				blocks.Store(true)

@@ -150,7 +150,9 @@ func TestUnanswered(t *testing.T) {
 		errorIs(t, "a later call", later, c.Err())
 		kit.check(canceled, t, "plugin greeter: Await: context canceled: "+errCause.Error(), errCause)
 	}
-	await(t, "the error of net/rpc", func() bool { return kit.hand.Call("Plugin.Add", 1, nil) == rpc.ErrShutdown })
+	await(t, "the error of net/rpc", func() bool {
+		return kit.hand.Call("Plugin.Add", 1, nil) == rpc.ErrShutdown
+	})
 }
 
 // After Kill, and after Close of the client, calls fail with rpc.ErrShutdown.

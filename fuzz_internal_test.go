@@ -160,6 +160,8 @@ type fuzzMethod struct {
 // fuzzCallback is the type of a function that is an argument.
 type fuzzCallback = func(int) (int, error)
 
+func plusOne(n int) (int, error) { return n + 1, nil }
+
 // newFuzzMethod returns a method that returns one of its arguments, or nothing.
 func newFuzzMethod(r *rand.Rand) *fuzzMethod {
 	m := &fuzzMethod{context: r.IntN(2) == 1, returned: -1}
@@ -195,7 +197,7 @@ var fuzzServed = []struct {
 }{
 	{typeOfReader, [2]any{nil, strings.NewReader("")}},
 	{typeOfWriter, [2]any{nil, io.Discard}},
-	{reflect.TypeFor[fuzzCallback](), [2]any{nil, fuzzCallback(func(n int) (int, error) { return n + 1, nil })}},
+	{reflect.TypeFor[fuzzCallback](), [2]any{nil, fuzzCallback(plusOne)}},
 }
 
 // call is the method. It uses its arguments.

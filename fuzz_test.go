@@ -134,7 +134,9 @@ func FuzzRPCClient(f *testing.F) {
 		c := receive(t, "a client", dialling)
 		defer c.Close()
 		first := c.Go("Plugin.Box", Box{}, new(Box), nil)
-		second := async(func() error { return plugin.Call(context.Background(), c, "Plugin.Box", Box{}, new(Box)) })
+		second := async(func() error {
+			return plugin.Call(context.Background(), c, "Plugin.Box", Box{}, new(Box))
+		})
 		_, err := stream.Read(make([]byte, 1)) // there is a call
 		check(t, err)
 		_, _ = stream.Write(sent) // the client may end it before

@@ -144,7 +144,8 @@ func TestTooLargeValue(t *testing.T) {
 	}
 	for _, arg := range []any{Box{pieces}, texts, map[int][]string{1: texts}} {
 		within(t, "Call", time.Second, func() {
-			errorSays(t, plugin.Call(boundedContext(t), client, "Plugin.Box", arg, new(Box)), "GiB", "reader or writer")
+			err := plugin.Call(boundedContext(t), client, "Plugin.Box", arg, new(Box))
+			errorSays(t, err, "GiB", "reader or writer")
 		})
 	}
 }

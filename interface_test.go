@@ -766,7 +766,7 @@ func TestCutResults(t *testing.T) {
 		reading := async(func() error { _, err := io.Copy(io.Discard, in); return err })
 		out := invoke[io.WriteCloser](t, r, "Create", "endless")
 		writing := async(func() error {
-			return untilError(func() error { _, err := out.Write([]byte("x")); return err })
+			return untilError(func() error { return writeTo(out, 1) })
 		})
 		if end == "Kill" {
 			c.Kill()
@@ -1042,5 +1042,7 @@ func TestManyInstances(t *testing.T) {
 		}
 	})
 	await(t, "the host to release them", func() bool { return runtime.NumGoroutine() <= here })
-	await(t, "the plugin to release them", func() bool { return invoke[int](t, first, "Goroutines") <= there })
+	await(t, "the plugin to release them", func() bool {
+		return invoke[int](t, first, "Goroutines") <= there
+	})
 }

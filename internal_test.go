@@ -1,8 +1,6 @@
 package plugin
 
 import (
-	"encoding/binary"
-	"math/rand/v2"
 	"runtime"
 	"strings"
 	"testing"
@@ -46,13 +44,4 @@ func receive[T any](t testing.TB, what string, ch <-chan T) (v T) {
 		t.Fatalf("waited in vain for %s\n%s", what, stacks[:runtime.Stack(stacks, true)])
 	}
 	return v
-}
-
-// noise returns n bytes that do not repeat. Another seed gives others.
-func noise(n int, seed uint64) []byte {
-	data := make([]byte, n)
-	var key [32]byte
-	binary.LittleEndian.PutUint64(key[:], seed)
-	_, _ = rand.NewChaCha8(key).Read(data)
-	return data
 }

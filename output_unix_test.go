@@ -114,11 +114,12 @@ func TestOrderOfStderr(t *testing.T) {
 	test := dispense(t, p)
 	var want strings.Builder
 	for i := range 20 {
-		mustCall[struct{}](t, test.Client, "Print", Output{Raw: fmt.Sprintf("raw %d\n", i)})
-		await(t, "stderr of the process", func() bool { return strings.HasSuffix(raw.String(), fmt.Sprintf("raw %d\n", i)) })
-		mustCall[struct{}](t, test.Client, "Print", Output{Stderr: fmt.Sprintf("served %d\n", i)})
-		await(t, "os.Stderr", func() bool { return strings.HasSuffix(stderr.String(), fmt.Sprintf("served %d\n", i)) })
-		fmt.Fprintf(&want, "raw %d\nserved %d\n", i, i)
+		toRaw, served := fmt.Sprintf("raw %d\n", i), fmt.Sprintf("served %d\n", i)
+		mustCall[struct{}](t, test.Client, "Print", Output{Raw: toRaw})
+		await(t, "stderr of the process", func() bool { return strings.HasSuffix(raw.String(), toRaw) })
+		mustCall[struct{}](t, test.Client, "Print", Output{Stderr: served})
+		await(t, "os.Stderr", func() bool { return strings.HasSuffix(stderr.String(), served) })
+		want.WriteString(toRaw + served)
 	}
 	_ = test.Call("Plugin.Do", "exit3", new(string))
 	receive(t, "Done", c.Done())

@@ -30,6 +30,12 @@ func init() {
 	ownGroup = func(cmd *exec.Cmd) { cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} }
 	killMoments["stopped"] = killMoment{mode: "plugin", reached: stopped}
 	killMoments["stopped and busy"] = killMoment{mode: "plugin", reached: stoppedAndBusy}
+	addOrphanTests()
+	addHostModes()
+}
+
+// addOrphanTests adds hosts that end by signals, and wrappers.
+func addOrphanTests() {
 	toGroup := func(s syscall.Signal) func(testing.TB, *testProcess) {
 		return func(t testing.TB, host *testProcess) { signalTo(t, -host.Process.Pid, s) }
 	}
@@ -55,6 +61,18 @@ func init() {
 			orphanTest{plugin: "plugin say cry", host: "host " + wrapper + " idle ready wait"},
 			orphanTest{plugin: "plugin endless", host: "host " + wrapper + " idle ready wait", endless: true})
 	}
+	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP} {
+		orphanTests = append(orphanTests,
+			orphanTest{plugin: "plugin say cry", host: "host calling ready wait", end: toGroup(s)})
+	}
+	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP, syscall.SIGTERM} {
+		orphanTests = append(orphanTests,
+			orphanTest{plugin: "plugin finishing", host: "host idle ready wait", end: toBoth(s)})
+	}
+}
+
+// addHostModes adds what hosts do to their plugins and to themselves.
+func addHostModes() {
 	closing := func(script string) func() {
 		return func() {
 			cmd := exec.Command("sh", "-c", "exec 3<&- 4>&- 5>&-; "+script, os.Args[0])
@@ -64,14 +82,6 @@ func init() {
 	}
 	modes["closing"] = closing(`exec "$0"`)
 	modes["closing-between"] = closing(`"$0"; exit $?`)
-	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP} {
-		orphanTests = append(orphanTests,
-			orphanTest{plugin: "plugin say cry", host: "host calling ready wait", end: toGroup(s)})
-	}
-	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP, syscall.SIGTERM} {
-		orphanTests = append(orphanTests,
-			orphanTest{plugin: "plugin finishing", host: "host idle ready wait", end: toBoth(s)})
-	}
 	// What a plugin is told in another namespace of processes: the number of the host is
 	// that of a process that began at another time.
 	modes["another-host"] = func() {

@@ -30,7 +30,8 @@ var readmeCommands = []string{
 	"go build -o hello-plugin ./plugin",
 	"go run .",
 	// Migrating, which .ci/migrate does.
-	"go mod edit -replace=github.com/hashicorp/go-plugin=../plugin/compat -replace=github.com/muxplug/plugin=../plugin",
+	"go mod edit -replace=github.com/hashicorp/go-plugin=../plugin/compat" +
+		" -replace=github.com/muxplug/plugin=../plugin",
 	"go mod tidy",
 	`perl -pi -e 's,"github.com/hashicorp/go-plugin","github.com/muxplug/plugin",' *.go`,
 	"go mod edit -dropreplace=github.com/hashicorp/go-plugin",

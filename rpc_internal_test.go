@@ -94,7 +94,7 @@ func TestClientsAreCollected(t *testing.T) {
 		t.Fatalf("of %d clients, %d are kept", len(clients), n)
 	}
 	clients = nil
-	for deadline := time.Now().Add(20 * time.Second); kept() > 100; runtime.GC() { // others are of other tests
+	for deadline := time.Now().Add(hangs); kept() > 100; runtime.GC() { // others are of other tests
 		if time.Now().After(deadline) {
 			t.Fatalf("%d clients are kept", kept())
 		}

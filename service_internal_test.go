@@ -31,7 +31,8 @@ func (*exiting) Client(_ *MuxBroker, c *rpc.Client) (any, error) { return c, nil
 func TestAnswersBeforeExit(t *testing.T) {
 	e := &exiting{started: make(chan bool, 10), results: map[string]error{
 		"nothing": nil, "failed": fs.ErrExist,
-		"canceled": context.Canceled, "wrapped": fmt.Errorf("waiting: %w", context.Canceled), "cause": errExiting,
+		"canceled": context.Canceled, "cause": errExiting,
+		"wrapped": fmt.Errorf("waiting: %w", context.Canceled),
 	}}
 	host, server := TestPluginRPCConn(t, PluginSet{"test": e}, nil)
 	client, err := host.Dispense("test")

@@ -24,6 +24,12 @@ import (
 
 // ---- What a stream carries ----
 
+// writeTo writes so many bytes.
+func writeTo(w io.Writer, size int) error {
+	_, err := w.Write(make([]byte, size))
+	return err
+}
+
 // carry sends random data from a to b and back, and closes both.
 func carry(t testing.TB, a, b net.Conn) {
 	t.Helper()
@@ -108,10 +114,7 @@ func TestWriteWaits(t *testing.T) {
 				t.Fatalf("of a Write that is not read, %d bytes were sent: %v", n, err)
 			}
 			check(t, conn.SetWriteDeadline(time.Time{}))
-			write := func() error {
-				_, err := conn.Write(make([]byte, room))
-				return err
-			}
+			write := func() error { return writeTo(conn, room) }
 			writing := async(write)
 			_, err = io.ReadFull(peer, make([]byte, 2*room))
 			check(t, errors.Join(err, receive(t, "Write", writing)))
@@ -224,15 +227,15 @@ func TestFullConnection(t *testing.T) {
 	check(t, err)
 
 	line.left.Store(0)
-	writing := async(func() error { _, err := stuck.Write(make([]byte, 10)); return err })
+	writing := async(func() error { return writeTo(stuck, 10) })
 	receive(t, "the Write that the system is taking", line.stalled)
 	ctx, cancel := context.WithTimeout(context.Background(), soon)
 	defer cancel()
 	check(t, other.SetWriteDeadline(time.Now().Add(soon)))
 	check(t, stuck.SetWriteDeadline(time.Now().Add(soon)))
 	for name, f := range map[string]func() error{
-		"another Write":                  func() error { _, err := other.Write(make([]byte, 10)); return err },
-		"another Write of the stream":    func() error { _, err := stuck.Write(make([]byte, 10)); return err },
+		"another Write":                  func() error { return writeTo(other, 10) },
+		"another Write of the stream":    func() error { return writeTo(stuck, 10) },
 		"DialContext":                    func() error { _, err := host.DialContext(ctx, 9); return err },
 		"AcceptContext of no dial":       func() error { _, err := host.AcceptContext(ctx, 8); return err },
 		"DialContext of so many streams": func() error { return dialMany(ctx, host, 1000) },
