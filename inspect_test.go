@@ -91,8 +91,7 @@ func TestEndlessValues(t *testing.T) {
 		{"pointer to itself", "Box", Box{pointer}, new(Box), "itself"},
 		{"pointer to its own type", "Box", Box{new(Pointer)}, new(Box), "Pointer"},
 		{"too deep", "Chain", chain(100_001), new(int), "100000 levels"},
-		{"much too deep", "Chain", chain(3_000_000), new(int), "100000 levels"},
-		{"reply too deep", "NewChain", 3_000_000, new(Chain), "100000 levels"},
+		{"reply too deep", "NewChain", 100_001, new(Chain), "100000 levels"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			err := plugin.Call(boundedContext(t), client.Client, "Plugin."+test.method, test.arg, test.reply)

@@ -79,8 +79,6 @@ func (k *kit) Watch(ctx context.Context, how string, n int) iter.Seq2[Item, erro
 		case "wait":
 			<-ctx.Done()
 			yield(Item{}, context.Cause(ctx))
-		case "panic":
-			panic("boom")
 		case "go on":
 			yield(Item{}, fs.ErrNotExist)
 			for range 10 {
@@ -308,22 +306,6 @@ func TestOwnErrorOfSequence(t *testing.T) {
 	all, err := collectFrom[Number](t, r, "Double", rowsTo(3, own))
 	checkEqual(t, "values", len(all), 3)
 	errorIs(t, "the error of the sequence", err, own)
-}
-
-// The end of the plugin is the error of the sequence.
-func TestSequenceCrash(t *testing.T) {
-	t.Parallel()
-	c, _, r := startKit(t)
-	all, err := collectFrom[Item](t, r, "Watch", "panic", 10)
-	var exit *plugin.ExitError
-	if !errors.As(err, &exit) || !strings.Contains(exit.Panic, "boom") || len(all) > 10 {
-		t.Errorf("a plugin that panics: %d values, %v", len(all), err)
-	}
-	<-c.Done()
-	all, err = collectFrom[Item](t, r, "Watch", "good", 10)
-	if err == nil || len(all) > 0 {
-		t.Errorf("afterwards: %d values, %v", len(all), err)
-	}
 }
 
 // What cannot be called is one error, and nothing is sent.
