@@ -295,7 +295,7 @@ func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
 	rc.testMode = c.config.testMode()
 	_ = rc.SyncStreams(c.writers.stdout, c.writers.stderr) // it is always nil
 	// The end of the process may not end the connection, because another may hold it.
-	context.AfterFunc(c.finished.ctx, rc.disconnect)
+	context.AfterFunc(c.finished.ctx, rc.session.disconnect)
 	return rc, nil
 }
 
@@ -342,7 +342,7 @@ func (c *Client) askedToQuit() bool {
 		return c.asked
 	}
 	rc := c.connecting.get()
-	return c.killRequested.isSet() || rc != nil && rc.isEnding()
+	return c.killRequested.isSet() || rc != nil && rc.session.ending.Load()
 }
 
 // Kill asks the plugin to quit and waits for it to exit. After ClientConfig.KillTimeout
@@ -374,7 +374,7 @@ func (c *Client) Kill() {
 	}
 	rc := c.connecting.get()
 	if rc != nil {
-		rc.closeSession()
+		rc.session.close()
 	}
 	dropped := c.writers.close()
 	if dropped > 0 {

@@ -20,12 +20,8 @@ func identity(fd int) string {
 	return fmt.Sprintf("%o:%d:%d", stat.Mode&syscall.S_IFMT, stat.Dev, stat.Ino)
 }
 
-// keepToItself makes child processes not inherit a descriptor. It also makes reading and
-// writing block, which the file that replace puts there needs.
-func keepToItself(fd int) {
-	syscall.CloseOnExec(fd)
-	_ = syscall.SetNonblock(fd, false) // it is open
-}
+// keepToItself makes child processes not inherit a descriptor.
+func keepToItself(fd int) { syscall.CloseOnExec(fd) }
 
 // readNow reads what is in a pipe and does not wait for more. It returns 0 if there is
 // nothing.
@@ -41,12 +37,12 @@ func readNow(pipe *os.File, p []byte) (n int) {
 	return max(n, 0)
 }
 
-// replace makes the descriptor of old refer to the file of another.
-func replace(old, with *os.File) error {
-	err := duplicate(int(with.Fd()), int(old.Fd()))
-	if err != nil {
-		return err
+// replace makes the descriptor of old refer to the file of another, unless old is nil.
+func replace(old, with *os.File) {
+	if old == nil {
+		return
 	}
-	keepToItself(int(old.Fd()))
-	return nil
+	to := int(old.Fd())
+	_ = duplicate(int(with.Fd()), to) // both are open
+	keepToItself(to)
 }

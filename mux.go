@@ -28,7 +28,7 @@ type RPCClient struct {
 	plugins map[string]Plugin
 
 	output  [2]unexplained // stdout and stderr of the plugin
-	writers [2]*hostWriter // to which the output is copied
+	writers []*hostWriter  // to which the output is copied
 
 	flushes  bool // the plugin sends its output before it answers Quit
 	testMode bool // the plugin lives on when it has quit
@@ -82,18 +82,18 @@ func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 			w = newHostWriter(dst)
 		}
 		w.begin()
-		c.writers[i] = w
+		c.writers = append(c.writers, w)
 		// Ends with the stream, or when the caller's Write returns. So nothing waits
 		// for it without a bound.
-		go c.copyOutput(i)
+		go copyOutput(w, c.output[i])
 	}
 	return nil
 }
 
 // copyOutput copies one output of the plugin until its end.
-func (c *RPCClient) copyOutput(i int) {
-	_, _ = io.Copy(c.writers[i], c.output[i]) // an error of the stream is the end of it
-	c.writers[i].end()
+func copyOutput(w *hostWriter, output io.Reader) {
+	_, _ = io.Copy(w, output) // an error of the stream is the end of it
+	w.end()
 }
 
 // Dispense calls [Plugin].Server in the plugin and returns the result of [Plugin].Client,
@@ -147,43 +147,25 @@ func (c *RPCClient) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), quitTimeout)
 	defer cancel()
 	err := c.quit(ctx)
-	c.closeSession()
+	c.session.close()
 	return err
 }
-
-// isEnding reports whether this side has asked the plugin to quit.
-func (c *RPCClient) isEnding() bool { return c.session.ending.Load() }
-
-// ended returns a channel that is closed when the connection has ended.
-func (c *RPCClient) ended() <-chan struct{} { return c.session.ended() }
-
-// disconnect ends the connection at once.
-func (c *RPCClient) disconnect() { c.session.disconnect() }
-
-// closeSession ends the connection without asking the plugin, and waits for its goroutines.
-func (c *RPCClient) closeSession() { c.session.close() }
 
 // quit asks the plugin to quit, once, and waits for the end of its output.
 func (c *RPCClient) quit(ctx context.Context) error {
 	if err := c.askToQuit(ctx); err != nil {
 		return fmt.Errorf("plugin: asking it to quit: %w", err)
 	}
-	if c.testMode {
-		c.endOutput()
-	}
-	for _, w := range c.writers {
-		if w != nil { // SyncStreams was called
-			w.await(ctx)
+	for _, st := range c.output {
+		if c.testMode {
+			// A go-plugin plugin never ends its output then.
+			_ = st.SetReadDeadline(time.Now().Add(drainTimeout / 2)) // never fails
 		}
 	}
-	return nil
-}
-
-// endOutput ends the output of a plugin in test mode, soon. A go-plugin plugin never does.
-func (c *RPCClient) endOutput() {
-	for _, st := range c.output {
-		_ = st.SetReadDeadline(time.Now().Add(drainTimeout / 2)) // it never fails
+	for _, w := range c.writers {
+		w.await(ctx)
 	}
+	return nil
 }
 
 // askToQuit asks the plugin to quit and waits for its answer. Later calls return the error

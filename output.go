@@ -219,13 +219,6 @@ func sameWriter(a, b io.Writer) bool { return a != nil && reflect.ValueOf(a).Com
 
 func (h *hostWriters) all() []*hostWriter { return []*hostWriter{h.stdout, h.stderr, h.process} }
 
-// hurry calls hurry of all.
-func (h *hostWriters) hurry() {
-	for _, w := range h.all() {
-		w.hurry()
-	}
-}
-
 // await waits until the output has ended and been written, but not longer than timeout.
 func (h *hostWriters) await(timeout time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)

@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -40,7 +41,8 @@ type child struct {
 	cert     tls.Certificate // of the host, with AutoMTLS
 	dir      string          // private, for the socket; "" if there is none
 
-	pipes      processPipes
+	writers    *hostWriters
+	pipes      []*outputPipe // of stdout and stderr, and of os.Stdout and os.Stderr while it serves
 	lines      [2]lineWriter // of the process's stdout and stderr
 	handshakes chan string   // receives the handshake; closed if there will be none
 	found      bool          // the handshake has been read; used by the reader of stdout
@@ -58,12 +60,11 @@ var callerCmdMu sync.Mutex
 // Client.Start.
 func launch(ctx context.Context, config *ClientConfig, writers *hostWriters) (*child, error) {
 	p := newChild(config)
-	p.pipes.writers = writers
+	p.writers = writers
 	err := p.start(ctx)
 	for _, f := range p.opened {
 		_ = f.Close() // the process has its own
 	}
-	p.pipes.closeWriters()
 	if err == nil {
 		return p, nil
 	}
@@ -123,7 +124,9 @@ func (p *child) start(ctx context.Context) error {
 		return err
 	}
 	p.publish()
-	p.pipes.copy()
+	for _, pipe := range p.pipes {
+		go pipe.copy() // ends with the output, or with finish
+	}
 	return nil
 }
 
@@ -260,21 +263,41 @@ func (p *child) redirect() error {
 	size := p.config.PluginLogBufferSize
 	p.lines[0] = lineWriter{max: max(size, maxHandshake), emit: p.stdoutLine}
 	p.lines[1] = lineWriter{max: size, emit: p.log.line}
-	err := p.pipes.openOwn(&p.lines[0], &p.lines[1], &p.log.tail)
+	// What the process itself prints to stdout goes to no writer.
+	stdout, err := p.openOutput(newHostWriter(nil), &p.lines[0])
 	if err != nil {
 		return err
 	}
-	p.cmd.Stdout, p.cmd.Stderr = p.pipes.own[0].writer, p.pipes.own[1].writer
+	stderr, err := p.openOutput(p.writers.process, &p.lines[1], &p.log.tail)
+	if err != nil {
+		return err
+	}
+	p.cmd.Stdout, p.cmd.Stderr = stdout, stderr
 	if p.lifeline == nil {
 		return nil // The plugin may outlive the pipes, so it sends its output.
 	}
-	err = p.pipes.openServed(&p.log.tail)
+	stdout, err = p.openOutput(p.writers.stdout)
 	if err != nil {
 		return err
 	}
-	p.host.Stdout = p.pass(p.pipes.served[0].writer)
-	p.host.Stderr = p.pass(p.pipes.served[1].writer)
+	stderr, err = p.openOutput(p.writers.stderr, &p.log.tail)
+	if err != nil {
+		return err
+	}
+	p.host.Stdout = p.pass(stdout)
+	p.host.Stderr = p.pass(stderr)
 	return nil
+}
+
+// openOutput opens a pipe and returns the end for the process. The output goes to all writers.
+func (p *child) openOutput(queue *hostWriter, others ...io.Writer) (*os.File, error) {
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	p.opened = append(p.opened, writer)
+	p.pipes = append(p.pipes, newOutputPipe(reader, queue, others))
+	return writer, nil
 }
 
 // share makes Cmd.Cancel find this process in the caller's command, where the Cancel of
@@ -388,7 +411,9 @@ func (p *child) Kill(context.Context) error {
 func (p *child) Wait(context.Context) error {
 	err := p.cmd.Wait()
 	p.reapedElsewhere.Store(p.cmd.ProcessState == nil)
-	p.pipes.finish()
+	for _, pipe := range p.pipes {
+		pipe.finish()
+	}
 	for i := range p.lines {
 		_ = p.lines[i].Close() // never fails
 	}
@@ -423,7 +448,9 @@ func (p *child) exitError(err error) *ExitError {
 // free releases what the host holds for the process.
 func (p *child) free() {
 	_ = p.lifeline.Close() // a nil *os.File can be closed
-	p.pipes.close()
+	for _, pipe := range p.pipes {
+		_ = pipe.reader.Close() // everything has been read
+	}
 	if p.dir != "" {
 		_ = os.RemoveAll(p.dir) // what is left there is the plugin's
 	}
@@ -438,7 +465,9 @@ func (p *child) detach(h handshake) *ReattachConfig {
 		_ = p.lifeline.Close()             // a pipe has no errors of writing later
 	}
 	if h.flushes {
-		p.pipes.awaitServed()
+		for _, pipe := range p.pipes[2:] {
+			waitFor(drainTimeout/2, pipe.done) // a child of the plugin may hold it
+		}
 	}
 	return &ReattachConfig{
 		Protocol:        h.protocol,

@@ -342,7 +342,8 @@ func (s *serving) close() {
 	s.server.flush()
 	s.server.endConns()
 	if s.capture != nil {
-		s.capture.close()
+		_ = s.capture.readers[0].Close() // what is left in it is dropped
+		_ = s.capture.readers[1].Close()
 	}
 }
 
@@ -362,23 +363,21 @@ func (s *serving) captureOutput(stdout, stderr io.Writer, pipes [2]*os.File) (er
 // capture puts pipes in the place of os.Stdout and os.Stderr: those that the host reads, or
 // its own, whose output is sent over connections.
 type capture struct {
-	stdout, stderr   *os.File    // the process's own
-	readers, writers [2]*os.File // of its own pipes
+	process          [2]*os.File // stdout and stderr outside Serve
 	hosts            [2]*os.File // the pipes that the host reads; nil if there are none
+	readers, writers [2]*os.File // of its own pipes
 
 	mu       sync.Mutex // guards restored, and the descriptors of hosts
 	restored bool
 }
 
-func newCapture(hosts [2]*os.File) (*capture, error) {
-	c := &capture{stdout: os.Stdout, stderr: os.Stderr, hosts: hosts}
+func newCapture(hosts [2]*os.File) (c *capture, err error) {
+	c = &capture{process: [2]*os.File{os.Stdout, os.Stderr}, hosts: hosts}
 	for i := range c.readers {
-		r, w, err := os.Pipe()
+		c.readers[i], c.writers[i], err = os.Pipe()
 		if err != nil {
-			c.close()
 			return nil, err
 		}
-		c.readers[i], c.writers[i] = r, w
 	}
 	if hosts[0] != nil {
 		os.Stdout, os.Stderr = hosts[0], hosts[1]
@@ -395,14 +394,8 @@ func (c *capture) leavePipes() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.restored {
-		c.replaceHostsLocked(c.writers[0], c.writers[1])
-	}
-}
-
-func (c *capture) replaceHostsLocked(stdout, stderr *os.File) {
-	if c.hosts[0] != nil {
-		_ = replace(c.hosts[0], stdout) // it fails only where a pipe of the host is never taken
-		_ = replace(c.hosts[1], stderr)
+		replace(c.hosts[0], c.writers[0])
+		replace(c.hosts[1], c.writers[1])
 	}
 }
 
@@ -410,24 +403,12 @@ func (c *capture) replaceHostsLocked(stdout, stderr *os.File) {
 func (c *capture) restore() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.restored {
-		return
-	}
 	c.restored = true
-	if c.hosts[0] != nil {
-		c.replaceHostsLocked(c.stdout, c.stderr)
-	} else {
-		os.Stdout, os.Stderr = c.stdout, c.stderr
+	if c.hosts[0] == nil {
+		os.Stdout, os.Stderr = c.process[0], c.process[1]
 	}
-	for _, w := range c.writers {
+	for i, w := range c.writers {
+		replace(c.hosts[i], c.process[i])
 		_ = w.Close() // nothing is buffered in it
-	}
-}
-
-// close is restore, and drops what has not been read of its own pipes.
-func (c *capture) close() {
-	c.restore()
-	for _, r := range c.readers {
-		_ = r.Close() // a nil *os.File can be closed
 	}
 }

@@ -135,7 +135,7 @@ func (s *Supervisor[T]) start(l *life[T]) (*Client, error) {
 	}
 	conn, err := client.Client()
 	if err == nil {
-		l.lost = conn.(*RPCClient).ended() // it is always one
+		l.lost = conn.(*RPCClient).session.ended() // it is always one
 		l.instance, err = Dispense[T](conn, s.name)
 	}
 	if err == nil {
