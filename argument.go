@@ -32,7 +32,8 @@ func (s *signature) invoke(
 	if s.result.sent == typeOfNothing {
 		into = nil // accepts any reply
 	}
-	if err := callWithErrors(ctx, c, "Plugin."+method, sent.Interface(), into, errs); err != nil {
+	call := &pendingCall{method: "Plugin." + method, args: sent.Interface(), reply: into, callErrors: errs}
+	if err := call.through(ctx, c); err != nil {
 		return result, err
 	}
 	return s.result.dialResult(ctx, b, reply.Elem())

@@ -8,8 +8,8 @@ import (
 	"net/rpc"
 	"reflect"
 	"runtime"
-	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"weak"
 )
@@ -47,31 +47,13 @@ import (
 // that [MuxBroker.DialRPC] returns. With another rpc.Client, args must not be changed until
 // the method has returned, even if ctx ends first.
 func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply any) error {
-	if err := checkReply(serviceMethod, reply); err != nil {
-		return err
+	v := reflect.ValueOf(reply)
+	if reply != nil && (v.Kind() != reflect.Pointer || v.IsNil()) {
+		return fmt.Errorf("plugin: %s cannot be called: its reply cannot be written into a %T, "+
+			"which must be a pointer that is not nil", serviceMethod, reply)
 	}
 	call := &pendingCall{method: serviceMethod, args: args, reply: reply}
 	return call.through(ctx, c)
-}
-
-// callWithErrors is Call for arguments whose services keep their errors in own.
-func callWithErrors(
-	ctx context.Context, c *rpc.Client, serviceMethod string, args, reply any, own *callErrors,
-) error {
-	call := &pendingCall{method: serviceMethod, args: args, callErrors: own, reply: reply}
-	return call.through(ctx, c)
-}
-
-// checkReply returns an error if a reply cannot be written into reply.
-func checkReply(serviceMethod string, reply any) error {
-	if reply == nil {
-		return nil
-	}
-	if v := reflect.ValueOf(reply); v.Kind() == reflect.Pointer && !v.IsNil() {
-		return nil
-	}
-	return fmt.Errorf("plugin: %s cannot be called: its reply cannot be written into a %T, "+
-		"which must be a pointer that is not nil", serviceMethod, reply)
 }
 
 // pendingCall is a call by Call.
@@ -82,9 +64,9 @@ type pendingCall struct {
 	reply      any
 	decodeInto any    // reply, or what is copied to it if the context has not ended
 	seq        uint64 // its number on the stream
-	err        error  // why args could not be encoded, or the reply not decoded
-	lost       error  // why the stream has ended
+	err        error  // if not nil, the error of Call, for which net/rpc has no place
 	names      string // response.Is
+	peer       string // as in session.peer
 }
 
 // through makes the call through c and returns its error.
@@ -94,22 +76,29 @@ func (call *pendingCall) through(ctx context.Context, c *rpc.Client) error {
 		// If ctx ends, reply must not be changed later.
 		call.decodeInto = reflect.New(reflect.TypeOf(call.reply).Elem()).Interface()
 	}
-	if codec, ok := codecs.Load(c); ok {
-		return call.throughCodec(ctx, c, codec.(*clientCodec))
+	call.peer = anyPeer
+	known, isOurs := clients.Load(weak.Make(c))
+	state, _ := known.(*clientState)
+	if isOurs {
+		call.peer = state.peer
 	}
-	if end, ok := clientEnds.Load(weak.Make(c)); ok {
-		return end.(*clientEnd).refuse(ctx, call)
+	if ctx.Err() != nil {
+		return call.unanswered(contextError(ctx))
 	}
-	return call.throughOtherCodec(ctx, c)
+	if !isOurs {
+		return call.throughOtherCodec(ctx, c)
+	}
+	codec := state.codec.Load()
+	if codec == nil {
+		return call.unanswered(state.why)
+	}
+	return call.throughCodec(ctx, c, codec)
 }
 
 // throughCodec makes the call through a client with a codec of this package.
 func (call *pendingCall) throughCodec(ctx context.Context, c *rpc.Client, codec *clientCodec) error {
-	if ctx.Err() != nil {
-		return call.unanswered(codec.peer, contextError(ctx))
-	}
 	if err := codec.w.waitRoom(ctx); err != nil {
-		return call.unanswered(codec.peer, err)
+		return call.unanswered(err)
 	}
 	done := make(chan *rpc.Call, 1)
 	// net/rpc hands the arguments to WriteRequest and the reply to ReadResponseBody,
@@ -123,7 +112,7 @@ func (call *pendingCall) throughCodec(ctx context.Context, c *rpc.Client, codec 
 	case <-ctx.Done():
 	}
 	if codec.abandon(ctx, call) {
-		return call.unanswered(codec.peer, contextError(ctx))
+		return call.unanswered(contextError(ctx))
 	}
 	answered := <-done // at once
 	return codec.result(call, answered.Error)
@@ -131,9 +120,6 @@ func (call *pendingCall) throughCodec(ctx context.Context, c *rpc.Client, codec 
 
 // throughOtherCodec makes the call through a client that is not of this package.
 func (call *pendingCall) throughOtherCodec(ctx context.Context, c *rpc.Client) error {
-	if ctx.Err() != nil {
-		return call.unanswered(anyPeer, contextError(ctx))
-	}
 	done := make(chan *rpc.Call, 1)
 	// The codec may block while it writes the request. This goroutine ends when the
 	// request has been written or the connection fails.
@@ -145,7 +131,7 @@ func (call *pendingCall) throughOtherCodec(ctx context.Context, c *rpc.Client) e
 		}
 		return answered.Error
 	case <-ctx.Done():
-		return call.unanswered(anyPeer, contextError(ctx))
+		return call.unanswered(contextError(ctx))
 	}
 }
 
@@ -156,45 +142,33 @@ func (call *pendingCall) setReply() {
 	}
 }
 
-func (call *pendingCall) unanswered(peer string, err error) error {
-	return &unanswered{peer: peer, method: call.method, err: err}
+func (call *pendingCall) unanswered(err error) error {
+	return &unanswered{peer: call.peer, method: call.method, err: err}
 }
 
-// codecs maps each *rpc.Client of this package to its *clientCodec, until its stream
-// ends.
-var codecs sync.Map
+// clients maps each *rpc.Client of this package to its *clientState, until the client is
+// collected. The keys are weak pointers.
+var clients sync.Map
 
-// clientEnds maps each *rpc.Client of this package whose stream has ended to its
-// *clientEnd, until it is collected. The keys are weak pointers.
-var clientEnds sync.Map
-
-// clientEnd is the end of a client. It must not refer to the client, or to its codec.
-type clientEnd struct {
-	peer string
-	why  error
-}
-
-// refuse returns the error of a call that begins after the end.
-func (end *clientEnd) refuse(ctx context.Context, call *pendingCall) error {
-	if ctx.Err() != nil {
-		return call.unanswered(end.peer, contextError(ctx))
-	}
-	return call.unanswered(end.peer, end.why)
+// clientState is what Call has to know of a client. When the stream has ended, it does not
+// refer to the client or the codec, which would keep the client from being collected.
+type clientState struct {
+	peer  string // as in session.peer
+	why   error  // why the stream has ended; set before codec becomes nil
+	codec atomic.Pointer[clientCodec]
 }
 
 // clientCodec is the rpc.ClientCodec of every client that this package makes.
 type clientCodec struct {
 	w     *wire
-	peer  string // as in session.peer
+	state *clientState
 	spawn func(func()) bool
 	head  response // the last header that was read
 
-	mu      sync.Mutex // guards the fields below
-	client  *rpc.Client
+	mu      sync.Mutex              // guards the fields below
 	nextSeq uint64                  // the number of the next request
 	calls   map[uint64]*pendingCall // not answered yet, by their numbers
 	closed  bool                    // Close has been called
-	end     *clientEnd              // nil until reading has ended
 }
 
 // client returns a client for the service at the other end of conn, a stream.
@@ -207,28 +181,16 @@ func (s *session) client(conn io.ReadWriteCloser) *rpc.Client {
 func newRPCClient(conn io.ReadWriteCloser, peer string, spawn func(func()) bool) *rpc.Client {
 	codec := &clientCodec{
 		w:     newWire(conn, rpc.Request{}, spawn),
-		peer:  peer,
+		state: &clientState{peer: peer},
 		spawn: spawn,
 		calls: make(map[uint64]*pendingCall),
 	}
+	codec.state.codec.Store(codec)
 	client := rpc.NewClientWithCodec(codec)
-	codec.mu.Lock()
-	defer codec.mu.Unlock()
-	codec.client = client
-	if codec.end == nil {
-		codecs.Store(client, codec)
-	} else {
-		codec.keepEndLocked() // before it had the client
-	}
+	key := weak.Make(client)
+	clients.Store(key, codec.state)
+	runtime.AddCleanup(client, clients.Delete, any(key))
 	return client
-}
-
-// keepEndLocked lets later calls know why the stream has ended.
-func (c *clientCodec) keepEndLocked() {
-	key := weak.Make(c.client)
-	clientEnds.Store(key, c.end)
-	codecs.Delete(c.client)
-	runtime.AddCleanup(c.client, clientEnds.Delete, any(key))
 }
 
 // WriteRequest encodes a request. It does not wait until the request is written, because
@@ -250,9 +212,8 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 	}
 	err = fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w",
 		req.ServiceMethod, body, err)
-	if isCall {
+	if isCall && c.remove(call) {
 		call.err = err
-		c.remove(call)
 	}
 	return err
 }
@@ -261,10 +222,6 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 func (c *clientCodec) remove(call *pendingCall) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.removeLocked(call)
-}
-
-func (c *clientCodec) removeLocked(call *pendingCall) bool {
 	if c.calls[call.seq] != call {
 		return false
 	}
@@ -340,45 +297,33 @@ func (c *clientCodec) readReply(call *pendingCall) {
 	} else {
 		err = c.w.decode(call.decodeInto)
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	waiting := c.removeLocked(call)
+	isWaiting := c.remove(call)
 	switch {
-	case err != nil && c.w.lost != nil:
-		call.lost = cutShort(err)
-	case err != nil:
+	case !isWaiting:
+		// It was cancelled, and nothing looks at it any more.
+	case err == nil:
+		call.setReply()
+	case c.w.in.err != nil:
+		call.err = call.unanswered(cutShort(err))
+	default:
 		call.err = fmt.Errorf("plugin: %s returned, but its reply cannot be read into a %T: %w",
 			call.method, call.reply, misfit(err))
-	case waiting:
-		call.setReply()
 	}
 }
 
 // result returns the error of Call for that of net/rpc.
 func (c *clientCodec) result(call *pendingCall, err error) error {
-	if err == nil && call.err == nil && call.lost == nil {
-		return nil
-	}
-	if call.err != nil {
+	if err == nil || call.err != nil {
 		return call.err
 	}
-	if call.lost != nil {
-		return call.unanswered(c.peer, call.lost)
-	}
 	if remote, ok := err.(rpc.ServerError); ok {
-		if call.names == "" {
-			return remote
-		}
-		return newRemoteError(remote, strings.Split(call.names, nameSeparator), call.callErrors)
+		return newRemoteError(remote, call.names, call.callErrors)
 	}
-	if err == rpc.ErrShutdown {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if c.end != nil { // and not just Close, which ends the stream soon
-			err = c.end.why
-		}
+	hasEnded := c.state.codec.Load() == nil // and it is not just Close, which ends the stream soon
+	if err == rpc.ErrShutdown && hasEnded {
+		err = c.state.why
 	}
-	return call.unanswered(c.peer, err)
+	return call.unanswered(err)
 }
 
 // finish ends the stream when reading has failed with err. It is called once. It returns
@@ -402,18 +347,14 @@ func (c *clientCodec) finishCalls(err error) error {
 		err = io.EOF // net/rpc turns it into rpc.ErrShutdown
 	case err == io.EOF: // net/rpc turns it into io.ErrUnexpectedEOF
 		why = rpc.ErrShutdown
-	case err == io.ErrUnexpectedEOF:
-		err = io.EOF // see above
 	case errors.Is(err, rpc.ErrShutdown):
 		for _, call := range c.calls {
-			call.lost = err
+			call.err = call.unanswered(err)
 		}
 		err = rpc.ErrShutdown // callers of net/rpc expect it bare
 	}
-	c.end = &clientEnd{peer: c.peer, why: &closedError{why: why}}
-	if c.client != nil {
-		c.keepEndLocked()
-	}
+	c.state.why = &lostError{cause: why, kind: rpc.ErrShutdown}
+	c.state.codec.Store(nil)
 	clear(c.calls)
 	return err
 }

@@ -171,7 +171,7 @@ var registered sync.Map
 
 func init() {
 	RegisterError(io.EOF, io.ErrUnexpectedEOF, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission, fs.ErrInvalid,
-		fs.ErrClosed, os.ErrDeadlineExceeded, context.Canceled, context.DeadlineExceeded)
+		fs.ErrClosed, os.ErrDeadlineExceeded, context.Canceled, context.DeadlineExceeded, errStopped)
 }
 
 // sendable returns the text of err and the names of the errors that err is, as they are
@@ -205,10 +205,9 @@ func errorNames(err error) []string {
 // foreignNames returns the names that came from the peer and are not known here. They go
 // back to it with an error that wraps the one that they came with.
 func foreignNames(err error) (names []string) {
-	if remote, ok := err.(*remoteError); ok {
-		return remote.foreign
-	}
 	switch err := err.(type) {
+	case *remoteError:
+		return err.foreign
 	case interface{ Unwrap() error }:
 		return foreignNames(err.Unwrap())
 	case interface{ Unwrap() []error }:
@@ -219,6 +218,9 @@ func foreignNames(err error) (names []string) {
 	return names
 }
 
+// nameSeparator joins the names of an error when they are sent.
+const nameSeparator = "\x00"
+
 // remoteError is an error that a method of the peer returned.
 type remoteError struct {
 	rpc.ServerError
@@ -226,11 +228,14 @@ type remoteError struct {
 	foreign []string // the names of what else it is
 }
 
-// newRemoteError returns the error that arrived with these names. own are the errors of
-// the call; it may be nil.
-func newRemoteError(text rpc.ServerError, names []string, own *callErrors) *remoteError {
+// newRemoteError returns the error that arrived with these names, which are joined. own
+// are the errors of the call; it may be nil.
+func newRemoteError(text rpc.ServerError, names string, own *callErrors) error {
+	if names == "" {
+		return text
+	}
 	e := &remoteError{ServerError: text}
-	for _, name := range names {
+	for name := range strings.SplitSeq(names, nameSeparator) {
 		if err := own.find(name); err != nil {
 			e.is = append(e.is, err)
 		} else if known, ok := registered.Load(name); ok {
@@ -244,42 +249,31 @@ func newRemoteError(text rpc.ServerError, names []string, own *callErrors) *remo
 
 func (e *remoteError) Unwrap() []error { return append([]error{e.ServerError}, e.is...) }
 
-// maxCallErrors is how many errors callErrors keeps: the last ones.
+// maxCallErrors is how many errors callErrors keeps. Then it begins anew.
 const maxCallErrors = 1000
 
 // callErrors has the errors that the arguments of one call have returned: its readers,
 // writers and callbacks. They are sent with random names, which only this call knows. The
 // peer sends a name back with an error that wraps the one that it came with, and so the
 // call returns the error itself.
-//
-// A nil *callErrors has no errors, and keeps none.
 type callErrors struct {
-	mu     sync.Mutex // guards the fields below
+	mu     sync.Mutex // guards byName
 	byName map[string]error
-	names  []string // in the order in which they were added
 }
 
 // add keeps err and returns its name.
-func (c *callErrors) add(err error) (names []string) {
-	if c == nil {
-		return nil
-	}
-	name := fmt.Sprintf("%x", rand.Uint64())
+func (c *callErrors) add(err error) (name string) {
+	name = fmt.Sprintf("%x", rand.Uint64())
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.byName == nil {
+	if c.byName == nil || len(c.byName) == maxCallErrors {
 		c.byName = make(map[string]error)
 	}
-	if len(c.names) == maxCallErrors {
-		delete(c.byName, c.names[0])
-		c.names = c.names[1:]
-	}
 	c.byName[name] = err
-	c.names = append(c.names, name)
-	return []string{name}
+	return name
 }
 
-// find returns the error with a name, or nil.
+// find returns the error with a name, or nil. A nil *callErrors has none.
 func (c *callErrors) find(name string) error {
 	if c == nil {
 		return nil
@@ -309,20 +303,21 @@ func (e *unanswered) Error() string {
 
 func (e *unanswered) Unwrap() error { return e.err }
 
-// closedError is the error of calls that begin when the stream has ended.
-type closedError struct{ why error }
-
-func (e *closedError) Error() string   { return e.why.Error() }
-func (e *closedError) Unwrap() []error { return []error{e.why, rpc.ErrShutdown} }
-
-// lostError is the error of every call and stream when the connection was lost.
-type lostError struct{ cause error }
+// lostError is the error of calls and streams whose connection has ended. It is also kind, which
+// is io.ErrUnexpectedEOF if it ended during the call, and rpc.ErrShutdown if before.
+type lostError struct {
+	cause error
+	kind  error
+}
 
 func (e *lostError) Error() string   { return e.cause.Error() }
-func (e *lostError) Unwrap() []error { return []error{e.cause, io.ErrUnexpectedEOF} }
+func (e *lostError) Unwrap() []error { return []error{e.cause, e.kind} }
 
 // errLost is the error of a message that cannot be sent because the stream has ended.
 var errLost = errors.New("plugin: the stream has ended")
+
+// errStopped is the error of calls, Reads and Writes of what the peer has stopped serving.
+var errStopped = errors.New("plugin: the peer has stopped serving this")
 
 // recoverTo, if deferred, turns a panic into an error.
 func recoverTo(err *error) {

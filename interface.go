@@ -270,7 +270,7 @@ func InvokeSeq[T any](ctx context.Context, r *Remote, method string, args ...any
 	return func(yield func(T, error) bool) {
 		next := func(values *gob.Decoder) (more bool, err error) {
 			var v T
-			if err := decodeValue(values, &v); err != nil {
+			if err := decode(values, &v); err != nil {
 				return false, err
 			}
 			return yield(v, nil), nil

@@ -76,7 +76,7 @@ func TestCallsWaitForReason(t *testing.T) {
 // A client that has ended is kept only as long as the caller keeps it.
 func TestClientsAreCollected(t *testing.T) {
 	kept := func() (n int) {
-		clientEnds.Range(func(any, any) bool { n++; return true })
+		clients.Range(func(any, any) bool { n++; return true })
 		return n
 	}
 	conn := &brokenConn{written: make(chan struct{}, 1000), known: make(chan struct{})}

@@ -100,19 +100,14 @@ func (s *sequenceSender) encode(value reflect.Value) error {
 	if checkNil(value) != nil {
 		return fmt.Errorf("plugin: a nil %v cannot be sent in a sequence", value.Type())
 	}
-	if err := s.try(value); err != nil {
+	err := inspect(value, nil)
+	if err == nil {
+		err = encode(s.encoder, value)
+	}
+	if err != nil {
 		return fmt.Errorf("plugin: a value of type %v cannot be sent in a sequence: %w", value.Type(), err)
 	}
 	return nil
-}
-
-// try encodes a value. A panic in gob or in GobEncode is an error.
-func (s *sequenceSender) try(value reflect.Value) (err error) {
-	defer recoverTo(&err)
-	if err := inspect(value, nil); err != nil {
-		return err
-	}
-	return withAdvice(s.encoder.EncodeValue(value))
 }
 
 // add hands the encoded value to writeTo, as soon as there is room.
@@ -216,12 +211,6 @@ func receiveSequence(ctx context.Context, r io.Reader, next nextValue) error {
 // and an error if there is no value.
 type nextValue func(*gob.Decoder) (more bool, err error)
 
-// decodeValue decodes into what v points to. A panic in GobDecode is an error.
-func decodeValue(values *gob.Decoder, v any) (err error) {
-	defer recoverTo(&err)
-	return withAdvice(values.Decode(v))
-}
-
 // remoteSequence is a sequence of the peer that was passed to a method of this end. It is
 // dialled when the method ranges over it.
 type remoteSequence struct {
@@ -240,7 +229,7 @@ func (q *remoteSequence) call(in []reflect.Value) []reflect.Value {
 	element := in[0].Type().In(0)
 	err := q.receive(func(values *gob.Decoder) (more bool, err error) {
 		v := reflect.New(element)
-		if err := decodeValue(values, v.Interface()); err != nil {
+		if err := decode(values, v.Interface()); err != nil {
 			return false, err
 		}
 		return yield(v.Elem(), nil), nil

@@ -83,25 +83,21 @@ func newService(rcvr any) (*service, error) {
 // newMethod returns a method that calls f, or why f cannot be called.
 func newMethod(f reflect.Value) (m *method, problem string) {
 	t := f.Type()
-	m = &method{}
-	var params []reflect.Type // behind the context
-	for i := range t.NumIn() {
-		if i == 0 && t.In(0) == typeOfContext {
-			m.context = true
-			continue
-		}
-		params = append(params, t.In(i))
+	m = &method{context: t.NumIn() > 0 && t.In(0) == typeOfContext}
+	first := 0 // behind the context
+	if m.context {
+		first = 1
 	}
 	switch {
-	case len(params) != 2 || t.IsVariadic():
-		return nil, fmt.Sprintf("it takes %d arguments and not two, args and reply", len(params))
+	case t.NumIn() != first+2 || t.IsVariadic():
+		return nil, fmt.Sprintf("it takes %d arguments and not two, args and reply", t.NumIn()-first)
 	case t.NumOut() != 1 || t.Out(0) != typeOfError:
 		return nil, "it does not return exactly an error"
-	case params[1].Kind() != reflect.Pointer:
-		return nil, fmt.Sprintf("its reply, a %v, is not a pointer", params[1])
+	case t.In(first+1).Kind() != reflect.Pointer:
+		return nil, fmt.Sprintf("its reply, a %v, is not a pointer", t.In(first+1))
 	}
-	m.arg = params[0]
-	m.reply = params[1].Elem()
+	m.arg = t.In(first)
+	m.reply = t.In(first + 1).Elem()
 	m.call = func(ctx context.Context, arg, reply reflect.Value) error {
 		args := []reflect.Value{arg, reply}
 		if m.context {
@@ -143,13 +139,8 @@ var (
 	errTimedOut   = fmt.Errorf("plugin: the caller cancelled the call: %w", context.DeadlineExceeded)
 	errCallerGone = errors.New("plugin: the caller is gone")
 	errGoexit     = errors.New("plugin: the method called runtime.Goexit")
-	errStopped    = errors.New("plugin: the peer has stopped serving this")
 	errExiting    = fmt.Errorf("plugin: the plugin is about to exit: %w", context.Canceled)
 )
-
-func init() {
-	RegisterError(errStopped) // see isOfEnd
-}
 
 // answerCalls answers calls until the caller closes the stream, and returns why it ended.
 // Each method runs in its own goroutine. Contexts of methods end with ctx, with the stream,
@@ -178,7 +169,7 @@ func (s *rpcServer) readRequests(ctx context.Context) error {
 		}
 		call, err := s.prepare(ctx, &req)
 		if err != nil {
-			s.respondError(&req, err)
+			s.respondError(&req, err, nil)
 			continue
 		}
 		// Ends when the method returns. Nothing waits for it, as it is the caller's code.
@@ -261,9 +252,9 @@ func (s *rpcServer) find(serviceMethod string) (*service, *method, error) {
 // cancel ends the context of a call that is running.
 func (s *rpcServer) cancel(seq uint64) {
 	var deadline bool
-	err := s.w.decode(&deadline)
+	_ = s.w.decode(&deadline) // what is no deadline cancels, too
 	cause := errCanceled
-	if err == nil && deadline {
+	if deadline {
 		cause = errTimedOut
 	}
 	if cancel, ok := s.cancels.Load(seq); ok {
@@ -271,11 +262,13 @@ func (s *rpcServer) cancel(seq uint64) {
 	}
 }
 
-// run runs a method and answers its call.
+// run calls the method and answers the call. In the host, a panic is an error: it must not
+// end the process. In a plugin it must: the host gets an ExitError, and nothing uses the
+// state that the method may have left inconsistent.
 func (s *rpcServer) run(call *servedCall) {
 	defer s.release(call)
 	if !call.service.calls.enter() {
-		s.respondError(call.request, errStopped)
+		s.respondError(call.request, errStopped, nil)
 		return
 	}
 	err := errGoexit // if the method does not return
@@ -283,17 +276,10 @@ func (s *rpcServer) run(call *servedCall) {
 		call.service.calls.Done()
 		s.answer(call, err)
 	}()
-	err = s.callMethod(call)
-}
-
-// callMethod calls the method and returns its error. In the host, a panic is an error: it
-// must not end the process. In a plugin it must: the host gets an ExitError, and nothing
-// uses the state that the method may have left inconsistent.
-func (s *rpcServer) callMethod(call *servedCall) (err error) {
 	if s.catch {
 		defer s.catchPanic(call, &err)
 	}
-	return call.method.call(call.ctx, call.arg, call.reply)
+	err = call.method.call(call.ctx, call.arg, call.reply)
 }
 
 // catchPanic, if deferred, logs a panic and turns it into an error.
@@ -326,7 +312,7 @@ func (s *rpcServer) answer(call *servedCall, err error) {
 		}
 	}
 	if err != nil {
-		s.respondError(call.request, err, call.service.callErrors.Load().add(err)...)
+		s.respondError(call.request, err, call.service.callErrors.Load())
 		return
 	}
 	s.respond(call.request, call.reply.Interface())
@@ -360,14 +346,16 @@ func (s *rpcServer) respond(req *rpc.Request, reply any) {
 	if err == nil || err == errLost {
 		return
 	}
-	s.respondError(req, fmt.Errorf("plugin: the reply of %s, of type %T, cannot be sent: %w",
-		req.ServiceMethod, reply, err))
+	err = fmt.Errorf("plugin: the reply of %s, of type %T, cannot be sent: %w", req.ServiceMethod, reply, err)
+	s.respondError(req, err, nil)
 }
 
-// respondError answers a call with an error, which has more names than its own.
-func (s *rpcServer) respondError(req *rpc.Request, err error, more ...string) {
+// respondError answers a call with an error. If own is not nil, err becomes one of them.
+func (s *rpcServer) respondError(req *rpc.Request, err error, own *callErrors) {
 	text, names := sendable(err)
-	names = append(names, more...)
+	if own != nil {
+		names = append(names, own.add(err))
+	}
 	resp := &response{Seq: req.Seq, Error: text, Is: strings.Join(names, nameSeparator)}
 	_ = s.w.send(resp, struct{}{}) // fails only if the caller is gone
 }

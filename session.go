@@ -183,11 +183,11 @@ func (s *session) explain(err error) error {
 func (s *session) findWhyLost() error {
 	switch {
 	case s.why != nil:
-		return &lostError{s.why(s.frames.received.Load())}
+		return &lostError{cause: s.why(s.frames.received.Load()), kind: io.ErrUnexpectedEOF}
 	case s.ending.Load():
 		return fmt.Errorf("%s: the connection was closed: %w", s.peer, rpc.ErrShutdown)
 	}
-	return &lostError{errors.New("plugin: the connection was lost")}
+	return &lostError{cause: errors.New("plugin: the connection was lost"), kind: io.ErrUnexpectedEOF}
 }
 
 // debug logs, unless the session is about to end.
