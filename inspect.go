@@ -20,7 +20,7 @@ const (
 	maxDepth = 100_000
 	// maxValues is how many values a message may have. One that has more has the same
 	// pointers in it again and again, and gob encodes what they point to each time.
-	maxValues = 1 << 28
+	maxValues = 1 << 26
 	// maxMessage is gob's limit for the size of a message: 8 GiB, or 1 GiB on 32 bits.
 	maxMessage = 1 << 30 << (^uint(0) >> 62)
 	// maxPlainValues is how many values are looked at for their size alone.
