@@ -77,8 +77,8 @@ func (call *pendingCall) through(ctx context.Context, c *rpc.Client) error {
 		call.decodeInto = reflect.New(reflect.TypeOf(call.reply).Elem()).Interface()
 	}
 	call.peer = anyPeer
-	known, isOurs := clients.Load(weak.Make(c))
-	state, _ := known.(*clientState)
+	known, _ := clients.Load(weak.Make(c))
+	state, isOurs := known.(*clientState)
 	if isOurs {
 		call.peer = state.peer
 	}

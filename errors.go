@@ -303,8 +303,8 @@ func (e *unanswered) Error() string {
 
 func (e *unanswered) Unwrap() error { return e.err }
 
-// lostError is the error of calls and streams whose connection has ended. It is also kind, which
-// is io.ErrUnexpectedEOF if it ended during the call, and rpc.ErrShutdown if before.
+// lostError is the error of calls and streams when the connection has ended. It is kind, too:
+// io.ErrUnexpectedEOF of what was in use then, and rpc.ErrShutdown of calls that begin later.
 type lostError struct {
 	cause error
 	kind  error
