@@ -86,7 +86,7 @@ func (b *MuxBroker) DialWriter(id uint32) (io.WriteCloser, error) {
 func (b *MuxBroker) offerReader(r io.Reader, timeout time.Duration, closer func() error) *offer {
 	s := &servedStream{broker: b}
 	s.copy = func(_ context.Context, conn io.ReadWriter) error {
-		return b.copyBytes(conn, usedReader{reader: r, uses: &s.uses})
+		return b.copyBytes(conn, s.use(r.Read))
 	}
 	return s.offer("Read", timeout, closer)
 }
@@ -95,7 +95,7 @@ func (b *MuxBroker) offerReader(r io.Reader, timeout time.Duration, closer func(
 func (b *MuxBroker) offerWriter(w io.Writer, timeout time.Duration, closer func() error) *offer {
 	s := &servedStream{broker: b}
 	s.copy = func(_ context.Context, conn io.ReadWriter) error {
-		return b.copyBytes(usedWriter{writer: w, uses: &s.uses}, conn)
+		return b.copyBytes(s.use(w.Write), conn)
 	}
 	return s.offer("Write", timeout, closer)
 }
@@ -173,33 +173,23 @@ func (b *MuxBroker) copyBytes(dst io.Writer, src io.Reader) (err error) {
 	return err
 }
 
-// usedReader is a reader whose Reads are uses.
-type usedReader struct {
-	reader io.Reader
-	uses   *group
-}
-
-func (r usedReader) Read(p []byte) (int, error) {
-	if !r.uses.enter() {
-		return 0, errStopped
+// use returns call, the Read or Write of the caller's, as a use. It fails when the offer
+// has ended.
+func (s *servedStream) use(call func([]byte) (int, error)) readWrite {
+	return func(p []byte) (int, error) {
+		if !s.uses.enter() {
+			return 0, errStopped
+		}
+		defer s.uses.Done()
+		return call(p)
 	}
-	defer r.uses.Done()
-	return r.reader.Read(p)
 }
 
-// usedWriter is a writer whose Writes are uses.
-type usedWriter struct {
-	writer io.Writer
-	uses   *group
-}
+// readWrite is a function that is a reader and a writer.
+type readWrite func(p []byte) (int, error)
 
-func (w usedWriter) Write(p []byte) (int, error) {
-	if !w.uses.enter() {
-		return 0, errStopped
-	}
-	defer w.uses.Done()
-	return w.writer.Write(p)
-}
+func (f readWrite) Read(p []byte) (int, error)  { return f(p) }
+func (f readWrite) Write(p []byte) (int, error) { return f(p) }
 
 // dialledStream is a reader or writer of the peer.
 type dialledStream struct {
@@ -300,8 +290,7 @@ func (s *dialledStream) await(
 }
 
 // release closes the reader or writer of the peer, if owned, and the client.
-func (s *dialledStream) release() error {
-	var err error
+func (s *dialledStream) release() (err error) {
 	if s.owned {
 		err = Call(context.Background(), s.client, "Plugin.Close", struct{}{}, nil)
 	}
