@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"math/rand/v2"
 	"net/rpc"
 	"strings"
 	"sync"
@@ -245,5 +247,98 @@ func TestErrorsWhileKilling(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// ---- The identity of errors ----
+
+// failing returns errors by name.
+type failing map[string]error
+
+func (f failing) Fail(name string, _ *string) error { return f[name] }
+
+// Errors keep their text, and between two sides with this package what they are.
+func TestErrorIdentity(t *testing.T) {
+	unknown, all := errors.New("test: unknown"), failing{}
+	for name, err := range testErrors {
+		all[name] = err
+		all[name+" wrapped"] = fmt.Errorf("failing: %w", err)
+		all[name+" joined"] = errors.Join(unknown, err, io.EOF)
+		all[name+" with a path"] = &fs.PathError{Op: "open", Path: "x", Err: err}
+	}
+	all["unknown"] = unknown
+	compare := func(t *testing.T, c *rpc.Client, identity bool) {
+		t.Helper()
+		for name, sent := range all {
+			err := plugin.Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
+			var remote rpc.ServerError
+			if !errors.As(err, &remote) || string(remote) != sent.Error() || err.Error() != sent.Error() {
+				t.Errorf("%v arrived as %T: %v", sent, err, err)
+			}
+			for _, known := range testErrors {
+				if got, want := errors.Is(err, known), errors.Is(sent, known); got != (want && identity) {
+					t.Errorf("%s: errors.Is(%v) is %v", name, known, got)
+				}
+			}
+			if errors.Is(err, unknown) {
+				t.Errorf("%s: is an error that is not registered", name)
+			}
+		}
+	}
+	for _, wire := range wires {
+		compare(t, wire.connect(t, all), wire.host && wire.plugin)
+	}
+	bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
+		compare(t, dialled(t, here, there, all), true)
+	})
+}
+
+// Of two errors with one text the first that is registered stays.
+func TestRegisterError(t *testing.T) {
+	text := fmt.Sprint("test: ", rand.Int())
+	first, second := errors.New(text), errors.New(text)
+	plugin.RegisterError(first, second)
+	plugin.RegisterError(second)
+	c := wires[0].connect(t, failing{"first": fmt.Errorf("failing: %w", first), "second": second})
+	for name, want := range map[string]bool{"first": true, "second": false} {
+		err := plugin.Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
+		isFirst, isSecond := errors.Is(err, first), errors.Is(err, second)
+		if isFirst != want || isSecond {
+			t.Errorf("the %s error is the first: %v, and the second: %v", name, isFirst, isSecond)
+		}
+	}
+}
+
+// Registering a nil error panics.
+func TestRegisterNil(t *testing.T) {
+	defer func() {
+		if recover() == nil {
+			t.Error("a nil error does not panic")
+		}
+	}()
+	plugin.RegisterError(nil)
+}
+
+// nilError panics when it is asked for its text.
+type nilError struct{ text string }
+
+func (e *nilError) Error() string { return e.text }
+
+// oddIs panics when it is asked what it is.
+type oddIs struct{}
+
+func (oddIs) Error() string { return "odd" }
+func (oddIs) Is(error) bool { panic("odd Is") }
+
+// An error with odd methods, or without a text, is still an error.
+func TestOddErrors(t *testing.T) {
+	odd := failing{"nil": (*nilError)(nil), "empty": errors.New(""), "panics": oddIs{}}
+	c := wires[0].connect(t, odd)
+	for name := range odd {
+		err := plugin.Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
+		var remote rpc.ServerError
+		if !errors.As(err, &remote) || remote == "" {
+			t.Errorf("%s: %T: %v", name, err, err)
+		}
 	}
 }
