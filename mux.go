@@ -33,9 +33,7 @@ type RPCClient struct {
 	flushes  bool // the plugin sends its output before it answers Quit
 	testMode bool // the plugin lives on when it has quit
 
-	quitting lock  // guards the fields below; held while the plugin is asked
-	asked    bool  // the plugin has been asked to quit
-	quitErr  error // why it has not answered
+	quitting *result[struct{}] // of asking the plugin to quit: an error or nothing
 }
 
 // NewRPCClient returns a client for the plugin at the other end of conn. If it fails,
@@ -55,7 +53,7 @@ func newConnection(
 		return nil, fmt.Errorf("plugin: connecting: %w", err)
 	}
 	s.peer = peer
-	c := &RPCClient{session: s, plugins: plugins, broker: newMuxBroker(s), quitting: newLock()}
+	c := &RPCClient{session: s, plugins: plugins, broker: newMuxBroker(s), quitting: newResult[struct{}]()}
 	// The order is part of the protocol: control, stdout, stderr.
 	var streams [3]*stream
 	for i := range streams {
@@ -151,9 +149,14 @@ func (c *RPCClient) Close() error {
 	return err
 }
 
-// quit asks the plugin to quit, once, and waits for the end of its output.
+// quit asks the plugin to quit, once, and waits for the end of its output. Later calls
+// return the error of the first.
 func (c *RPCClient) quit(ctx context.Context) error {
-	if err := c.askToQuit(ctx); err != nil {
+	if c.quitting.begin() {
+		c.quitting.set(struct{}{}, c.askToQuit(ctx))
+	}
+	_, err := c.quitting.wait(ctx)
+	if err != nil {
 		return fmt.Errorf("plugin: asking it to quit: %w", err)
 	}
 	for _, st := range c.output {
@@ -168,17 +171,8 @@ func (c *RPCClient) quit(ctx context.Context) error {
 	return nil
 }
 
-// askToQuit asks the plugin to quit and waits for its answer. Later calls return the error
-// of the first.
+// askToQuit asks the plugin to quit and waits for its answer.
 func (c *RPCClient) askToQuit(ctx context.Context) error {
-	if err := c.quitting.lock(ctx); err != nil {
-		return err
-	}
-	defer c.quitting.unlock()
-	if c.asked {
-		return c.quitErr
-	}
-	c.asked = true
 	c.session.ending.Store(true)
 	if !c.flushes {
 		// A go-plugin plugin exits when it has answered Quit. A few round trips
@@ -187,6 +181,5 @@ func (c *RPCClient) askToQuit(ctx context.Context) error {
 			_ = c.ping(ctx) // Quit will fail, too
 		}
 	}
-	c.quitErr = Call(ctx, c.control, "Control.Quit", true, &struct{}{})
-	return c.quitErr
+	return Call(ctx, c.control, "Control.Quit", true, &struct{}{})
 }

@@ -47,15 +47,12 @@ func (o *output) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// finish closes the stream when all output has been sent, or ctx ends.
-func (o *output) finish(ctx context.Context) {
+// finish closes the stream when all output has been sent, or after the timeout.
+func (o *output) finish(timeout time.Duration) {
 	if o.host.Load() == nil {
 		return // no host has connected
 	}
-	select {
-	case <-o.done:
-	case <-ctx.Done():
-	}
+	waitFor(timeout, o.done)
 	_ = o.host.Load().Close() // it never fails
 }
 

@@ -18,9 +18,15 @@ type outputPipe struct {
 	done   chan struct{} // closed when there is no more output
 }
 
-func newOutputPipe(reader *os.File, queue *hostWriter, others []io.Writer) *outputPipe {
+func newOutputPipe(queue *hostWriter, others ...io.Writer) *outputPipe {
 	to := io.MultiWriter(append(others, queue)...)
-	return &outputPipe{reader: reader, queue: queue, to: to, done: make(chan struct{})}
+	return &outputPipe{queue: queue, to: to, done: make(chan struct{})}
+}
+
+// open opens the pipe and returns the end for the process.
+func (p *outputPipe) open() (writer *os.File, err error) {
+	p.reader, writer, err = os.Pipe()
+	return writer, err
 }
 
 // copy copies the output until its end, or until finish is called.

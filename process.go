@@ -6,7 +6,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -263,41 +262,30 @@ func (p *child) redirect() error {
 	size := p.config.PluginLogBufferSize
 	p.lines[0] = lineWriter{max: max(size, maxHandshake), emit: p.stdoutLine}
 	p.lines[1] = lineWriter{max: size, emit: p.log.line}
-	// What the process itself prints to stdout goes to no writer.
-	stdout, err := p.openOutput(newHostWriter(nil), &p.lines[0])
-	if err != nil {
-		return err
+	p.pipes = []*outputPipe{
+		newOutputPipe(newHostWriter(nil), &p.lines[0]), // no Writer gets the stdout of the process
+		newOutputPipe(p.writers.process, &p.lines[1], &p.log.tail),
+		newOutputPipe(p.writers.stdout),
+		newOutputPipe(p.writers.stderr, &p.log.tail),
 	}
-	stderr, err := p.openOutput(p.writers.process, &p.lines[1], &p.log.tail)
-	if err != nil {
-		return err
-	}
-	p.cmd.Stdout, p.cmd.Stderr = stdout, stderr
 	if p.lifeline == nil {
-		return nil // The plugin may outlive the pipes, so it sends its output.
+		p.pipes = p.pipes[:2] // The plugin may outlive the others, so it sends its output.
 	}
-	stdout, err = p.openOutput(p.writers.stdout)
-	if err != nil {
-		return err
+	var writers []*os.File
+	for _, pipe := range p.pipes {
+		writer, err := pipe.open()
+		if err != nil {
+			return err
+		}
+		writers = append(writers, writer)
+		p.opened = append(p.opened, writer)
 	}
-	stderr, err = p.openOutput(p.writers.stderr, &p.log.tail)
-	if err != nil {
-		return err
+	p.cmd.Stdout, p.cmd.Stderr = writers[0], writers[1]
+	if len(writers) > 2 {
+		p.host.Stdout = p.pass(writers[2])
+		p.host.Stderr = p.pass(writers[3])
 	}
-	p.host.Stdout = p.pass(stdout)
-	p.host.Stderr = p.pass(stderr)
 	return nil
-}
-
-// openOutput opens a pipe and returns the end for the process. The output goes to all writers.
-func (p *child) openOutput(queue *hostWriter, others ...io.Writer) (*os.File, error) {
-	reader, writer, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	p.opened = append(p.opened, writer)
-	p.pipes = append(p.pipes, newOutputPipe(reader, queue, others))
-	return writer, nil
 }
 
 // share makes Cmd.Cancel find this process in the caller's command, where the Cancel of

@@ -131,14 +131,8 @@ func (s *RPCServer) serveSession(sess *session) error {
 	broker := newMuxBroker(sess)
 	sess.spawn(func() { acceptNumbered(broker) }) // ends with the session
 	server := newRPCServer(controlStream, nil, s.logger, false)
-	control, err := newService(&controlService{server: s, stream: server})
-	if err != nil {
-		return err
-	}
-	dispenser, err := newService(&dispenseService{plugins: s.Plugins, broker: broker})
-	if err != nil {
-		return err
-	}
+	control, _ := newService(&controlService{server: s, stream: server}) // it has methods
+	dispenser, _ := newService(&dispenseService{plugins: s.Plugins, broker: broker})
 	server.services = map[string]*service{"Control": control, "Dispenser": dispenser}
 	return server.answerCalls(context.Background())
 }
@@ -180,10 +174,9 @@ func (s *RPCServer) flush() {
 		if s.endOutput != nil {
 			s.endOutput()
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), outputTimeout)
-		defer cancel()
+		end := time.Now().Add(outputTimeout)
 		for _, out := range s.outputs {
-			out.finish(ctx)
+			out.finish(time.Until(end))
 		}
 	})
 }
@@ -211,10 +204,7 @@ func (c *controlService) Quit(ctx context.Context, _ bool, _ *struct{}) error {
 func (c *controlService) endAfterAnswer(encoded <-chan struct{}) {
 	ctx, cancel := context.WithTimeout(context.Background(), outputTimeout)
 	defer cancel()
-	select {
-	case <-encoded:
-	case <-ctx.Done():
-	}
+	waitFor(outputTimeout, encoded)
 	_ = c.stream.w.drain(ctx) // if the host is gone, it needs no answer
 	c.server.done()
 }

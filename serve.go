@@ -201,7 +201,7 @@ type serving struct {
 	listener  net.Listener
 	handshake handshake
 	quit      chan struct{} // closed when a host has asked the plugin to quit
-	failed    chan error    // receives why no connection can be accepted
+	failed    chan error    // receives why no connection can be accepted, or nil after close
 	capture   *capture      // of the output; nil if it is not captured
 }
 
@@ -327,12 +327,7 @@ func (s *serving) runTest(test *ServeTestConfig) error {
 // accept starts to accept connections.
 func (s *serving) accept() {
 	// Ends when close closes the listener.
-	s.server.connections.Go(func() {
-		err := s.server.acceptConnections(s.listener)
-		if err != nil {
-			s.failed <- err
-		}
-	})
+	s.server.connections.Go(func() { s.failed <- s.server.acceptConnections(s.listener) })
 }
 
 // close sends the rest of the output and restores os.Stdout and os.Stderr. It ends the
