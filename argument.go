@@ -16,14 +16,34 @@ import (
 // and closes what it has dialled. A result that is a stream goes the other way: the end of
 // the function serves it, and the caller dials it and owns it.
 
+// Remote is the implementation in the plugin, for [Invoke]. The [Plugin] that [For]
+// returns makes it. The zero Remote has no methods. A Remote may be used
+// concurrently.
+type Remote struct {
+	broker  *MuxBroker
+	client  *rpc.Client
+	methods map[string]*signature
+}
+
+// Close releases the instance: its stream ends, and what serves it in the plugin. Calls
+// in flight fail, and so do later ones, with an error in which errors.Is finds
+// [rpc.ErrShutdown]. Streams that were results work on. It is safe to call Close more than
+// once, at any time, and for a nil or zero Remote.
+func (r *Remote) Close() error {
+	if r != nil && r.client != nil {
+		_ = r.client.Close() // fails only if it is closed already
+	}
+	return nil
+}
+
 // invoke calls a method of the peer and returns its result.
-func (s *signature) invoke(
-	ctx context.Context, b *MuxBroker, c *rpc.Client, method string, args []any,
+func (r *Remote) invoke(
+	ctx context.Context, s *signature, method string, args []any,
 ) (result reflect.Value, err error) {
 	sent := reflect.New(s.sent)
 	errs := &callErrors{}
-	offers, err := s.setArguments(b, sent.Elem(), method, args, errs)
-	defer stopOffers(ctx, b, offers)
+	offers, err := s.setArguments(r.broker, sent.Elem(), method, args, errs)
+	defer stopOffers(ctx, r.broker, offers)
 	if err != nil {
 		return result, err
 	}
@@ -33,10 +53,10 @@ func (s *signature) invoke(
 		into = nil // accepts any reply
 	}
 	call := &pendingCall{method: "Plugin." + method, args: sent.Interface(), reply: into, callErrors: errs}
-	if err := call.through(ctx, c); err != nil {
+	if err := call.through(ctx, r.client); err != nil {
 		return result, err
 	}
-	return s.result.dialResult(ctx, b, reply.Elem())
+	return s.result.dialResult(ctx, r.broker, reply.Elem())
 }
 
 // setArguments sets what is sent for args. What is not plain is served to the peer, which
@@ -184,27 +204,31 @@ func (f *implementation) call(ctx context.Context, sent, reply reflect.Value) er
 // callWith calls the function with what the peer sent, and returns what it returns and
 // its error. out is nil if the function has not returned.
 func (f *implementation) callWith(ctx context.Context, sent reflect.Value) (out []reflect.Value, err error) {
-	args := newArguments(ctx, f.broker, f.connects)
+	args := arguments{broker: f.broker, ctx: ctx}
+	if f.connects {
+		args.ctx, args.end = context.WithCancelCause(ctx)
+	}
 	defer func() { // also if the function panics
 		unseen := args.close(out != nil)
 		if err == nil {
 			err = unseen
 		}
 	}()
+	var in []reflect.Value
 	if f.takesContext {
-		args.values = append(args.values, reflect.ValueOf(ctx))
+		in = append(in, reflect.ValueOf(ctx))
 	}
 	for i, param := range f.params {
 		arg, err := args.dial(param, f.param(sent, i))
 		if err != nil {
 			return nil, err
 		}
-		args.values = append(args.values, arg)
+		in = append(in, arg)
 	}
 	if f.result.kind == sequenceValue {
-		return f.callForSequence(ctx, args.values)
+		return f.callForSequence(ctx, in)
 	}
-	out = f.function.Call(args.values)
+	out = f.function.Call(in)
 	err, _ = out[f.returns-1].Interface().(error) // nil is no error
 	return out, err
 }
@@ -212,14 +236,14 @@ func (f *implementation) callWith(ctx context.Context, sent reflect.Value) (out 
 // callForSequence calls a function that returns a sequence, and writes its values to the
 // last argument.
 func (f *implementation) callForSequence(
-	ctx context.Context, args []reflect.Value,
+	ctx context.Context, in []reflect.Value,
 ) (out []reflect.Value, err error) {
-	last := len(args) - 1
-	w, _ := args[last].Interface().(io.Writer)
+	last := len(in) - 1
+	w, _ := in[last].Interface().(io.Writer)
 	if w == nil {
 		return nil, errors.New("plugin: the caller passes no writer for the values of the sequence")
 	}
-	out = f.function.Call(args[:last])
+	out = f.function.Call(in[:last])
 	return out, sendSequence(ctx, w, out[0], false)
 }
 
@@ -250,24 +274,16 @@ func (f *implementation) callForStream(call context.Context, sent, id reflect.Va
 	return nil
 }
 
-// arguments are those of one call, at the end of the function.
+// arguments are those of one call that are not plain, at the end of the function.
 type arguments struct {
 	broker  *MuxBroker
 	ctx     context.Context         // ends with that of the function, or when that has returned
 	end     context.CancelCauseFunc // of ctx; nil if all arguments are plain
-	values  []reflect.Value
+	closers []io.Closer             // what was dialled, but for the writers
 	writers []*dialledWriter
 }
 
 var errReturned = errors.New("plugin: the method that took this argument has returned")
-
-func newArguments(ctx context.Context, b *MuxBroker, connects bool) *arguments {
-	a := &arguments{broker: b, ctx: ctx}
-	if connects {
-		a.ctx, a.end = context.WithCancelCause(ctx)
-	}
-	return a
-}
 
 // dial returns the argument for which the peer has sent this. If ctx ends, neither the
 // function nor close waits for the peer.
@@ -287,7 +303,7 @@ func (a *arguments) dial(param value, sent reflect.Value) (arg reflect.Value, er
 		if err != nil {
 			return arg, err
 		}
-		context.AfterFunc(a.ctx, func() { _ = r.Close() }) // nothing is lost
+		a.add(r)
 		return reflect.ValueOf(r), nil
 	case param.kind == writerValue:
 		w, err := a.broker.dialWriter(a.ctx, id, false)
@@ -302,9 +318,18 @@ func (a *arguments) dial(param value, sent reflect.Value) (arg reflect.Value, er
 	if err != nil {
 		return arg, err
 	}
+	a.add(c)
+	remote := &Remote{broker: a.broker, client: c}
+	call := func(in []reflect.Value) []reflect.Value {
+		return remote.callFunction(a.ctx, param.function, in)
+	}
+	return reflect.MakeFunc(param.Type, call), nil
+}
+
+// add keeps what is closed when the function has returned or ctx ends.
+func (a *arguments) add(c io.Closer) {
+	a.closers = append(a.closers, c)
 	context.AfterFunc(a.ctx, func() { _ = c.Close() })
-	f := &remoteFunction{signature: param.function, ctx: a.ctx, broker: a.broker, client: c}
-	return reflect.MakeFunc(param.Type, f.call), nil
 }
 
 // close ends the use of the arguments. If the function has returned, it waits until the
@@ -315,6 +340,9 @@ func (a *arguments) close(returned bool) (unseen error) {
 		return nil
 	}
 	defer a.end(errReturned)
+	for _, c := range a.closers {
+		_ = c.Close() // nothing is lost
+	}
 	if !returned {
 		a.end(errReturned) // aborts the writers
 	}
@@ -331,18 +359,10 @@ func (a *arguments) close(returned bool) (unseen error) {
 	return unseen
 }
 
-// remoteFunction is a function of the peer that was passed to a method of this end.
-type remoteFunction struct {
-	*signature
-	ctx    context.Context // of the method
-	broker *MuxBroker
-	client *rpc.Client
-}
-
-// call calls the function. Without a context, it is called with that of the method.
-func (f *remoteFunction) call(in []reflect.Value) []reflect.Value {
-	ctx := f.ctx
-	if f.takesContext {
+// callFunction calls a function of the peer that was passed to a method of this end.
+// Without a context, it is called with ctx, that of the method's arguments.
+func (r *Remote) callFunction(ctx context.Context, s *signature, in []reflect.Value) []reflect.Value {
+	if s.takesContext {
 		if passed, ok := in[0].Interface().(context.Context); ok {
 			ctx = passed
 		}
@@ -352,12 +372,12 @@ func (f *remoteFunction) call(in []reflect.Value) []reflect.Value {
 	for i, v := range in {
 		args[i] = v.Interface()
 	}
-	result, err := f.invoke(ctx, f.broker, f.client, "Call", args)
+	result, err := r.invoke(ctx, s, "Call", args)
 	if err != nil {
-		result = reflect.Zero(f.result.Type)
+		result = reflect.Zero(s.result.Type)
 	}
 	asError := reflect.ValueOf(&err).Elem() // of type error, also if it is nil
-	if f.returns == 1 {
+	if s.returns == 1 {
 		return []reflect.Value{asError}
 	}
 	return []reflect.Value{result, asError}

@@ -264,7 +264,8 @@ func fuzzInvoke(t *testing.T, here, there *MuxBroker, r *rand.Rand) {
 	defer c.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), hangs)
 	defer cancel()
-	got, err := s.invoke(ctx, here, c, "Call", m.args)
+	remote := &Remote{broker: here, client: c}
+	got, err := remote.invoke(ctx, s, "Call", m.args)
 
 	arrives, lost := throughGob(m.sent(s))
 	if called := m.seen != nil; called != (lost == nil) {

@@ -199,15 +199,6 @@ func (p *interfacePlugin[T]) Server(b *MuxBroker) (any, error) {
 	return svc, nil
 }
 
-// Remote is the implementation in the plugin, for [Invoke]. The [Plugin] that [For]
-// returns makes it. The zero Remote has no methods. A Remote may be used
-// concurrently.
-type Remote struct {
-	broker  *MuxBroker
-	client  *rpc.Client
-	methods map[string]*signature
-}
-
 // Invoke calls a method of the remote implementation and returns its result. R is
 // the result's type, or struct{} if the method returns only an error. The args are
 // those behind the context. [For] says what can be passed and returned, and what
@@ -225,31 +216,24 @@ type Remote struct {
 //
 // Invoke may be called concurrently, also from a callback.
 func Invoke[R any](ctx context.Context, r *Remote, method string, args ...any) (result R, err error) {
-	v, err := r.invoke(ctx, reflect.TypeFor[R](), method, args)
+	s, err := r.find(ctx, "Invoke", method, len(args))
+	if err != nil {
+		return result, err
+	}
+	if s.result.kind == sequenceValue {
+		return result, fmt.Errorf("plugin: Invoke: the result of %s is a %v: call it with InvokeSeq",
+			method, s.result)
+	}
+	if want := reflect.TypeFor[R](); s.result.Type != want {
+		return result, fmt.Errorf("plugin: Invoke: the result of %s is a %v and not a %v",
+			method, s.result, want)
+	}
+	v, err := r.invoke(ctx, s, method, args)
 	if err != nil {
 		return result, err
 	}
 	result, _ = reflect.TypeAssert[R](v) // a nil interface is no R, and the zero one
 	return result, nil
-}
-
-// invoke calls a method whose result is of this type.
-func (r *Remote) invoke(
-	ctx context.Context, result reflect.Type, method string, args []any,
-) (none reflect.Value, err error) {
-	s, err := r.find(ctx, "Invoke", method, len(args))
-	if err != nil {
-		return none, err
-	}
-	if s.result.kind == sequenceValue {
-		return none, fmt.Errorf("plugin: Invoke: the result of %s is a %v: call it with InvokeSeq",
-			method, s.result)
-	}
-	if s.result.Type != result {
-		return none, fmt.Errorf("plugin: Invoke: the result of %s is a %v and not a %v",
-			method, s.result, result)
-	}
-	return s.invoke(ctx, r.broker, r.client, method, args)
 }
 
 // InvokeSeq calls a method of the remote implementation whose only result is an
@@ -300,7 +284,7 @@ func (r *Remote) invokeSeq(
 	returned := make(chan error, 1)
 	// Ends with the call, which ends with its context; waited for below.
 	go func() {
-		_, err := s.invoke(call, r.broker, r.client, method, args)
+		_, err := r.invoke(call, s, method, args)
 		_ = w.CloseWithError(err) // never fails
 		returned <- err
 	}()
@@ -313,17 +297,6 @@ func (r *Remote) invokeSeq(
 		}
 	}()
 	return receiveSequence(ctx, values, next)
-}
-
-// Close releases the instance: its stream ends, and what serves it in the plugin. Calls
-// in flight fail, and so do later ones, with an error in which errors.Is finds
-// [rpc.ErrShutdown]. Streams that were results work on. It is safe to call Close more than
-// once, at any time, and for a nil or zero Remote.
-func (r *Remote) Close() error {
-	if r != nil && r.client != nil {
-		_ = r.client.Close() // fails only if it is closed already
-	}
-	return nil
 }
 
 // find returns the signature of a method that takes so many arguments. An error names

@@ -100,6 +100,7 @@ func (s *sequenceSender) encode(value reflect.Value) error {
 	if checkNil(value) != nil {
 		return fmt.Errorf("plugin: a nil %v cannot be sent in a sequence", value.Type())
 	}
+	s.encoded.Reset()
 	err := inspect(value, nil)
 	if err == nil {
 		err = encode(s.encoder, value)
@@ -121,7 +122,6 @@ func (s *sequenceSender) add() error {
 		return s.end
 	}
 	s.values = append(s.values, s.encoded.Bytes()...)
-	s.encoded.Reset()
 	s.changed.Broadcast()
 	return nil
 }
@@ -140,17 +140,13 @@ func (s *sequenceSender) finish(err error) error {
 
 // writeTo writes the values to w until the sequence has ended.
 func (s *sequenceSender) writeTo(w io.Writer) error {
-	var values []byte
-	for {
-		values = s.take(values)
-		if len(values) == 0 {
-			return nil
-		}
+	for values := s.take(nil); len(values) > 0; values = s.take(values) {
 		if _, err := w.Write(values); err != nil {
 			s.finish(err)
 			return err
 		}
 	}
+	return nil
 }
 
 // take waits for values and returns them. There are none if the sequence has ended. It uses

@@ -59,37 +59,33 @@ func newSignature(t reflect.Type, outer ...reflect.Type) (*signature, error) {
 	if err := checkForm(t); err != nil {
 		return nil, err
 	}
-	result, err := newResultValue(t, outer)
-	if err != nil {
-		return nil, err
+	functions := append(outer, t)
+	s := &signature{returns: t.NumOut(), result: value{Type: typeOfNothing, sent: typeOfNothing}}
+	if t.NumOut() == 2 || isIterator(t.Out(0)) {
+		result, err := newValue(t.Out(0), typeOfReadCloser, typeOfWriteCloser, functions)
+		if err != nil {
+			return nil, err
+		}
+		s.result = result
 	}
-	s := &signature{result: result, returns: t.NumOut()}
-	s.takesContext = t.NumIn() > 0 && t.In(0) == typeOfContext
-	first := 0
-	if s.takesContext {
-		first = 1
-	}
-	for i := first; i < t.NumIn(); i++ {
-		param, err := newParamValue(t.In(i), append(outer, t))
+	for i := range t.NumIn() {
+		if i == 0 && t.In(0) == typeOfContext {
+			s.takesContext = true
+			continue
+		}
+		param, err := newValue(t.In(i), typeOfReader, typeOfWriter, functions)
 		if err != nil {
 			return nil, err
 		}
 		s.params = append(s.params, param)
 	}
-	if result.kind == sequenceValue {
+	if s.result.kind == sequenceValue {
+		s.result.sent = typeOfNothing // the values go to one more parameter
 		s.params = append(s.params, value{Type: typeOfWriter, kind: writerValue, sent: typeOfNumber})
 	}
-	s.connects = result.kind != plainValue || slices.ContainsFunc(s.params, value.isNotPlain)
+	s.connects = s.result.isNotPlain() || slices.ContainsFunc(s.params, value.isNotPlain)
 	s.sent = argumentType(s.params)
 	return s, nil
-}
-
-// argumentCount returns how many arguments a caller passes behind the context.
-func (s *signature) argumentCount() int {
-	if s.result.kind == sequenceValue {
-		return len(s.params) - 1
-	}
-	return len(s.params)
 }
 
 // checkForm returns an error if a function cannot be called, whatever its parameters.
@@ -104,39 +100,40 @@ func checkForm(t reflect.Type) error {
 		return fmt.Errorf("the last result of %v is not an error", t)
 	case n > 2:
 		return fmt.Errorf("%v returns more than one result and an error", t)
+	case n == 2 && isIterator(t.Out(0)):
+		return fmt.Errorf("%v must be the only result: it ends with its own error", t.Out(0))
+	case n == 2 && t.Out(0).Kind() == reflect.Func:
+		return fmt.Errorf("%v cannot be a result: it is a function", t.Out(0))
 	}
 	return nil
 }
 
-// newResultValue returns what a function returns beside the error, or its sequence.
-func newResultValue(t reflect.Type, outer []reflect.Type) (value, error) {
-	result := t.Out(0)
-	if t.NumOut() == 1 && !isIterator(result) {
-		return value{Type: typeOfNothing, sent: typeOfNothing}, nil
+// newValue returns a parameter or the result of the last of the types functions, which is a
+// parameter of the one before it, and so on. It may be a reader or writer of these types.
+func newValue(t, reader, writer reflect.Type, functions []reflect.Type) (value, error) {
+	v := value{Type: t, sent: typeOfNumber}
+	switch {
+	case t == reader:
+		v.kind = readerValue
+	case t == writer:
+		v.kind = writerValue
+	case t == typeOfContext || t == typeOfError:
+		return v, errors.New("a context must be the first parameter, and an error the last result")
+	case isOfPackageIO(t):
+		return v, fmt.Errorf("%v cannot be sent, but %v and %v can", t, reader, writer)
+	case isIterator(t):
+		v.kind = sequenceValue
+		return v, checkSequence(t, len(functions) > 1)
+	case t.Kind() == reflect.Func:
+		v.kind = functionValue
+		function, err := newSignature(t, functions...)
+		v.function = function
+		return v, err
+	default:
+		v.sent = t
+		return v, checkPlain(t)
 	}
-	if !isIterator(result) {
-		return newStreamOrPlainValue(result, typeOfReadCloser, typeOfWriteCloser)
-	}
-	if t.NumOut() == 2 {
-		return value{}, fmt.Errorf("%v must be the only result: it ends with its own error", result)
-	}
-	v, err := newSequenceValue(result, outer)
-	v.sent = typeOfNothing // the reply; the values go to the last parameter
-	return v, err
-}
-
-// newParamValue returns a parameter of the last of the types functions, which is a
-// parameter of the one before it, and so on. Or it returns an error that says why the
-// parameter cannot be sent.
-func newParamValue(t reflect.Type, functions []reflect.Type) (value, error) {
-	if isIterator(t) {
-		return newSequenceValue(t, functions[:len(functions)-1])
-	}
-	if t.Kind() != reflect.Func {
-		return newStreamOrPlainValue(t, typeOfReader, typeOfWriter)
-	}
-	function, err := newSignature(t, functions...)
-	return value{Type: t, kind: functionValue, sent: typeOfNumber, function: function}, err
+	return v, nil
 }
 
 // isIterator reports whether a type is an iter.Seq or iter.Seq2.
@@ -144,34 +141,16 @@ func isIterator(t reflect.Type) bool {
 	return t.Kind() == reflect.Func && (t.CanSeq() || t.CanSeq2())
 }
 
-// newSequenceValue returns a sequence of a function, or an error that says why it cannot
-// be sent. The types outer have the function as a parameter: then it has no sequences.
-func newSequenceValue(t reflect.Type, outer []reflect.Type) (value, error) {
+// checkSequence returns an error if a sequence cannot be sent, as those of a callback.
+func checkSequence(t reflect.Type, ofCallback bool) error {
 	yield := t.In(0)
 	if yield.NumIn() != 2 || yield.In(1) != typeOfError {
-		return value{}, fmt.Errorf("%v cannot be sent: use an iter.Seq2[T, error], which can say why it ends", t)
+		return fmt.Errorf("%v cannot be sent: use an iter.Seq2[T, error], which can say why it ends", t)
 	}
-	if len(outer) > 0 {
-		return value{}, fmt.Errorf("%v cannot be sent: a callback takes and returns no sequences", t)
+	if ofCallback {
+		return fmt.Errorf("%v cannot be sent: a callback takes and returns no sequences", t)
 	}
-	v := value{Type: t, kind: sequenceValue, sent: typeOfNumber}
-	return v, checkPlain(v.element())
-}
-
-// newStreamOrPlainValue returns a value that may be a reader or writer of these types, or an
-// error that says why it cannot be sent.
-func newStreamOrPlainValue(t, reader, writer reflect.Type) (value, error) {
-	switch {
-	case t == reader:
-		return value{Type: t, kind: readerValue, sent: typeOfNumber}, nil
-	case t == writer:
-		return value{Type: t, kind: writerValue, sent: typeOfNumber}, nil
-	case t == typeOfContext || t == typeOfError:
-		return value{}, errors.New("a context must be the first parameter, and an error the last result")
-	case isOfPackageIO(t):
-		return value{}, fmt.Errorf("%v cannot be sent, but %v and %v can", t, reader, writer)
-	}
-	return value{Type: t, sent: t}, checkPlain(t)
+	return checkPlain(yield.In(0))
 }
 
 func isOfPackageIO(t reflect.Type) bool {
@@ -195,13 +174,10 @@ func checkParts(t reflect.Type, path string, checked map[reflect.Type]bool) erro
 		return nil
 	}
 	checked[t] = true
+	if t.Kind() == reflect.Func || t.Kind() == reflect.Chan || isOfPackageIO(t) {
+		return fmt.Errorf("%s cannot be sent: a %v cannot be a part of what gob encodes", path, t)
+	}
 	switch t.Kind() {
-	case reflect.Func, reflect.Chan:
-		return fmt.Errorf("%s cannot be sent: it is a %v", path, t)
-	case reflect.Interface:
-		if isOfPackageIO(t) {
-			return fmt.Errorf("%s cannot be sent: an %v must be a parameter or result itself", path, t)
-		}
 	case reflect.Pointer:
 		return checkParts(t.Elem(), path, checked)
 	case reflect.Slice, reflect.Array:
@@ -229,6 +205,14 @@ func checkFields(t reflect.Type, path string, checked map[reflect.Type]bool) err
 		}
 	}
 	return nil
+}
+
+// argumentCount returns how many arguments a caller passes behind the context.
+func (s *signature) argumentCount() int {
+	if s.result.kind == sequenceValue {
+		return len(s.params) - 1
+	}
+	return len(s.params)
 }
 
 // argumentType returns the type that is sent for params: a single one as it is, or a
