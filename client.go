@@ -377,7 +377,7 @@ func (c *Client) Kill() {
 		rc.session.close()
 	}
 	dropped := c.writers.close()
-	if dropped > 0 {
+	if dropped > 0 && ended { // otherwise the Logger may block
 		c.config.Logger.Warn("output was dropped, because its Writer has not taken it", "bytes", dropped)
 	}
 }

@@ -638,8 +638,12 @@ func TestKillPastLogger(t *testing.T) {
 				go c.Start() // ends when the Logger does
 				l.read("plugin")
 			} else {
-				check(t, connect(c))
+				p, err := c.Client()
+				check(t, err)
+				test := dispense(t, p)
 				blocks.Store(true)
+				text := strings.Repeat("a line to be logged\n", 10_000) // more than is written at once
+				mustCall[struct{}](t, test.Client, "Print", Output{Stdout: text})
 			}
 			within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
 			if !c.Exited() || c.Err() != nil {
