@@ -28,10 +28,9 @@ const (
 // child is the process of a plugin that this host has started.
 type child struct {
 	config    *ClientConfig
-	cmd       *exec.Cmd     // a copy of callerCmd
-	callerCmd *exec.Cmd     // other clients may have the same
-	path      string        // of the binary, in callerCmd
-	published chan struct{} // closed when callerCmd has the process
+	cmd       *exec.Cmd // a copy of callerCmd
+	callerCmd *exec.Cmd // other clients may have the same
+	path      string    // of the binary, in callerCmd
 
 	hint     string          // a possible cause of the error of start
 	host     hostInfo        // what the plugin is told
@@ -85,7 +84,6 @@ func newChild(config *ClientConfig) *child {
 		cmd:        &cmd,
 		callerCmd:  config.Cmd,
 		path:       config.Cmd.Path,
-		published:  make(chan struct{}),
 		handshakes: make(chan string, 1),
 		log:        stderrLog{logger: config.Logger},
 	}
@@ -97,9 +95,11 @@ func (p *child) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	certificate, err := p.certify()
-	if err != nil {
-		return err
+	if p.config.sendsCertificate() {
+		p.cert, err = newCertificate()
+		if err != nil {
+			return err
+		}
 	}
 	// The descriptors for the process are made before its environment, which names them.
 	err = p.hold()
@@ -111,12 +111,12 @@ func (p *child) start(ctx context.Context) error {
 		return err
 	}
 	// The directory is made late: if the host dies before the plugin has begun, it stays.
-	err = p.makeDir()
+	p.dir, err = p.config.sockets().makeDir()
 	if err != nil {
 		return err
 	}
 	p.pin(binary)
-	p.cmd.Env = p.environment(certificate)
+	p.cmd.Env = p.environment()
 	p.share()
 	err = p.execute(ctx)
 	if err != nil {
@@ -142,30 +142,6 @@ func (p *child) check() (*os.File, error) {
 	}
 	p.opened = append(p.opened, binary)
 	return binary, nil
-}
-
-// certify makes the certificate of the host and returns it as the plugin gets it. It
-// returns "" if the host sends none.
-func (p *child) certify() (string, error) {
-	if !p.config.sendsCertificate() {
-		return "", nil
-	}
-	cert, err := newCertificate()
-	if err != nil {
-		return "", err
-	}
-	p.cert = cert
-	block := &pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]}
-	return string(pem.EncodeToMemory(block)), nil
-}
-
-// makeDir makes the directory for the socket.
-func (p *child) makeDir() (err error) {
-	if runtime.GOOS == "windows" {
-		return nil
-	}
-	p.dir, err = p.config.sockets().makeDir()
-	return err
 }
 
 // pass passes f to the process. It may be called until the command is executed.
@@ -212,14 +188,14 @@ func (p *child) pin(binary *os.File) {
 // environment returns the plugin's environment: the host's, Cmd.Env and the variables
 // of the handshake, where later ones win. If the host is a plugin itself, its own
 // handshake is left out.
-func (p *child) environment(certificate string) []string {
+func (p *child) environment() []string {
 	var env []string
 	if !p.config.SkipHostEnv {
 		env = os.Environ()
 	}
 	env = append(env, p.cmd.Env...)
 	env = slices.DeleteFunc(env, isProtocolVariable)
-	return append(env, p.handshakeEnv(certificate)...)
+	return append(env, p.handshakeEnv()...)
 }
 
 // isProtocolVariable reports whether v, as name=value, is a variable of the handshake.
@@ -229,7 +205,7 @@ func isProtocolVariable(v string) bool {
 }
 
 // handshakeEnv returns the variables of the handshake.
-func (p *child) handshakeEnv(certificate string) []string {
+func (p *child) handshakeEnv() []string {
 	config := p.config
 	env := []string{
 		config.MagicCookieKey + "=" + config.MagicCookieValue,
@@ -238,14 +214,14 @@ func (p *child) handshakeEnv(certificate string) []string {
 		envVersions + "=" + versionList(config.VersionedPlugins),
 		envHost + "=" + p.host.String(),
 	}
-	if certificate != "" {
-		env = append(env, envClientCert+"="+certificate)
+	if p.cert.Certificate != nil {
+		block := &pem.Block{Type: "CERTIFICATE", Bytes: p.cert.Certificate[0]}
+		env = append(env, envClientCert+"="+string(pem.EncodeToMemory(block)))
 	}
 	if p.dir != "" {
 		env = append(env, EnvUnixSocketDir+"="+p.dir)
 	}
-	group := config.sockets().Group
-	if p.dir != "" && group != "" {
+	if group := config.sockets().Group; group != "" {
 		env = append(env, EnvUnixSocketGroup+"="+group)
 	}
 	return env
@@ -296,7 +272,6 @@ func (p *child) share() {
 		return
 	}
 	p.cmd.Cancel = func() error {
-		<-p.published
 		callerCmdMu.Lock()
 		defer callerCmdMu.Unlock()
 		before := p.callerCmd.Process
@@ -336,7 +311,6 @@ func (p *child) publish() {
 	callerCmdMu.Lock()
 	defer callerCmdMu.Unlock()
 	p.callerCmd.Process, p.callerCmd.ProcessState = p.cmd.Process, nil
-	close(p.published)
 }
 
 // stdoutLine handles a line of the process's stdout. Lines before the handshake are a

@@ -74,8 +74,11 @@ type UnixSocketConfig struct {
 	TempDir string
 }
 
-// makeDir makes a private directory for a plugin's socket.
+// makeDir makes a private directory for a plugin's socket. On Windows, there is none.
 func (u *UnixSocketConfig) makeDir() (string, error) {
+	if runtime.GOOS == "windows" {
+		return "", nil
+	}
 	base, err := filepath.Abs(u.tempDir())
 	if err != nil {
 		return "", err
