@@ -159,9 +159,9 @@ func (c *RPCClient) quit(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("plugin: asking it to quit: %w", err)
 	}
-	for _, st := range c.output {
-		if c.testMode {
-			// A go-plugin plugin never ends its output then.
+	if c.testMode {
+		// A go-plugin plugin never ends its output then.
+		for _, st := range c.output {
 			_ = st.SetReadDeadline(time.Now().Add(drainTimeout / 2)) // never fails
 		}
 	}

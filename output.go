@@ -110,7 +110,7 @@ func (h *hostWriter) end() {
 func (h *hostWriter) Write(p []byte) (int, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for len(h.pending) >= maxPending && !h.hurried && !h.closed {
+	for len(h.pending) >= maxPending && !h.hurried {
 		h.changed.Wait()
 	}
 	if len(p) > 0 && !h.closed {

@@ -117,20 +117,19 @@ func whyHostLost(bool) error { return errors.New("plugin: the connection to the 
 // serveSession accepts the streams that the host opens first, and answers its calls of
 // control until the host closes that stream.
 func (s *RPCServer) serveSession(sess *session) error {
-	controlStream, err := sess.accept()
-	if err != nil {
-		return err
-	}
-	for _, out := range s.outputs {
+	var streams [3]*stream // control, stdout and stderr
+	for i := range streams {
 		st, err := sess.accept()
 		if err != nil {
 			return err
 		}
-		out.attach(st)
+		streams[i] = st
 	}
+	s.outputs[0].attach(streams[1])
+	s.outputs[1].attach(streams[2])
 	broker := newMuxBroker(sess)
 	sess.spawn(func() { acceptNumbered(broker) }) // ends with the session
-	server := newRPCServer(controlStream, nil, s.logger, false)
+	server := newRPCServer(streams[0], nil, s.logger, false)
 	control, _ := newService(&controlService{server: s, stream: server}) // it has methods
 	dispenser, _ := newService(&dispenseService{plugins: s.Plugins, broker: broker})
 	server.services = map[string]*service{"Control": control, "Dispenser": dispenser}

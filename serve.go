@@ -221,7 +221,6 @@ func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger)
 	if err != nil {
 		return nil, cannotServe(err)
 	}
-	addr := listener.Addr()
 	if secure != nil {
 		listener = tls.NewListener(listener, secure)
 	}
@@ -229,7 +228,7 @@ func newServing(config *ServeConfig, env map[string]string, logger hclog.Logger)
 	return &serving{
 		server:    &RPCServer{Plugins: sets[version], DoneCh: quit, logger: logger},
 		listener:  listener,
-		handshake: handshake{version: version, addr: addr, protocol: ProtocolNetRPC, cert: cert},
+		handshake: handshake{version: version, addr: listener.Addr(), protocol: ProtocolNetRPC, cert: cert},
 		quit:      quit,
 		failed:    make(chan error, 1),
 	}, nil
