@@ -41,6 +41,12 @@ var protocolEnv = []string{
 	envVersions, envClientCert, envMultiplex, envHost,
 }
 
+// isProtocolVariable reports whether v, as name=value, is a variable of the protocol.
+func isProtocolVariable(v string) bool {
+	name, _, _ := strings.Cut(v, "=")
+	return slices.Contains(protocolEnv, name)
+}
+
 // HandshakeConfig must be the same in a host and its plugins. Programs usually
 // declare it in a package that both import.
 type HandshakeConfig struct {

@@ -12,7 +12,6 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -189,31 +188,20 @@ func (p *child) pin(binary *os.File) {
 // of the handshake, where later ones win. If the host is a plugin itself, its own
 // handshake is left out.
 func (p *child) environment() []string {
+	config := p.config
 	var env []string
-	if !p.config.SkipHostEnv {
+	if !config.SkipHostEnv {
 		env = os.Environ()
 	}
 	env = append(env, p.cmd.Env...)
 	env = slices.DeleteFunc(env, isProtocolVariable)
-	return append(env, p.handshakeEnv()...)
-}
-
-// isProtocolVariable reports whether v, as name=value, is a variable of the handshake.
-func isProtocolVariable(v string) bool {
-	name, _, _ := strings.Cut(v, "=")
-	return slices.Contains(protocolEnv, name)
-}
-
-// handshakeEnv returns the variables of the handshake.
-func (p *child) handshakeEnv() []string {
-	config := p.config
-	env := []string{
-		config.MagicCookieKey + "=" + config.MagicCookieValue,
+	env = append(env,
+		config.MagicCookieKey+"="+config.MagicCookieValue,
 		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
 		fmt.Sprintf("%s=%d", envMaxPort, config.MaxPort),
-		envVersions + "=" + versionList(config.VersionedPlugins),
-		envHost + "=" + p.host.String(),
-	}
+		envVersions+"="+versionList(config.VersionedPlugins),
+		envHost+"="+p.host.String(),
+	)
 	if p.cert.Certificate != nil {
 		block := &pem.Block{Type: "CERTIFICATE", Bytes: p.cert.Certificate[0]}
 		env = append(env, envClientCert+"="+string(pem.EncodeToMemory(block)))
