@@ -179,7 +179,7 @@ func TestSlowWriters(t *testing.T) {
 	test := dispense(t, p)
 	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: "x", Stderr: "x", Raw: "x\n"})
 	await(t, "Writes", func() bool { return begun.Load() == 3 })
-	text := strings.Repeat("a line\n", 40_000)
+	text := strings.Repeat("a line\n", 152_000) // more than waits before the plugin has to
 	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: text, Stderr: text})
 	_ = test.Call("Plugin.Do", "speak, exit3", new(string))
 	within(t, "Done", time.Second, func() { <-c.Done() })
