@@ -245,7 +245,8 @@ func TestOutput(t *testing.T) {
 	var stdout, stderr syncBuffer
 	gate := make(chan struct{})
 	l := newLab(t)
-	cfg := l.config("plugin say cry", sayEnv+"=last words")
+	cfg := l.config("plugin finishing say cry", sayEnv+"=last words")
+	cfg.KillTimeout = hangs
 	cfg.SyncStdout, cfg.SyncStderr = gatedWriter(gate, &stdout), gatedWriter(gate, &stderr)
 	logger, records := recorder()
 	cfg.Logger = logger
@@ -258,6 +259,7 @@ func TestOutput(t *testing.T) {
 	await(t, "a call", func() bool { return test.self(t).Waiting > 0 })
 	killed := async(func() bool { c.Kill(); return true })
 	l.read("cause") // the context of the call has ended
+	l.write("finish", "")
 	close(gate)
 	receive(t, "Kill", killed)
 	checkEqual(t, "the error of the call", receive(t, "the call", call.Done).Error, rpc.ErrShutdown)
