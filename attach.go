@@ -122,11 +122,8 @@ type attachedProcess struct {
 
 // findProcess finds the process of a plugin.
 func findProcess(rc *ReattachConfig, logger hclog.Logger) (AttachedRunner, error) {
-	if rc.Pid <= 0 || !alive(rc.Pid) {
-		return nil, ErrProcessNotFound
-	}
 	process, err := os.FindProcess(rc.Pid)
-	if err != nil {
+	if err != nil || rc.Pid <= 0 || !alive(rc.Pid) {
 		return nil, ErrProcessNotFound
 	}
 	return &attachedProcess{process: process, pid: rc.Pid, addr: rc.Addr, logger: logger}, nil
@@ -157,7 +154,9 @@ func (p *attachedProcess) Wait(ctx context.Context) error {
 	if runtime.GOOS == "windows" {
 		_, _ = p.process.Wait() // it cannot be interrupted
 	} else {
-		p.poll(ctx)
+		for alive(p.pid) && ctx.Err() == nil {
+			waitFor(pollInterval, ctx.Done())
+		}
 		_ = p.process.Release() // never fails
 	}
 	if p.isCertainlyPlugin() && ctx.Err() == nil {
@@ -168,17 +167,4 @@ func (p *attachedProcess) Wait(ctx context.Context) error {
 		_ = os.Remove(dir) // unless there is something in it
 	}
 	return &ExitError{Path: fmt.Sprintf("with pid %d", p.pid)}
-}
-
-// poll waits until the process has ended, or ctx ends.
-func (p *attachedProcess) poll(ctx context.Context) {
-	ticker := time.NewTicker(pollInterval)
-	defer ticker.Stop()
-	for alive(p.pid) {
-		select {
-		case <-ticker.C:
-		case <-ctx.Done():
-			return
-		}
-	}
 }

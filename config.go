@@ -1,14 +1,18 @@
 package plugin
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
+	"os"
 	"os/exec"
 	"runtime"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -139,6 +143,9 @@ func (c *ClientConfig) withDefaults() ClientConfig {
 	if config.Logger == nil {
 		config.Logger = hclog.Default().Named("plugin")
 	}
+	if config.UnixSocketConfig == nil {
+		config.UnixSocketConfig = &UnixSocketConfig{}
+	}
 	if c.Cmd != nil {
 		config.Logger = config.Logger.Named(c.name())
 	}
@@ -179,14 +186,6 @@ func (c *ClientConfig) name() string {
 		return fmt.Sprintf("at %v", c.Reattach.Addr)
 	}
 	return ""
-}
-
-// sockets returns UnixSocketConfig or its zero value.
-func (c *ClientConfig) sockets() *UnixSocketConfig {
-	if c.UnixSocketConfig != nil {
-		return c.UnixSocketConfig
-	}
-	return &UnixSocketConfig{}
 }
 
 // testMode reports whether the plugin runs in test mode.
@@ -259,6 +258,71 @@ func (c *ClientConfig) validate() error {
 	case c.Cmd.Stdout != nil || c.Cmd.Stderr != nil:
 		return errors.New("plugin: ClientConfig.Cmd has Stdout or Stderr set: " +
 			"the plugin needs them to report to its host; see SyncStdout and Stderr")
+	}
+	return nil
+}
+
+// SecureConfig has the checksum of a plugin's binary. On Linux with /proc, the file
+// that was checked is the file that runs, even if its path gets another file. (A script
+// sees another path in $0.) On other systems, the other file runs. A file that is
+// changed in place after the check runs on every system. Kill waits for the check.
+//
+// Several clients may use one SecureConfig.
+type SecureConfig struct {
+	// Checksum is the expected checksum.
+	Checksum []byte
+	// Hash computes the checksum, such as sha256.New().
+	Hash hash.Hash
+}
+
+var hashMu sync.Mutex // guards every Hash
+
+// Check reports whether a file has the expected checksum. It returns
+// [ErrSecureConfigNoChecksum], [ErrSecureConfigNoHash], or an error of reading the file.
+// Another checksum is not an error.
+func (s *SecureConfig) Check(filePath string) (bool, error) {
+	f, err := s.open(filePath)
+	if err == ErrChecksumsDoNotMatch {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	_ = f.Close() // it was only read
+	return true, nil
+}
+
+// open opens a file if it has the expected checksum.
+func (s *SecureConfig) open(path string) (*os.File, error) {
+	switch {
+	case len(s.Checksum) == 0:
+		return nil, ErrSecureConfigNoChecksum
+	case s.Hash == nil:
+		return nil, ErrSecureConfigNoHash
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	err = s.verify(f)
+	if err != nil {
+		_ = f.Close() // it was only read
+		return nil, err
+	}
+	return f, nil
+}
+
+// verify compares the checksum of a file with the expected one.
+func (s *SecureConfig) verify(f io.Reader) error {
+	hashMu.Lock()
+	defer hashMu.Unlock()
+	s.Hash.Reset()
+	_, err := io.Copy(s.Hash, f)
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(s.Hash.Sum(nil), s.Checksum) {
+		return ErrChecksumsDoNotMatch
 	}
 	return nil
 }

@@ -1,7 +1,6 @@
 package plugin
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
@@ -88,24 +87,22 @@ func (h handshake) String() string {
 	return line
 }
 
-// handshakeStart matches the beginning of a handshake, wherever it is in a line. It is
-// compiled when it is needed, because plugins do not need it.
+// handshakeStart matches the beginning of a handshake, and in its group what is before it
+// in the line. Other lines that begin with a number and a bar are taken for handshakes as
+// well, for the error. It is compiled when it is needed, because plugins do not need it.
 var handshakeStart = sync.OnceValue(func() *regexp.Regexp {
-	return regexp.MustCompile(`\d\|\d+\|(?:unix|tcp)\|`)
+	return regexp.MustCompile(`^(.*?)\d\|\d+\|(?:unix|tcp)\||^\d+\|`)
 })
 
 // cutHandshake finds the handshake in a line of stdout. Before it may be what the plugin
-// has printed without a line end. Other lines that begin with a number and a bar are taken
-// for handshakes as well, for the error.
+// has printed without a line end.
 func cutHandshake(line []byte) (before, handshake []byte, found bool) {
-	if at := handshakeStart().FindIndex(line); at != nil {
-		return line[:at[0]], line[at[0]:], true
+	match := handshakeStart().FindSubmatch(line)
+	if match == nil {
+		return line, nil, false
 	}
-	rest := bytes.TrimLeft(line, "0123456789")
-	if len(rest) < len(line) && bytes.HasPrefix(rest, []byte{'|'}) {
-		return nil, line, true
-	}
-	return line, nil, false
+	before = match[1]
+	return before, line[len(before):], true
 }
 
 // maxShown is how many bytes of a handshake are shown in an error.

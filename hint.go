@@ -37,53 +37,35 @@ func behaviourHint(e *StartError, cookie string) string {
 
 // binaryHint returns why a command may not have been executed, or "".
 func binaryHint(cmd *exec.Cmd, err error) string {
+	path := executed(cmd)
+	info, statErr := os.Stat(path)
 	switch {
 	case errors.Is(err, exec.ErrNotFound) && filepath.Base(cmd.Path) == cmd.Path:
 		return fmt.Sprintf("it was looked up in PATH; the file in this directory is ./%s", cmd.Path)
-	case isDirectory(executed(cmd)):
+	case statErr == nil && info.IsDir():
 		return "it is a directory"
 	case isOtherPlatform(err):
 		return fmt.Sprintf("is it built for %s/%s, as this host is?", runtime.GOOS, runtime.GOARCH)
 	case errors.Is(err, fs.ErrPermission):
 		return "is it executable?"
 	case errors.Is(err, fs.ErrNotExist) && !isAboutDir(err):
-		return notExistHint(cmd)
+		// The error of a script that names an interpreter that does not exist is the same.
+		return fmt.Sprintf("is %s there, and the interpreter that it names?", path)
 	}
 	return ""
 }
 
-// notExistHint names the file that is missing. The error of a script that names an
-// interpreter that does not exist is the same.
-func notExistHint(cmd *exec.Cmd) string {
-	const hint = "is it there, and the interpreter that it names?"
-	if filepath.IsAbs(cmd.Path) {
-		return hint
-	}
-	path, err := filepath.Abs(executed(cmd))
-	if err != nil {
-		return hint
-	}
-	return path + ": " + hint
+// isOtherPlatform reports whether err is that of a binary for another system or processor.
+func isOtherPlatform(err error) bool {
+	const badFormat, machineMismatch = syscall.Errno(193), syscall.Errno(216) // on Windows
+	isOnWindows := errors.Is(err, badFormat) || errors.Is(err, machineMismatch)
+	return isOnWindows || errors.Is(err, syscall.ENOEXEC)
 }
 
 // isAboutDir reports whether err is about Cmd.Dir, and not about the binary.
 func isAboutDir(err error) bool {
 	var failed *fs.PathError
 	return errors.As(err, &failed) && failed.Op == "chdir"
-}
-
-// isOtherPlatform reports whether err is that of a binary for another system or processor.
-func isOtherPlatform(err error) bool {
-	if runtime.GOOS != "windows" {
-		return errors.Is(err, syscall.ENOEXEC)
-	}
-	const badFormat, machineMismatch = syscall.Errno(193), syscall.Errno(216)
-	return errors.Is(err, badFormat) || errors.Is(err, machineMismatch)
-}
-
-func isDirectory(path string) bool {
-	info, err := os.Stat(path)
-	return err == nil && info.IsDir()
 }
 
 // executed returns the path of the file that a command executes.

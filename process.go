@@ -110,7 +110,7 @@ func (p *child) start(ctx context.Context) error {
 		return err
 	}
 	// The directory is made late: if the host dies before the plugin has begun, it stays.
-	p.dir, err = p.config.sockets().makeDir()
+	p.dir, err = p.config.UnixSocketConfig.makeDir()
 	if err != nil {
 		return err
 	}
@@ -209,7 +209,7 @@ func (p *child) environment() []string {
 	if p.dir != "" {
 		env = append(env, EnvUnixSocketDir+"="+p.dir)
 	}
-	if group := config.sockets().Group; group != "" {
+	if group := config.UnixSocketConfig.Group; group != "" {
 		env = append(env, EnvUnixSocketGroup+"="+group)
 	}
 	return env

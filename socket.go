@@ -31,9 +31,11 @@ const (
 )
 
 const (
-	maxSocketPath = 103       // the shortest limit of any system
-	socketPrefix  = "plugin-" // of sockets and their directories
-	socketNameLen = len("/plugin-4194304-ffffffff")
+	socketPrefix = "plugin-" // of sockets and their directories
+
+	// maxTempDir is the length of a path to which those of the directory and its socket
+	// can be added. 103 is the shortest limit of any system.
+	maxTempDir = 103 - len("/plugin-4294967295/plugin-4194304-ffffffff")
 
 	// handshakeMarks end the address in a handshake.
 	handshakeMarks = "|\r\n"
@@ -80,28 +82,25 @@ func (u *UnixSocketConfig) makeDir() (string, error) {
 		return "", nil
 	}
 	base, err := filepath.Abs(u.tempDir())
-	if err != nil {
+	switch {
+	case err != nil:
 		return "", err
-	}
-	if strings.ContainsAny(base, handshakeMarks) {
+	case strings.ContainsAny(base, handshakeMarks):
 		return "", fmt.Errorf("no socket can be made in %q: "+
 			"set UnixSocketConfig.TempDir or TMPDIR to a path without | and line feeds", base)
+	case len(base) > maxTempDir:
+		return "", fmt.Errorf("the path of its socket would be too long, in %s: "+
+			"set UnixSocketConfig.TempDir to a shorter one", base)
 	}
 	dir, err := os.MkdirTemp(base, socketPrefix+"*")
 	if err != nil {
 		return "", fmt.Errorf("no directory for its socket can be made in %s: %w: "+
 			"set UnixSocketConfig.TempDir or TMPDIR to another one", base, err)
 	}
-	if len(dir)+socketNameLen > maxSocketPath {
-		_ = os.Remove(dir) // it is empty
-		return "", fmt.Errorf("the path of its socket would be too long, in %s: "+
-			"set UnixSocketConfig.TempDir to a shorter one", base)
+	if u.Group != "" {
+		// Members may connect, but not replace the socket.
+		err = giveToGroup(dir, u.Group, 0o770|os.ModeSticky)
 	}
-	if u.Group == "" {
-		return dir, nil
-	}
-	// Members may connect, but not replace the socket.
-	err = giveToGroup(dir, u.Group, 0o770|os.ModeSticky)
 	if err != nil {
 		_ = os.Remove(dir) // it is empty
 		return "", err
@@ -115,8 +114,7 @@ func (u *UnixSocketConfig) tempDir() string {
 		return u.TempDir
 	}
 	dir := os.TempDir()
-	tooLong := len(dir)+len("/plugin-4294967295")+socketNameLen > maxSocketPath
-	if tooLong || strings.ContainsAny(dir, handshakeMarks) {
+	if len(dir) > maxTempDir || strings.ContainsAny(dir, handshakeMarks) {
 		return "/tmp"
 	}
 	return dir

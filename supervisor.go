@@ -69,7 +69,7 @@ func NewSupervisor[T any](config *ClientConfig, name string) *Supervisor[T] {
 // finds ctx.Err(), and the error of the start before if that has failed. After
 // [Supervisor.Kill], [CleanupClients] if config has Managed set, and the end of the context
 // of config.Cmd, Get fails for good.
-func (s *Supervisor[T]) Get(ctx context.Context) (T, error) {
+func (s *Supervisor[T]) Get(ctx context.Context) (instance T, err error) {
 	life := s.currentLife()
 	select {
 	case <-life.started:
@@ -78,12 +78,11 @@ func (s *Supervisor[T]) Get(ctx context.Context) (T, error) {
 	if isClosed(life.started) { // also if ctx has ended
 		return life.instance, life.err
 	}
-	err := fmt.Errorf("plugin %s: waiting for its start: %w", s.name, contextError(ctx))
+	err = fmt.Errorf("plugin %s: waiting for its start: %w", s.name, contextError(ctx))
 	if life.lastFailure != nil {
 		err = fmt.Errorf("%w; the last start failed: %w", err, life.lastFailure)
 	}
-	var none T
-	return none, err
+	return instance, err
 }
 
 // currentLife returns the life that lasts, or begins one.
@@ -117,6 +116,9 @@ func (s *Supervisor[T]) live(l, last *life[T]) {
 		<-last.over
 	}
 	client, err := s.start(l)
+	if err != nil && s.ended.isSet() {
+		err = fmt.Errorf("plugin %s: it is not started any more: %w", s.name, s.ended.reason())
+	}
 	l.err = err
 	startedAt := time.Now()
 	close(l.started)
@@ -131,7 +133,7 @@ func (s *Supervisor[T]) live(l, last *life[T]) {
 func (s *Supervisor[T]) start(l *life[T]) (*Client, error) {
 	client := s.newClient()
 	if client == nil {
-		return nil, s.endedError()
+		return nil, errKilled
 	}
 	conn, err := client.Client()
 	if err == nil {
@@ -146,9 +148,6 @@ func (s *Supervisor[T]) start(l *life[T]) (*Client, error) {
 	if contextEnded && client.ID() == "" { // there was no process
 		s.ended.set(fmt.Errorf("the context of ClientConfig.Cmd has ended: %w", err))
 	}
-	if s.ended.isSet() {
-		err = s.endedError()
-	}
 	return nil, err
 }
 
@@ -162,10 +161,6 @@ func (s *Supervisor[T]) newClient() *Client {
 	}
 	s.client = NewClient(&s.config)
 	return s.client
-}
-
-func (s *Supervisor[T]) endedError() error {
-	return fmt.Errorf("plugin %s: it is not started any more: %w", s.name, s.ended.reason())
 }
 
 // awaitEnd waits until the plugin has exited. It kills a plugin that cannot be called any
