@@ -155,33 +155,25 @@ var errNotAnswered = errors.New("the connection was closed during its handshake:
 
 // dial connects to the plugin.
 func (h handshake) dial(ctx context.Context) (net.Conn, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, h.addr.Network(), h.addr.String())
-	if err != nil || h.tls == nil {
-		return conn, err
+	if h.tls == nil {
+		return new(net.Dialer).DialContext(ctx, h.addr.Network(), h.addr.String())
 	}
-	secure := tls.Client(conn, h.tls)
-	err = secure.HandshakeContext(ctx)
-	if err == nil {
-		return secure, nil
-	}
-	_ = conn.Close() // nothing was sent that could be lost
+	secure := &tls.Dialer{Config: h.tls}
+	conn, err := secure.DialContext(ctx, h.addr.Network(), h.addr.String())
 	if err == io.EOF {
 		err = errNotAnswered
 	}
-	return nil, err
+	return conn, err
 }
 
 // allVersions returns the plugins of every version. If both arguments have the same
 // version, versioned wins.
 func allVersions(version uint, plugins PluginSet, versioned map[int]PluginSet) map[int]PluginSet {
-	all := make(map[int]PluginSet, len(versioned)+1)
-	maps.Copy(all, versioned)
-	if plugins == nil && len(versioned) > 0 {
-		return all // ProtocolVersion is not used
-	}
-	if _, known := all[int(version)]; !known {
+	all := make(map[int]PluginSet)
+	if plugins != nil || len(versioned) == 0 {
 		all[int(version)] = plugins
 	}
+	maps.Copy(all, versioned)
 	return all
 }
 

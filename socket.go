@@ -47,14 +47,11 @@ func parseAddr(network, address string) (net.Addr, error) {
 	case "unix":
 		return net.ResolveUnixAddr(network, address)
 	case "tcp":
-		host, port, err := net.SplitHostPort(address)
-		if err != nil {
-			return nil, err
+		address = strings.TrimPrefix(address, "localhost")
+		if strings.HasPrefix(address, ":") {
+			address = "127.0.0.1" + address
 		}
-		if host == "" || host == "localhost" {
-			host = "127.0.0.1"
-		}
-		addr, err := netip.ParseAddrPort(net.JoinHostPort(host, port))
+		addr, err := netip.ParseAddrPort(address)
 		if err != nil {
 			return nil, err
 		}

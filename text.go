@@ -9,8 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"unicode"
-	"unicode/utf8"
 )
 
 // This file has what makes texts for logs and errors.
@@ -20,28 +18,17 @@ func pluginName(path string) string {
 	return strings.TrimSuffix(filepath.Base(path), ".exe")
 }
 
+// harmless has the escapes of strconv.QuoteToGraphic for what need not be escaped. Some
+// scripts and emoji need joiners, U+200C and U+200D.
+var harmless = strings.NewReplacer(
+	`\\`, `\`, `\"`, `"`, `\t`, "\t", `\n`, "\n", `\u200c`, "\u200c", `\u200d`, "\u200d",
+)
+
 // printable escapes characters that a terminal or log file could interpret, except tabs
 // and line feeds.
 func printable(s string) string {
-	var b strings.Builder
-	for len(s) > 0 {
-		r, size := utf8.DecodeRuneInString(s)
-		valid := r != utf8.RuneError || size > 1
-		if valid && isPrintable(r) {
-			b.WriteString(s[:size])
-		} else {
-			b.WriteString(strings.Trim(strconv.Quote(s[:size]), `"`))
-		}
-		s = s[size:]
-	}
-	return b.String()
-}
-
-// isPrintable reports whether a terminal shows a character and does nothing else. Some
-// scripts and emoji need joiners.
-func isPrintable(r rune) bool {
-	const nonJoiner, joiner = '\u200c', '\u200d'
-	return unicode.IsGraphic(r) || r == '\t' || r == '\n' || r == nonJoiner || r == joiner
+	quoted := strconv.QuoteToGraphic(s)
+	return harmless.Replace(quoted[1 : len(quoted)-1])
 }
 
 // oneLine is printable for text that must stay in one record.
