@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,7 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -53,10 +53,7 @@ type ReattachConfig struct {
 
 // handshake returns what the handshake of the plugin was, as far as it is known.
 func (rc *ReattachConfig) handshake(sets map[int]PluginSet) handshake {
-	h := handshake{version: rc.ProtocolVersion, addr: rc.Addr, protocol: rc.Protocol}
-	if h.protocol == ProtocolInvalid {
-		h.protocol = ProtocolNetRPC
-	}
+	h := handshake{version: rc.ProtocolVersion, addr: rc.Addr, protocol: cmp.Or(rc.Protocol, ProtocolNetRPC)}
 	_, known := sets[h.version]
 	if h.version == 0 && !known && len(sets) == 1 {
 		h.version = sortedKeys(sets)[0] // go-plugin's configs do not tell
@@ -68,12 +65,10 @@ func (rc *ReattachConfig) handshake(sets map[int]PluginSet) handshake {
 // nil.
 func (rc *ReattachConfig) find(ctx context.Context, logger hclog.Logger) (AttachedRunner, error) {
 	err := rc.probe(ctx)
-	switch {
-	case err != nil:
+	if err != nil || rc.Test {
 		return nil, err
-	case rc.Test:
-		return nil, nil
-	case rc.ReattachFunc == nil:
+	}
+	if rc.ReattachFunc == nil {
 		return findProcess(rc, logger)
 	}
 	p, err := rc.ReattachFunc()

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -137,9 +138,11 @@ type ClientConfig struct {
 func (c *ClientConfig) withDefaults() ClientConfig {
 	config := *c
 	config.VersionedPlugins = allVersions(c.ProtocolVersion, c.Plugins, c.VersionedPlugins)
-	config.StartTimeout = withDefault(c.StartTimeout, defaultStartTimeout)
-	config.KillTimeout = withDefault(c.KillTimeout, defaultKillTimeout)
-	config.PluginLogBufferSize = withDefault(c.PluginLogBufferSize, defaultLogBufferSize)
+	config.StartTimeout = cmp.Or(c.StartTimeout, defaultStartTimeout)
+	config.KillTimeout = cmp.Or(c.KillTimeout, defaultKillTimeout)
+	if config.PluginLogBufferSize <= 0 {
+		config.PluginLogBufferSize = defaultLogBufferSize
+	}
 	if config.Logger == nil {
 		config.Logger = hclog.Default().Named("plugin")
 	}
@@ -167,14 +170,6 @@ func (c *ClientConfig) hostWriters() *hostWriters {
 
 func (c *ClientConfig) logLine(line []byte, cut int) {
 	c.Logger.Debug(printable(string(line)) + cutMark(cut))
-}
-
-// withDefault returns value, or d if value is not positive.
-func withDefault[T int | time.Duration](value, d T) T {
-	if value > 0 {
-		return value
-	}
-	return d
 }
 
 // name returns the name of the plugin for errors.

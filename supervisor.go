@@ -123,7 +123,13 @@ func (s *Supervisor[T]) live(l, last *life[T]) {
 	startedAt := time.Now()
 	close(l.started)
 	if err == nil {
-		awaitEnd(client, l.lost)
+		select {
+		case <-client.Done():
+		case <-l.lost:
+			// The process may be exiting, or else the calls in flight say that it lives.
+			waitFor(lostTimeout+drainTimeout, client.Done())
+		}
+		client.Kill() // does nothing if it has exited
 	}
 	s.pause = nextPause(s.pause, err == nil && time.Since(startedAt) >= healthyLife)
 	waitFor(s.pause, s.ended.done())
@@ -161,18 +167,6 @@ func (s *Supervisor[T]) newClient() *Client {
 	}
 	s.client = NewClient(&s.config)
 	return s.client
-}
-
-// awaitEnd waits until the plugin has exited. It kills a plugin that cannot be called any
-// more.
-func awaitEnd(client *Client, lost <-chan struct{}) {
-	select {
-	case <-client.Done():
-	case <-lost:
-		// The process may be exiting, or else the calls in flight say that it lives.
-		waitFor(lostTimeout+drainTimeout, client.Done())
-	}
-	client.Kill() // does nothing if it has exited
 }
 
 // nextPause returns the pause after a start that had this one before it.
