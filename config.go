@@ -277,14 +277,13 @@ var hashMu sync.Mutex // guards every Hash
 // Another checksum is not an error.
 func (s *SecureConfig) Check(filePath string) (bool, error) {
 	f, err := s.open(filePath)
-	if err == ErrChecksumsDoNotMatch {
+	switch err {
+	case nil:
+		return true, f.Close()
+	case ErrChecksumsDoNotMatch:
 		return false, nil
 	}
-	if err != nil {
-		return false, err
-	}
-	_ = f.Close() // it was only read
-	return true, nil
+	return false, err
 }
 
 // open opens a file if it has the expected checksum.

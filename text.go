@@ -14,9 +14,7 @@ import (
 // This file has what makes texts for logs and errors.
 
 // pluginName returns the name of a plugin for logs and errors.
-func pluginName(path string) string {
-	return strings.TrimSuffix(filepath.Base(path), ".exe")
-}
+func pluginName(path string) string { return strings.TrimSuffix(filepath.Base(path), ".exe") }
 
 // harmless has the escapes of strconv.QuoteToGraphic for what need not be escaped. Some
 // scripts and emoji need joiners, U+200C and U+200D.
@@ -65,6 +63,4 @@ func nameList[V any](m map[string]V) string {
 	return strings.Join(sortedKeys(m), ", ")
 }
 
-func sortedKeys[K cmp.Ordered, V any](m map[K]V) []K {
-	return slices.Sorted(maps.Keys(m))
-}
+func sortedKeys[K cmp.Ordered, V any](m map[K]V) []K { return slices.Sorted(maps.Keys(m)) }
