@@ -87,9 +87,10 @@ func (h handshake) String() string {
 	return line
 }
 
-// handshakeStart matches the beginning of a handshake, and in its group what is before it
-// in the line. Other lines that begin with a number and a bar are taken for handshakes as
-// well, for the error. It is compiled when it is needed, because plugins do not need it.
+// handshakeStart matches the beginning of a handshake. Its group is what stands before it
+// in the line. Its second half takes other lines that begin with a number and a bar for
+// handshakes as well, for the error. It is compiled when it is needed, because plugins do
+// not need it.
 var handshakeStart = sync.OnceValue(func() *regexp.Regexp {
 	return regexp.MustCompile(`^(.*?)\d\|\d+\|(?:unix|tcp)\||^\d+\|`)
 })
