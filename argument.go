@@ -16,8 +16,8 @@ import (
 // and closes what it has dialled. A result that is a stream goes the other way: the end of
 // the function serves it, and the caller dials it and owns it.
 
-// Remote is the implementation in the plugin, for [Invoke]. The [Plugin] that [For]
-// returns makes it. The zero Remote has no methods. A Remote may be used
+// Remote stands for the implementation in the plugin: [Invoke] and [InvokeSeq] call its
+// methods. The [Plugin] that [For] returns makes it. The zero Remote has no methods. A Remote may be used
 // concurrently.
 type Remote struct {
 	broker  *MuxBroker
@@ -25,10 +25,10 @@ type Remote struct {
 	methods map[string]*signature
 }
 
-// Close releases the instance: its stream ends, and what serves it in the plugin. Calls
-// in flight fail, and so do later ones, with an error in which errors.Is finds
+// Close releases the instance: it ends its stream and what serves it in the plugin. It does
+// not call a Close method of the implementation. Calls in flight fail, and so do later ones, with an error in which errors.Is finds
 // [rpc.ErrShutdown]. Streams that were results work on. It is safe to call Close more than
-// once, at any time, and for a nil or zero Remote.
+// once, at any time, and for a nil or zero Remote. The error is always nil.
 func (r *Remote) Close() error {
 	if r != nil && r.client != nil {
 		_ = r.client.Close() // fails only if it is closed already

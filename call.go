@@ -22,7 +22,7 @@ import (
 // context.Cause(ctx) in its error. If reply is nil, the reply is dropped.
 //
 // If both sides use this library and the method takes a context, that context ends with
-// ctx. Its Err is context.Canceled, and its Cause wraps context.DeadlineExceeded if ctx
+// ctx. It has neither the deadline nor the values of ctx. Its Err is context.Canceled, and its Cause wraps context.DeadlineExceeded if ctx
 // has reached its deadline. Other methods run to their end.
 //
 // errors.As finds an [rpc.ServerError] in an error that the method returned. If both sides
@@ -40,8 +40,8 @@ import (
 // Arguments and replies are copies. Each is encoded as a whole before it is sent, and both
 // processes need several times its size in memory: a reader or writer costs a large value
 // less. A value that holds itself, is nested more than 100,000 levels deep, or is larger
-// than gob's limit of 8 GiB (1 GiB on 32-bit systems) is an error of its call. The calls
-// that run at once, and those that were cancelled and whose methods run on, have no limit.
+// than gob's limit of 8 GiB (1 GiB on 32-bit systems) is an error of its call. Neither
+// concurrent calls, nor cancelled calls whose methods run on, are limited.
 //
 // Errors and cancelling work as described if c is the client that [Plugin].Client gets or
 // that [MuxBroker.DialRPC] returns. With another rpc.Client, args must not be changed until

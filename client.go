@@ -14,7 +14,8 @@ import (
 )
 
 // Client starts the process of a plugin, connects to it and kills it. [NewClient] returns
-// one, for one process. All methods may be called concurrently.
+// one, for one process. All methods may be called concurrently. The zero Client cannot be
+// used.
 type Client struct {
 	config  ClientConfig
 	name    string       // of the plugin, for errors
@@ -54,7 +55,8 @@ func CleanupClients() {
 
 // NewClient returns a Client for a plugin. It does not start the plugin: [Client.Client]
 // and [Client.Start] do, and return an error if config is invalid. Call [Client.Kill] when
-// the plugin is no longer needed, or [CleanupClients] if config has Managed set.
+// the plugin is no longer needed, or [CleanupClients] if config has Managed set. NewClient
+// panics if config is nil.
 func NewClient(config *ClientConfig) *Client {
 	c := &Client{
 		config:        config.withDefaults(),
@@ -76,12 +78,15 @@ func NewClient(config *ClientConfig) *Client {
 // Start calls [Client.StartContext] with a context that does not end.
 func (c *Client) Start() (net.Addr, error) { return c.StartContext(context.Background()) }
 
-// StartContext starts the plugin, or reattaches to it, and returns its address. If ctx
-// ends first, or Kill is called, it stops the plugin and returns an error. Later calls
-// return the same address or error; to try again, use a new Client.
+// StartContext starts the plugin, or reattaches to it, and returns its address. If the ctx
+// of the first call ends, or Kill is called, it stops the plugin and returns an error.
+// Other calls wait for the first, until their own ctx ends, and return the same address or
+// error. To try again, use a new Client.
 //
-// The error of a plugin that does not start is a [*StartError]. If the versions do not
-// match, errors.As finds a [*VersionError] in it. [ErrProcessNotFound],
+// If the process does not become a plugin, the error is a [*StartError]; after
+// StartTimeout, or if ctx ended, errors.Is finds the error of the context in it. An invalid
+// config, Kill and a failed reattach are other errors. If the versions do not match,
+// errors.As finds a [*VersionError]. [ErrProcessNotFound],
 // [ErrChecksumsDoNotMatch], [ErrSecureConfigNoChecksum], [ErrSecureConfigNoHash] and
 // [ErrSecureConfigAndReattach] are not wrapped.
 func (c *Client) StartContext(ctx context.Context) (net.Addr, error) {
@@ -346,11 +351,11 @@ func (c *Client) askedToQuit() bool {
 }
 
 // Kill asks the plugin to quit and waits for it to exit. After ClientConfig.KillTimeout
-// it kills the process. It returns at most about two seconds later. When it returns,
-// the output of the plugin has been delivered, and no Write to SyncStdout, SyncStderr or
-// Stderr begins any more. Output that a Writer has not taken until then is dropped, and
-// Kill logs how many bytes that are. It interrupts a Start that is running. It is safe to
-// call Kill more than once and at any time.
+// it kills the process. It returns at most about two seconds later. When it returns, no
+// Write to SyncStdout, SyncStderr or Stderr begins any more. The output has been delivered,
+// except what a Writer has not taken in time: Kill logs how many bytes it drops. Kill
+// interrupts a Start that is running, but waits for a check of SecureConfig and for
+// ReattachFunc. It is safe to call Kill more than once and at any time.
 //
 // A reattached plugin is killed only if ReattachConfig.Pid is certainly its process, or
 // by ReattachConfig.ReattachFunc. In test mode, Kill does nothing.
@@ -385,7 +390,7 @@ func (c *Client) Kill() {
 // Done returns a channel that is closed when the plugin has exited and its output has
 // been delivered, when Start has failed, and when Kill has returned. It waits a quarter of
 // a second at most for a Write to SyncStdout, SyncStderr or Stderr. In test mode it is
-// never closed.
+// closed only if Start has failed.
 func (c *Client) Done() <-chan struct{} { return c.finished.done() }
 
 // Err returns an [*ExitError] if the plugin has exited and was not asked to. It returns
@@ -421,10 +426,11 @@ func (c *Client) Protocol() Protocol {
 // NegotiatedVersion returns the protocol version that both sides use, or 0 before Start.
 func (c *Client) NegotiatedVersion() int { return c.starting.get().version }
 
-// ReattachConfig returns the configuration with which another host can use the plugin,
-// or nil before Start. It detaches the plugin, as ClientConfig.Detach does; on Windows,
-// only Detach does, and also if a process between host and plugin closes descriptors that
-// it does not know. To get the pid without detaching, use ID.
+// ReattachConfig detaches the plugin, as ClientConfig.Detach does, and returns the
+// configuration with which another host can use it, or nil before Start has succeeded. On
+// Windows, or if a process between host and plugin closes inherited descriptors, it cannot
+// detach: set Detach instead. A reattached Client returns a copy of its own configuration.
+// To get the pid without detaching, use ID.
 func (c *Client) ReattachConfig() *ReattachConfig {
 	h := c.starting.get()
 	if h.addr == nil {

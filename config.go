@@ -27,7 +27,7 @@ const (
 
 // ClientConfig describes a plugin to its host. NewClient copies it, and it can be used
 // again to start the plugin again. Only Cmd.Process and Cmd.ProcessState are changed.
-// Either Cmd or Reattach must be set.
+// Exactly one of Cmd and Reattach must be set.
 type ClientConfig struct {
 	// HandshakeConfig must be that of the plugin.
 	HandshakeConfig
@@ -68,11 +68,12 @@ type ClientConfig struct {
 	Managed bool
 
 	// MinPort and MaxPort limit the TCP port of the plugin on Windows. If MaxPort
-	// is zero, it is any free port. Other systems use Unix sockets.
+	// is zero, it is any free port. It is an error of Start if MinPort is above
+	// MaxPort. Other systems use Unix sockets.
 	MinPort, MaxPort uint
 
-	// StartTimeout limits the time until the handshake, and then that until the
-	// connection. The default is one minute.
+	// StartTimeout limits the time until the handshake and, separately, the time to
+	// connect. The default is one minute.
 	StartTimeout time.Duration
 
 	// KillTimeout is how long Kill waits for the plugin to exit before it kills
@@ -81,8 +82,9 @@ type ClientConfig struct {
 
 	// Stderr, if not nil, gets what the process writes to stderr, byte for byte.
 	// Logger gets it line by line. A Write that blocks stops the plugin's output when
-	// about 1 MiB waits for it. It delays neither Done nor, beyond its bound, Kill.
-	// Writers that are the same get one Write at a time.
+	// about 1 MiB waits for it. It delays Done by a quarter of a second
+	// at most, and Kill not beyond its bound. A Writer that fails is not written to
+	// again. Writers that are the same get one Write at a time.
 	Stderr io.Writer
 
 	// SyncStdout and SyncStderr get what the plugin writes to os.Stdout and
@@ -129,7 +131,8 @@ type ClientConfig struct {
 	// Detach lets the plugin run on when the host exits without Kill, so that
 	// another host can reattach. Otherwise the plugin exits; if it is stopped, as
 	// by SIGSTOP, it exits when it is continued. On systems other than Windows, a
-	// call of ReattachConfig does the same as Detach.
+	// call of ReattachConfig does the same as Detach. Do not set AutoMTLS then: only
+	// the host that started the plugin has the certificates.
 	Detach bool
 }
 
@@ -259,7 +262,7 @@ func (c *ClientConfig) validate() error {
 
 // SecureConfig has the checksum of a plugin's binary. On Linux with /proc, the file
 // that was checked is the file that runs, even if its path gets another file. (A script
-// sees another path in $0.) On other systems, the other file runs. A file that is
+// sees another path in $0.) On other systems, the replacement runs. A file that is
 // changed in place after the check runs on every system. Kill waits for the check.
 //
 // Several clients may use one SecureConfig.

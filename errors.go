@@ -55,7 +55,7 @@ func (e *StartError) Unwrap() error { return e.Err }
 
 // ExitError describes the end of a plugin that did not end at the request of its
 // host. [Client.Err] returns it, and errors.As finds it in the error of every call
-// that was in flight.
+// that was in flight, and of later ones through [Call] or [Invoke].
 type ExitError struct {
 	// Path is the path of the plugin's binary.
 	Path string
@@ -98,7 +98,7 @@ func (e *ExitError) reason() string {
 }
 
 // VersionError reports that a plugin and its host have no protocol version in common.
-// [Client.Start] returns it in a [*StartError].
+// errors.As finds it in the error of [Client.Start].
 type VersionError struct {
 	// Plugin is the version that the plugin offers.
 	Plugin int
@@ -158,6 +158,9 @@ func (e *BasicError) Error() string { return e.Message }
 // error that [Call] or [Invoke] returns. Host and plugin must register the same
 // errors, best in the init function of the package that declares them. Errors are
 // identified by their texts: of two with the same text, the first is registered.
+//
+// The types of errors do not cross: errors.As does not find a struct of yours in the
+// caller. Register a sentinel that it wraps, or return its fields in the result.
 //
 // RegisterError panics if an error is nil.
 func RegisterError(errs ...error) {

@@ -52,7 +52,7 @@ import (
 // encode. Functions, channels and interfaces of package io are also refused in
 // exported fields of structs, in slices and in maps, unless the type encodes itself:
 // gob would leave them out. So the first test that runs finds such a mistake. For
-// panics as well if client is nil.
+// also panics if T is not an interface with methods, or if client is nil.
 //
 // # Readers, writers and callbacks
 //
@@ -81,7 +81,7 @@ import (
 // A result of type [io.ReadCloser] or [io.WriteCloser] works until the caller closes
 // it, also if the context of Invoke ends. Close waits for the Close of the stream
 // that the method returned, and returns its error. The stream is also closed when the
-// connection ends, when the caller has not taken it within five seconds, and at once
+// connection ends, when the answer has not reached the caller within five seconds, and at once
 // if an error was returned with it. A Read or Write that is running delays this by a
 // tenth of a second at most. The method's context ends when the stream is closed. A
 // stream that is cut by the end of the connection never returns io.EOF.
@@ -130,7 +130,8 @@ import (
 //
 // A value in an any or another interface needs [gob.Register] on both sides, and may
 // be nil. Structs arrive without their unexported fields. Arguments are copies: what a
-// method changes in them does not change for the caller.
+// method changes in them does not change for the caller. The methods of a value in an
+// interface run in the receiver: to call back, pass functions.
 //
 // # On the wire
 //

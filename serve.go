@@ -69,9 +69,10 @@ type ServeTestConfig struct {
 // Serve serves plugins to the host that started this process. The main function of a
 // plugin calls it, once. Serve returns when the host asks the plugin to quit, when the host
 // is gone, and on SIGTERM and SIGHUP, also if they are sent to the process group of the
-// host. Then main should return: the process is ended after ClientConfig.KillTimeout, or
-// after 1.5 seconds if the host is gone. SIGINT is left to the host. A plugin that is
-// stopped when its host is gone lives until it is continued.
+// host. Then main should return. [Client.Kill] kills the process after
+// ClientConfig.KillTimeout. If the host is gone, the process ends after 1.5 seconds, or, if
+// it is stopped, when it is continued. After SIGTERM, SIGHUP or [RPCClient.Close], nothing
+// ends it but main. SIGINT is left to the host.
 //
 // While Serve runs, output to os.Stdout and os.Stderr goes to the host; outside Serve, they
 // behave normally. On Unix, a host of this library gets all of it, whatever ends the plugin;

@@ -17,11 +17,11 @@ const (
 )
 
 // Supervisor starts a plugin when it is first needed, and again when it has died. Its
-// methods may be called concurrently.
+// methods may be called concurrently. The zero Supervisor cannot be used.
 //
-// A start that follows a start that failed, or a life of less than ten seconds, waits 100
-// milliseconds after that, and twice as long each time, up to ten seconds. The start after
-// a longer life does not wait. Calls are never repeated: the caller knows which may be.
+// After a failed start, or a life of less than ten seconds, the next start waits 100
+// milliseconds, and twice as long each time, up to ten seconds. The start after a longer
+// life does not wait. Calls are never repeated: the caller knows which may be.
 type Supervisor[T any] struct {
 	config ClientConfig
 	name   string
@@ -66,9 +66,9 @@ func NewSupervisor[T any](config *ClientConfig, name string) *Supervisor[T] {
 // start. A caller leaves when its ctx ends, and the start goes on.
 //
 // The errors are those of [Client.Client] and [Dispense]. If ctx ends first, errors.Is
-// finds ctx.Err(), and the error of the start before if that has failed. After
-// [Supervisor.Kill], [CleanupClients] if config has Managed set, and the end of the context
-// of config.Cmd, Get fails for good.
+// finds ctx.Err(), and the error of the start before if that has failed. Get fails for
+// good after [Supervisor.Kill]; after [CleanupClients], if config has Managed set; and when
+// the context of config.Cmd has ended.
 func (s *Supervisor[T]) Get(ctx context.Context) (instance T, err error) {
 	life := s.currentLife()
 	select {
@@ -178,7 +178,8 @@ func nextPause(pause time.Duration, healthy bool) time.Duration {
 }
 
 // Client returns the Client of the plugin that runs or ran last, or nil before the first
-// start. It dispenses other plugins of the same process.
+// start. To dispense other plugins of the same process, call its Client method and
+// [Dispense].
 func (s *Supervisor[T]) Client() *Client {
 	s.mu.Lock()
 	defer s.mu.Unlock()

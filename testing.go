@@ -12,7 +12,8 @@ import (
 // TestOptions are options of [TestPluginRPCConn].
 type TestOptions struct {
 	// ServerStdout and ServerStderr, if not nil, are sent as the stdout and
-	// stderr of the plugin. They are not closed.
+	// stderr of the plugin. They are not closed. Call RPCClient.SyncStreams to
+	// receive them.
 	ServerStdout io.ReadCloser
 	ServerStderr io.ReadCloser
 }
@@ -61,7 +62,8 @@ func TestRPCConn(t TestingT) (*rpc.Client, *rpc.Server) {
 }
 
 // TestPluginRPCConn returns the two ends of a connection, over which plugins can be
-// dispensed and called within a test. opts may be nil. They are closed when the test ends.
+// dispensed and called within a test. Both ends are closed when the test ends. opts may be
+// nil.
 func TestPluginRPCConn(t TestingT, plugins map[string]Plugin, opts *TestOptions) (*RPCClient, *RPCServer) {
 	t.Helper()
 	clientConn, serverConn := TestConn(t)
