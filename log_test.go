@@ -14,11 +14,17 @@ import (
 func init() {
 	modes["overflow"] = func() {
 		debug.SetMaxStack(1 << 20)
-		overflow(0)
+		fmt.Println(overflow(0))
 	}
 }
 
-func overflow(n int) int { return overflow(n+1) + 1 }
+// overflow calls itself until the stack is full.
+func overflow(n int) int {
+	if n < 0 { // never before that
+		return 0
+	}
+	return overflow(n+1) + 1
+}
 
 // However a plugin panics, that is one record at Error, with the trace as a value. The
 // lines are logged at Debug as they come.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"iter"
+	"math"
 	"math/rand/v2"
 	"net/rpc"
 	"runtime"
@@ -374,7 +375,7 @@ func TestForRefusesSequences(t *testing.T) {
 func TestSequenceLeft(t *testing.T) {
 	leavesNothing(t)
 	_, _, r := startKit(t)
-	endless := plugin.InvokeSeq[Item](context.Background(), r, "Watch", "endless", 1<<40)
+	endless := plugin.InvokeSeq[Item](context.Background(), r, "Watch", "endless", math.MaxInt)
 	for _, last := range []int{0, 1, 1000} {
 		for e, err := range endless {
 			check(t, err)
@@ -426,7 +427,7 @@ func TestSequenceCanceled(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	n := 0
-	for e, err := range plugin.InvokeSeq[Item](ctx, r, "Watch", "endless", 1<<40) {
+	for e, err := range plugin.InvokeSeq[Item](ctx, r, "Watch", "endless", math.MaxInt) {
 		if err != nil {
 			errorIs(t, "the end of ctx", err, context.Canceled)
 			break
@@ -486,7 +487,7 @@ func TestSlowLoop(t *testing.T) {
 	_, _, r := startKit(t)
 	var pulled atomic.Int64
 	var endless Numbers = func(yield func(Number, error) bool) {
-		for yield(Number{1 << 40}, nil) {
+		for yield(Number{math.MaxInt}, nil) {
 			pulled.Add(1)
 		}
 	}

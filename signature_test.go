@@ -29,8 +29,8 @@ type (
 	Sealed  struct{ Out io.Writer } // encodes itself
 	Binary  struct{ Call func() }   // encodes itself
 	Private struct {
-		done chan bool
-		N    int
+		_ chan bool // unexported
+		N int
 	}
 	Mixed struct {
 		Sealed  Sealed
