@@ -726,7 +726,7 @@ func TestHandWrittenSequences(t *testing.T) {
 	points := struct {
 		A0 int
 		A1 uint32
-	}{1 << 40, id}
+	}{math.MaxInt, id}
 	errorIs(t, "a writer that fails", call("Points", points), fs.ErrPermission)
 	cut := stockGob(t, Number{1}, Number{2})
 	for what, bad := range map[string][]byte{
@@ -861,7 +861,7 @@ func (tr trial) check(t testing.TB, r *plugin.Remote) {
 
 // checkCut runs a trial whose plugin ends meanwhile.
 func (tr trial) checkCut(t testing.TB, r *plugin.Remote, isRight func(error) bool) {
-	tr.leave, tr.plan.Take, tr.plan.Yield = "", 0, 1<<40
+	tr.leave, tr.plan.Take, tr.plan.Yield = "", 0, math.MaxInt
 	values, err := tr.run(t, r)
 	for i, row := range values {
 		if row.N != i {
