@@ -70,6 +70,7 @@ func (l *stderrLog) line(line []byte, cut int) {
 	if cut == 0 {
 		level, message, args := parseRecord(line)
 		if level != hclog.NoLevel {
+			l.crash = crashTrace{} // the program has survived it
 			l.logger.Log(level, message, args...)
 			return
 		}
@@ -79,7 +80,7 @@ func (l *stderrLog) line(line []byte, cut int) {
 		l.crash.add(text)
 		level = hclog.Debug
 	} else {
-		l.crash = crashTrace{} // the program has survived it
+		l.crash = crashTrace{} // as above
 	}
 	l.logger.Log(level, printable(string(text))+cutMark(cut))
 }

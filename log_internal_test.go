@@ -282,6 +282,7 @@ func TestLogOfNoPanic(t *testing.T) {
 	for _, stderr := range []string{
 		"panic: it was only a drill\n" + strings.Repeat("as ever\n", 100),
 		"goroutine 1 [running]:\n",
+		"panic: boom\n\n" + testTrace + `{"level":"INFO","msg":"recovered"}` + "\n",
 		"a panic: boom\n\n" + testTrace,
 		"panic: boom\n\n" + testTrace + "[INFO] recovered\n",
 		"panic: boom\n\n" + testTrace + "panic: it was only a drill\n",
