@@ -56,13 +56,9 @@ func (o *output) finish(timeout time.Duration) {
 	_ = o.host.Load().Close() // it never fails
 }
 
-const (
-	// drainTimeout is between the end of a process and that of its output.
-	drainTimeout = 500 * time.Millisecond
-	// maxPending is how many bytes of output wait for a writer of the host before the
-	// plugin has to.
-	maxPending = 1 << 20
-)
+// maxPending is how many bytes of output wait for a writer of the host before the plugin
+// has to.
+const maxPending = 1 << 20
 
 // hostWriter brings output to a writer of the host, one Write at a time, until one fails:
 // that must not stop the plugin. What the writer has not taken waits here, so that only
@@ -70,14 +66,15 @@ const (
 type hostWriter struct {
 	w io.Writer
 
-	mu      sync.Mutex // guards the fields below
-	changed *sync.Cond // one of them has been changed
-	pending []byte
-	writing bool // deliver runs
-	sources int  // that have output
-	inLine  bool // the output ends without a line feed
-	hurried bool // no source waits for room
-	closed  bool // there is no Write of w any more
+	mu         sync.Mutex // guards the fields below
+	changed    *sync.Cond // one of them has been changed
+	pending    []byte
+	delivering bool // deliver runs
+	writing    bool // deliver has taken what was pending, and Write has not returned
+	sources    int  // that have output
+	inLine     bool // the output ends without a line feed
+	hurried    bool // no source waits for room
+	closed     bool // there is no Write of w any more
 }
 
 // newHostWriter returns a hostWriter for w, which may be nil.
@@ -122,8 +119,8 @@ func (h *hostWriter) Write(p []byte) (int, error) {
 func (h *hostWriter) addLocked(p []byte) {
 	h.pending = append(h.pending, p...)
 	h.inLine = p[len(p)-1] != '\n'
-	if !h.writing {
-		h.writing = true
+	if !h.delivering {
+		h.delivering = true
 		go h.deliver() // ends when nothing is pending and the caller's Write returns
 	}
 }
@@ -138,13 +135,16 @@ func (h *hostWriter) deliver() {
 	}
 }
 
-// next returns what is pending, or nil if that is nothing.
+// next takes what is pending, or returns nil if that is nothing. With what it takes, a
+// Write has begun: it is marked under the lock, because drop may be called before deliver
+// gets to the call.
 func (h *hostWriter) next() []byte {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	p := h.pending
 	h.pending = nil
 	h.writing = p != nil
+	h.delivering = h.writing
 	h.changed.Broadcast()
 	return p
 }
@@ -171,11 +171,21 @@ func (h *hostWriter) drop() int {
 
 // await waits until there are no sources and nothing is pending, but not past ctx.
 func (h *hostWriter) await(ctx context.Context) {
+	h.waitWhile(ctx, func() bool { return h.sources > 0 || h.delivering })
+}
+
+// awaitWrite waits until the Write that has begun has returned, but not past ctx.
+func (h *hostWriter) awaitWrite(ctx context.Context) {
+	h.waitWhile(ctx, func() bool { return h.writing })
+}
+
+// waitWhile waits while isBusy returns true, but not past ctx. The lock is held in isBusy.
+func (h *hostWriter) waitWhile(ctx context.Context, isBusy func() bool) {
 	stop := context.AfterFunc(ctx, h.wake)
 	defer stop()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for (h.sources > 0 || h.writing) && ctx.Err() == nil {
+	for isBusy() && ctx.Err() == nil {
 		h.changed.Wait()
 	}
 }
@@ -226,12 +236,16 @@ func (h *hostWriters) await(timeout time.Duration) {
 }
 
 // close drops what is pending, and returns how many bytes that are. No Write begins any
-// more when it has returned.
+// more when it has returned: what is dropped cannot be taken. It waits for a Write whose
+// data was taken before, but not for long, because that may be one that blocks.
 func (h *hostWriters) close() (dropped int) {
 	for _, w := range h.all() {
 		dropped += w.drop()
 	}
-	// A Write that has not begun yet begins and ends meanwhile, or is one that blocks.
-	h.await(drainTimeout / 10)
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	for _, w := range h.all() {
+		w.awaitWrite(ctx)
+	}
 	return dropped
 }

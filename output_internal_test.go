@@ -3,6 +3,8 @@ package plugin
 import (
 	"io"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 // shortWriter counts its calls, and fails.
@@ -24,4 +26,36 @@ func TestHostWriter(t *testing.T) {
 			t.Errorf("Write returned %d, %v, after %d calls", n, err, calls)
 		}
 	}
+}
+
+// close waits for a Write whose data has been taken, also if the call has not begun, and for
+// nothing else.
+func TestCloseOfWriters(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		open := newHostWriters(io.Discard, nil, nil)
+		open.stdout.begin() // and no end
+		open.close()
+		if took := time.Since(began); took > 0 {
+			t.Errorf("close without a Write took %v", took)
+		}
+
+		taken := newHostWriters(io.Discard, nil, nil)
+		taken.stdout.pending = []byte("output")
+		_ = taken.stdout.next() // in the place of deliver, which has not come to Write
+		ended := make(chan struct{})
+		go func() {
+			taken.close()
+			close(ended)
+		}()
+		synctest.Wait()
+		if isClosed(ended) {
+			t.Error("close has not waited for the Write")
+		}
+		_ = taken.stdout.next()
+		receive(t, "the end of close", ended)
+		if took := time.Since(began); took > 0 {
+			t.Errorf("close went on for %v after the end of Write", took)
+		}
+	})
 }

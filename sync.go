@@ -8,9 +8,14 @@ import (
 	"time"
 )
 
+// These bound the end of a plugin. After KillTimeout, Client.Kill takes the first three at
+// most, which are the two seconds that it promises.
 const (
-	reapTimeout = 1400 * time.Millisecond // between the kill of a process and its end
-	lostTimeout = 3 * time.Second         // between the end of a connection and that of its process
+	reapTimeout  = 1400 * time.Millisecond // between the kill of a process and its end
+	drainTimeout = 500 * time.Millisecond  // between the end of a process and that of its output
+	closeTimeout = 100 * time.Millisecond  // between the last output and the end of its Write
+
+	lostTimeout = 3 * time.Second // between the end of a connection and that of its process
 )
 
 // contextError returns ctx.Err(), with the cause if that is another error.
