@@ -51,6 +51,9 @@ type ReattachConfig struct {
 	Test bool
 }
 
+// name returns the name of the plugin for errors.
+func (rc *ReattachConfig) name() string { return fmt.Sprint(reattachedName, rc.Addr) }
+
 // handshake returns what the handshake of the plugin was, as far as it is known.
 func (rc *ReattachConfig) handshake(sets map[int]PluginSet) handshake {
 	h := handshake{version: rc.ProtocolVersion, addr: rc.Addr, protocol: cmp.Or(rc.Protocol, ProtocolNetRPC)}
@@ -111,6 +114,7 @@ func reattachError(err error) error {
 type attachedProcess struct {
 	process *os.Process
 	pid     int // process loses it when it is released
+	name    string
 	addr    net.Addr
 	logger  hclog.Logger
 }
@@ -121,7 +125,13 @@ func findProcess(rc *ReattachConfig, logger hclog.Logger) (AttachedRunner, error
 	if err != nil || rc.Pid <= 0 || !alive(rc.Pid) {
 		return nil, ErrProcessNotFound
 	}
-	return &attachedProcess{process: process, pid: rc.Pid, addr: rc.Addr, logger: logger}, nil
+	return &attachedProcess{
+		process: process,
+		pid:     rc.Pid,
+		name:    rc.name(),
+		addr:    rc.Addr,
+		logger:  logger,
+	}, nil
 }
 
 // ID returns the pid.
@@ -144,10 +154,13 @@ func (p *attachedProcess) Kill(context.Context) error {
 	return nil
 }
 
-// Wait waits until the process has ended and removes its socket.
+// Wait waits until the process has ended and removes its socket. On Windows it does not
+// end with ctx: the goroutine of Client.watch waits as long as the process lives.
 func (p *attachedProcess) Wait(ctx context.Context) error {
 	if runtime.GOOS == "windows" {
-		_, _ = p.process.Wait() // it cannot be interrupted
+		// It cannot be interrupted, and polling would not see the end: while the handle of
+		// the process is open, the system still finds its pid.
+		_, _ = p.process.Wait()
 	} else {
 		for alive(p.pid) && ctx.Err() == nil {
 			waitFor(pollInterval, ctx.Done())
@@ -161,5 +174,5 @@ func (p *attachedProcess) Wait(ctx context.Context) error {
 	if isPrivate(dir) {
 		_ = os.Remove(dir) // unless there is something in it
 	}
-	return &ExitError{Path: fmt.Sprintf("with pid %d", p.pid)}
+	return &ExitError{Path: p.name}
 }

@@ -168,7 +168,9 @@ func (c *Client) reattach(ctx context.Context) (handshake, error) {
 func (c *Client) adopt(p AttachedRunner) {
 	c.process = p
 	close(c.launched)
-	go c.watch() // ends with the process and its output, or when finished is set
+	// Ends with the process and its output, or when finished is set; on Windows, the wait
+	// for a reattached process ends only with the process.
+	go c.watch()
 	c.config.Logger.Debug("started", "pid", p.ID())
 }
 
@@ -292,7 +294,7 @@ func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
 		return nil, c.whyNotConnected(ctx, err)
 	}
 	plugins := c.config.VersionedPlugins[h.version]
-	rc, err := newConnection(conn, "plugin "+c.name, plugins, c.config.Logger, c.whyLost)
+	rc, err := newConnection(conn, peerName(c.name), plugins, c.config.Logger, c.whyLost)
 	if err != nil {
 		return nil, c.whyNotConnected(ctx, err)
 	}
@@ -313,7 +315,7 @@ func (c *Client) whyNotConnected(ctx context.Context, err error) error {
 	case ctx.Err() != nil:
 		err = contextError(ctx)
 	}
-	return fmt.Errorf("plugin %s: connecting: %w", c.name, err)
+	return fmt.Errorf("%s: connecting: %w", peerName(c.name), err)
 }
 
 // whyLost returns why the connection was lost. received reports whether anything was
@@ -330,7 +332,7 @@ func (c *Client) whyLost(received bool) error {
 	case c.askedToQuit():
 		why = fmt.Errorf("Kill or Close ended the connection: %w", rpc.ErrShutdown)
 	}
-	return fmt.Errorf("plugin %s: %w", c.name, why)
+	return fmt.Errorf("%s: %w", peerName(c.name), why)
 }
 
 // awaitCrash returns the ExitError of a plugin that has just died, or is dying, or nil.

@@ -181,7 +181,7 @@ func (c *ClientConfig) name() string {
 	case c.Cmd != nil:
 		return pluginName(c.Cmd.Path)
 	case c.Reattach != nil:
-		return fmt.Sprintf("at %v", c.Reattach.Addr)
+		return c.Reattach.name()
 	}
 	return ""
 }

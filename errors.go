@@ -34,7 +34,7 @@ type StartError struct {
 
 // Error returns the cause, a hint if there is one, and the output.
 func (e *StartError) Error() string {
-	text := fmt.Sprintf("plugin %s did not start: %v%s", pluginName(e.Path), e.Err, inBrackets(e.State))
+	text := fmt.Sprintf("%s did not start: %v%s", peerName(e.Path), e.Err, inBrackets(e.State))
 	if e.hint != "" {
 		text += ": " + e.hint
 	}
@@ -57,7 +57,8 @@ func (e *StartError) Unwrap() error { return e.Err }
 // host. [Client.Err] returns it, and errors.As finds it in the error of every call
 // that was in flight, and of later ones through [Call] or [Invoke].
 type ExitError struct {
-	// Path is the path of the plugin's binary.
+	// Path is the path of the plugin's binary. That of a reattached plugin is not known:
+	// Path is "at " and its address.
 	Path string
 	// State is how the process ended. It is nil for a reattached plugin, and if other
 	// code of the host has reaped the process, as signal.Ignore(syscall.SIGCHLD) does.
@@ -79,7 +80,7 @@ func (e *ExitError) Unwrap() error { return e.Err }
 
 // Error returns one line, such as "plugin greeter: panic: boom (exit status 2)".
 func (e *ExitError) Error() string {
-	return fmt.Sprintf("plugin %s: %s%s", pluginName(e.Path), e.reason(), inBrackets(e.State))
+	return fmt.Sprintf("%s: %s%s", peerName(e.Path), e.reason(), inBrackets(e.State))
 }
 
 func (e *ExitError) reason() string {
@@ -292,14 +293,14 @@ const anyPeer = "plugin"
 // unanswered is the error of a call that was not answered, because its context has ended
 // or the connection was lost.
 type unanswered struct {
-	peer   string // as in session.peer
+	peer   string // as in session.peer: what peerName returns, or anyPeer
 	method string // as it was called
 	err    error
 }
 
 // Error returns the text of err with the names of the peer and the method.
 func (e *unanswered) Error() string {
-	text := strings.TrimPrefix(e.err.Error(), e.peer+": ") // which an ExitError has, too
+	text := strings.TrimPrefix(e.err.Error(), e.peer+": ") // as peerName has it
 	text = strings.TrimPrefix(text, "plugin: ")
 	return fmt.Sprintf("%s: %s: %s", e.peer, strings.TrimPrefix(e.method, "Plugin."), text)
 }

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"net/rpc"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -155,6 +156,35 @@ func TestUnanswered(t *testing.T) {
 	await(t, "the error of net/rpc", func() bool {
 		return kit.hand.Call("Plugin.Add", 1, nil) == rpc.ErrShutdown
 	})
+}
+
+// A reattached plugin, whose path is not known, has its address in errors, once as well.
+func TestUnansweredByReattached(t *testing.T) {
+	t.Parallel()
+	first, _ := startPlugin(t, detached(testConfig("plugin")))
+	byPid := first.ReattachConfig()
+	byFunc := *byPid
+	runner := newTestRunner(t, false)
+	byFunc.ReattachFunc = runner.config(nil).ReattachFunc
+	var kits []*plugin.Remote
+	for _, rc := range []*plugin.ReattachConfig{byPid, &byFunc} {
+		_, p := startPlugin(t, attachTo(rc))
+		kits = append(kits, dispenseKit(t, p))
+	}
+	process, err := os.FindProcess(byPid.Pid)
+	check(t, err)
+	check(t, process.Kill())
+	runner.ended <- errCause
+	for i, reason := range []string{"the process exited unexpectedly", errCause.Error()} {
+		err := errorOf[string](t, kits[i], "Fail", "nil")
+		checkEqual(t, "the error", err.Error(), fmt.Sprintf("plugin at %v: Fail: %s", byPid.Addr, reason))
+		var exit *plugin.ExitError
+		if errors.As(err, &exit) {
+			checkEqual(t, "Path", exit.Path, fmt.Sprint("at ", byPid.Addr))
+		} else {
+			t.Error("there is no ExitError")
+		}
+	}
 }
 
 // After Kill, and after Close of the client, calls fail with rpc.ErrShutdown.

@@ -13,8 +13,22 @@ import (
 
 // This file has what makes texts for logs and errors.
 
-// pluginName returns the name of a plugin for logs and errors.
-func pluginName(path string) string { return strings.TrimSuffix(filepath.Base(path), ".exe") }
+// reattachedName begins the name of a plugin that this host has not started. Its path is
+// not known, so its address follows.
+const reattachedName = "at "
+
+// pluginName returns the name of a plugin for logs and errors. path is that of its binary,
+// or the name of a reattached plugin.
+func pluginName(path string) string {
+	if strings.HasPrefix(path, reattachedName) {
+		return path
+	}
+	return strings.TrimSuffix(filepath.Base(path), ".exe")
+}
+
+// peerName returns the beginning of the errors about a plugin, as pluginName names it. The
+// error of a call finds it at the beginning of its cause, and does not repeat it.
+func peerName(path string) string { return "plugin " + pluginName(path) }
 
 // harmless has the escapes of strconv.QuoteToGraphic for what need not be escaped. Some
 // scripts and emoji need joiners, U+200C and U+200D.
