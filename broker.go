@@ -46,7 +46,8 @@ type MuxBroker struct {
 	waiting chan struct{} // holds one for each dialled stream that has not been accepted
 
 	// expected has what the peer will dial: its id, and a func(*stream) that gets the
-	// stream, in a goroutine of the session. The id is a new number of this side.
+	// stream, in a goroutine of the session. The stream is not acknowledged yet. The id
+	// is a new number of this side.
 	expected sync.Map
 
 	mu         sync.Mutex // guards the fields below, and the users of each rendezvous
@@ -124,7 +125,8 @@ func (b *MuxBroker) Dial(id uint32) (net.Conn, error) {
 
 // DialContext opens a stream as id and waits until the peer accepts it. It fails when ctx
 // ends, with an error that wraps ctx.Err(), when the connection ends, and when the peer
-// has not accepted the stream within five seconds.
+// has not accepted the stream within five seconds. The peer counts these. So if its process
+// may be stopped, use a ctx with a deadline.
 func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error) {
 	st, err := b.dial(ctx, id)
 	if err != nil {
@@ -271,17 +273,17 @@ func (b *MuxBroker) receive(st *stream) {
 	_ = st.SetReadDeadline(time.Now().Add(brokerTimeout))
 	id, err := readID(st)
 	_ = st.SetReadDeadline(time.Time{})
-	// What was cut short is not expected: the numbers of this side have a high bit.
-	handle, isExpected := b.expected.LoadAndDelete(id)
-	switch {
-	case err != nil:
+	if err != nil {
 		refuse(st)
-	case !isExpected:
+		<-b.waiting // holds one for st
+		return
+	}
+	handle, isExpected := b.expected.LoadAndDelete(id)
+	if !isExpected {
 		b.handOver(st, id)
 	}
 	<-b.waiting // holds one for st
 	if isExpected {
-		_ = sendID(st, id) // fails if st has ended, as its use will
 		handle.(func(*stream))(st)
 	}
 }
@@ -377,6 +379,7 @@ func (b *MuxBroker) offer(svc *service, uses *group, timeout time.Duration) *off
 func (o *offer) serve(st *stream) {
 	defer o.cancel(nil)
 	o.expiry.Stop()
+	_ = sendID(st, o.id) // fails if st has ended, as its use will
 	o.broker.session.answerCalls(o.ctx, st, o.service)
 }
 

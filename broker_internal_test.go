@@ -1,6 +1,8 @@
 package plugin
 
 import (
+	"context"
+	"io/fs"
 	"testing"
 )
 
@@ -24,5 +26,17 @@ func TestNextId(t *testing.T) {
 				seen[id] = true
 			}
 		}
+	}
+}
+
+// A reader that has given bytes and failed is a reader: its error is not that of dialling.
+func TestAwaitFailedReader(t *testing.T) {
+	s := &dialledStream{copied: make(chan struct{}), err: fs.ErrNotExist}
+	close(s.copied)
+	for range 100 {
+		arrived := make(chan *stream, 1)
+		arrived <- new(stream)
+		_, err := s.await(context.Background(), nil, arrived)
+		check(t, err)
 	}
 }

@@ -105,9 +105,11 @@ func (b *MuxBroker) offerWriter(w io.Writer, timeout time.Duration, closer func(
 // peer.
 type servedStream struct {
 	broker *MuxBroker
-	copy   func(ctx context.Context, conn io.ReadWriter) error // copies all to or from conn
-	copied atomic.Bool                                         // copying has begun
-	uses   group                                               // closed when the offer ends
+	// copy copies all to or from conn. A sequence needs ctx, which ends with the call. A
+	// reader or writer does not: then conn is aborted, which ends the copying.
+	copy   func(ctx context.Context, conn io.ReadWriter) error
+	copied atomic.Bool // copying has begun
+	uses   group       // closed when the offer ends
 }
 
 // offer offers s to the peer, which lets it copy with the method of that name.
@@ -242,6 +244,9 @@ func (b *MuxBroker) dialStream(
 	go s.letCopy("Plugin."+method, data)
 	s.conn, err = s.await(ctx, b.session, arrived)
 	if err == nil {
+		// Not before: the peer answers with an error only when it has this. So an error
+		// does not overtake the bytes before it.
+		_ = sendID(s.conn, data) // fails if conn has ended, as its use will
 		return s, nil
 	}
 	_ = client.Close() // err says why
@@ -279,13 +284,23 @@ func (s *dialledStream) await(
 			return nil, errors.New("plugin: the peer does not serve a reader or writer")
 		case <-copied:
 			if s.err != nil {
-				return nil, s.err
+				return arrivedOr(s.err, arrived)
 			}
 			// The peer has dialled before it answered.
 			copied = nil
 			ended = session.ended()
 			timeout = time.After(brokerTimeout)
 		}
+	}
+}
+
+// arrivedOr returns the stream if it has arrived, and otherwise err.
+func arrivedOr(err error, arrived <-chan *stream) (*stream, error) {
+	select {
+	case st := <-arrived:
+		return st, nil // with what was copied before the error
+	default:
+		return nil, err
 	}
 }
 
