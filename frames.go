@@ -225,7 +225,7 @@ func (c *frameConn) take(f *flow, size int) (int, error) {
 func (c *frameConn) Write(p []byte) (int, error) {
 	h := header(p)
 	if h.kind() == framePing {
-		c.pings.Add(-1)
+		c.pings.Add(-1) // only answers: this side sends no pings
 	}
 	c.mu.Lock()
 	if f := c.flowLocked(&h); f != nil {

@@ -46,13 +46,12 @@ func NewRPCClient(conn io.ReadWriteCloser, plugins map[string]Plugin) (*RPCClien
 // [newSession].
 func newConnection(
 	conn io.ReadWriteCloser, peer string, plugins map[string]Plugin, logger hclog.Logger,
-	why func(received bool) error,
+	whyOfOwner func(received bool) error,
 ) (*RPCClient, error) {
-	s, err := newSession(context.Background(), conn, true, logger, why)
+	s, err := newSession(context.Background(), conn, true, peer, logger, whyOfOwner)
 	if err != nil {
 		return nil, fmt.Errorf("plugin: connecting: %w", err)
 	}
-	s.peer = peer
 	c := &RPCClient{session: s, plugins: plugins, broker: newMuxBroker(s), quitting: newResult[struct{}]()}
 	// The order is part of the protocol: control, stdout, stderr.
 	var streams [3]*stream

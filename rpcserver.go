@@ -62,12 +62,11 @@ func (s *RPCServer) Config() string { return "" }
 // Serve serves the connections that lis accepts. It returns when lis is closed, and when
 // the first connection could not be accepted for two seconds.
 func (s *RPCServer) Serve(lis net.Listener) {
-	s.begin()
-	defer s.done()
 	err := s.acceptConnections(lis)
 	if err != nil {
 		s.logger.Error("no connection can be accepted", "error", err)
 	}
+	s.done()
 }
 
 // acceptConnections accepts connections until lis is closed. It gives up if the first one
@@ -98,7 +97,7 @@ func (s *RPCServer) acceptConnections(lis net.Listener) error {
 // ServeConn serves one connection. It returns when the connection has ended.
 func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 	s.begin()
-	sess, err := newSession(s.calls, conn, false, s.logger, whyHostLost)
+	sess, err := newSession(s.calls, conn, false, anyPeer, s.logger, whyHostLost)
 	if err != nil {
 		s.logger.Debug("a connection could not be served", "error", err)
 		return
@@ -133,6 +132,7 @@ func (s *RPCServer) serveSession(sess *session) error {
 	control, _ := newService(&controlService{server: s, stream: server}) // it has methods
 	dispenser, _ := newService(&dispenseService{plugins: s.Plugins, broker: broker})
 	server.services = map[string]*service{"Control": control, "Dispenser": dispenser}
+	// Not s.calls, whose end would be that of Quit, too: flush ends s.calls.
 	return server.answerCalls(context.Background())
 }
 
@@ -203,7 +203,10 @@ func (c *controlService) Quit(ctx context.Context, _ bool, _ *struct{}) error {
 func (c *controlService) endAfterAnswer(encoded <-chan struct{}) {
 	ctx, cancel := context.WithTimeout(context.Background(), outputTimeout)
 	defer cancel()
-	waitFor(outputTimeout, encoded)
+	select {
+	case <-encoded:
+	case <-ctx.Done():
+	}
 	_ = c.stream.w.drain(ctx) // if the host is gone, it needs no answer
 	c.server.done()
 }

@@ -16,8 +16,10 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
-// maxStreams is how many streams a session may have when this side opens another.
-const maxStreams = 1 << 16
+const (
+	maxStreams = 1 << 16 // how many streams a session may have when this side opens another
+	maxNotice  = 4 << 10 // the length at which messages of yamux are cut
+)
 
 // session is one connection: a yamux session and what runs on it.
 type session struct {
@@ -31,20 +33,24 @@ type session struct {
 	cancel context.CancelFunc
 	ending atomic.Bool // this side ends the session: its loss is no failure
 
-	why     func(received bool) error // of newSession
-	whyLost func() error              // why the connection ended; may wait for the end of the process
+	// whyOfOwner is that of newSession. Only findWhyLost calls it.
+	whyOfOwner func(received bool) error
+	// whyLost returns the error of all that the loss of the connection has ended. It calls
+	// findWhyLost once, and may wait for the end of the process.
+	whyLost func() error
 
 	running group // goroutines of spawn; closed with the session
 }
 
-// newSession starts a session on conn. Contexts of methods end with ctx. If why is not
-// nil, it returns why the connection ended; received reports whether the peer has sent
-// anything.
+// newSession starts a session on conn. Contexts of methods end with ctx. Errors name the
+// peer. If whyOfOwner is not nil, it returns what the owner of the session knows: why the
+// connection ended. received reports whether the peer has sent anything.
 func newSession(
-	ctx context.Context, conn io.ReadWriteCloser, host bool, logger hclog.Logger,
-	why func(received bool) error,
+	ctx context.Context, conn io.ReadWriteCloser, host bool, peer string, logger hclog.Logger,
+	whyOfOwner func(received bool) error,
 ) (*session, error) {
-	s := &session{host: host, logger: logger, peer: anyPeer, frames: newFrameConn(conn), why: why}
+	s := &session{host: host, logger: logger, peer: peer, whyOfOwner: whyOfOwner}
+	s.frames = newFrameConn(conn)
 	s.calls, s.cancel = context.WithCancel(ctx)
 	s.whyLost = sync.OnceValue(s.findWhyLost)
 	if b, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
@@ -64,7 +70,7 @@ func newSession(
 }
 
 func (s *session) muxConfig() *yamux.Config {
-	messages := &lineWriter{max: maxJoined, emit: func(line []byte, _ int) { s.debug(string(line)) }}
+	messages := &lineWriter{max: maxNotice, emit: func(line []byte, _ int) { s.debug(string(line)) }}
 	return &yamux.Config{
 		AcceptBacklog: maxOpening,
 		// No timeouts: a process that is stopped keeps its connection.
@@ -92,6 +98,11 @@ func (s *session) open(ctx context.Context) (*stream, error) {
 		return nil, s.explain(yamux.ErrSessionShutdown)
 	}
 	st, err := s.mux.OpenStream() // does not wait for the peer: it counts like opening
+	if err == yamux.ErrRemoteGoAway {
+		// Nothing has been opened. With other errors, the session has ended, or yamux
+		// keeps what it counts: then it must not be asked more often than this allows.
+		<-s.frames.opening
+	}
 	if err != nil {
 		return nil, s.explain(err)
 	}
@@ -180,10 +191,11 @@ func (s *session) explain(err error) error {
 	return err
 }
 
+// findWhyLost makes the error of whyLost.
 func (s *session) findWhyLost() error {
 	switch {
-	case s.why != nil:
-		return &lostError{cause: s.why(s.frames.received.Load()), kind: io.ErrUnexpectedEOF}
+	case s.whyOfOwner != nil:
+		return &lostError{cause: s.whyOfOwner(s.frames.received.Load()), kind: io.ErrUnexpectedEOF}
 	case s.ending.Load():
 		return fmt.Errorf("%s: the connection was closed: %w", s.peer, rpc.ErrShutdown)
 	}
@@ -235,16 +247,16 @@ func (st *stream) Read(p []byte) (int, error) {
 // read reads like Read. If the session was lost, its error does not have the reason.
 func (st *stream) read(p []byte) (int, error) {
 	// In yamux, two Reads of a stream that the peer has closed may wait for each other.
-	waited := st.wait(st.reading, nil, &st.readDeadline)
-	if waited != nil {
-		return 0, waited
+	if err := st.lockToRead(); err != nil {
+		return 0, err
 	}
 	defer st.reading.unlock()
+	var waited error // counts only if nothing has arrived meanwhile
 	for {
 		n, err := st.session.frames.take(st.flow, len(p))
 		switch {
 		case n > 0:
-			return io.ReadFull(st.Stream, p[:n])
+			return st.readArrived(p[:n])
 		case err == io.EOF:
 			return st.Stream.Read(p) // so yamux has ended the stream, too
 		case err != nil:
@@ -256,6 +268,19 @@ func (st *stream) read(p []byte) (int, error) {
 	}
 }
 
+// lockToRead locks reading. The deadline of Read ends the wait for it.
+func (st *stream) lockToRead() error { return st.wait(st.reading, nil, &st.readDeadline) }
+
+// readArrived fills p with what has arrived.
+func (st *stream) readArrived(p []byte) (int, error) {
+	n, err := io.ReadFull(st.Stream, p)
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		// Not the end of the stream: yamux has ended the session before it took p.
+		err = yamux.ErrSessionShutdown
+	}
+	return n, err
+}
+
 // unexplained is a stream whose Read does not find out why the session was lost, because
 // that waits for the end of what is read.
 type unexplained struct{ *stream }
@@ -265,13 +290,13 @@ func (u unexplained) Read(p []byte) (int, error) { return u.read(p) }
 // Write has few frames on the stack, because it is called in new goroutines, and a stack
 // that must grow takes as long as all the rest of Write.
 func (st *stream) Write(p []byte) (sent int, err error) {
-	if err := st.waitToWrite(st.writing); err != nil {
+	if err := st.lockToWrite(st.writing); err != nil {
 		return 0, st.session.explain(err)
 	}
 	defer st.writing.unlock()
 	frames := st.session.frames
 	for sent < len(p) {
-		if err := st.waitToWrite(frames.turn); err != nil {
+		if err := st.lockToWrite(frames.turn); err != nil {
 			return sent, st.session.explain(err)
 		}
 		n, err := frames.sendLocked(st.flow, p[sent:])
@@ -290,13 +315,16 @@ func (st *stream) Write(p []byte) (sent int, err error) {
 	return sent, nil
 }
 
+// lockToWrite locks l like waitToWrite.
+func (st *stream) lockToWrite(l lock) error { return st.waitToWrite(l) }
+
 // waitToWrite waits for ready. Close and the deadline of Write end it.
 func (st *stream) waitToWrite(ready <-chan struct{}) error {
 	return st.wait(ready, st.flow.finished, &st.writeDeadline)
 }
 
 // wait waits for ready, until finished is closed, the session ends, or the deadline has
-// passed.
+// passed. It takes what ready holds: if that is a lock, wait locks it.
 func (st *stream) wait(ready, finished <-chan struct{}, current *atomic.Pointer[deadline]) error {
 	select {
 	case <-ready: // whatever else has happened

@@ -3,18 +3,20 @@ package plugin
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"strings"
 	"testing"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/yamux"
 )
 
 // A peer that opens far more streams than a session may have ends the session.
 func TestTooManyStreams(t *testing.T) {
 	t.Parallel()
 	conn, peer := TestConn(t)
-	s, err := newSession(context.Background(), conn, true, hclog.NewNullLogger(), nil)
+	s, err := newSession(context.Background(), conn, true, anyPeer, hclog.NewNullLogger(), nil)
 	check(t, err)
 	defer s.close()
 	// As many at a time as may wait to be accepted, which is faster than one by one.
@@ -43,10 +45,10 @@ func TestStreamLimit(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
 	conn, peer := TestConn(t)
-	here, err := newSession(ctx, conn, true, hclog.NewNullLogger(), nil)
+	here, err := newSession(ctx, conn, true, anyPeer, hclog.NewNullLogger(), nil)
 	check(t, err)
 	defer here.close()
-	there, err := newSession(ctx, peer, false, hclog.NewNullLogger(), nil)
+	there, err := newSession(ctx, peer, false, anyPeer, hclog.NewNullLogger(), nil)
 	check(t, err)
 	defer there.close()
 	var ends [2]*stream
@@ -77,4 +79,51 @@ func TestStreamLimit(t *testing.T) {
 	st, err := here.open(ctx)
 	check(t, err)
 	check(t, st.Close())
+}
+
+// When the peer accepts no more streams, each open fails at once.
+func TestOpenRefused(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(context.Background(), hangs)
+	defer cancel()
+	conn, peer := TestConn(t)
+	here, err := newSession(ctx, conn, true, anyPeer, hclog.NewNullLogger(), nil)
+	check(t, err)
+	defer here.close()
+	there, err := newSession(ctx, peer, false, anyPeer, hclog.NewNullLogger(), nil)
+	check(t, err)
+	defer there.close()
+	check(t, there.mux.GoAway())
+	// It has arrived before a stream that is opened later.
+	_, err = there.open(ctx)
+	check(t, err)
+	_, err = here.accept()
+	check(t, err)
+	for range 2 * maxOpening {
+		_, err = here.open(ctx)
+		if !errors.Is(err, yamux.ErrRemoteGoAway) {
+			t.Fatal("open returned", err)
+		}
+	}
+}
+
+// What has arrived behind a frame that ends the session is lost, and that is no clean end.
+func TestReadAfterProtocolError(t *testing.T) {
+	t.Parallel()
+	conn, peer := TestConn(t)
+	s, err := newSession(context.Background(), conn, true, anyPeer, hclog.NewNullLogger(), nil)
+	check(t, err)
+	defer s.close()
+	_, err = peer.Write([]byte{0, frameWindow, 0, flagSYN, 0, 0, 0, 2, 0, 0, 0, 0})
+	check(t, err)
+	st, err := s.accept()
+	check(t, err)
+	invalid := []byte{9, frameWindow, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+	frames := append(appendDataHeader(invalid, st.StreamID(), 5), "bytes"...)
+	_, err = peer.Write(frames)
+	check(t, err)
+	_, err = st.Read(make([]byte, 10))
+	if !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Error("Read returned", err)
+	}
 }
