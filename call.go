@@ -173,12 +173,12 @@ type clientCodec struct {
 
 // client returns a client for the service at the other end of conn, a stream.
 func (s *session) client(conn io.ReadWriteCloser) *rpc.Client {
-	return newRPCClient(conn, s.peer, s.spawn)
+	return newCallClient(conn, s.peer, s.spawn)
 }
 
-// newRPCClient returns a client for the service at the other end of conn. Its errors name
+// newCallClient returns a client for the service at the other end of conn. Its errors name
 // the peer. It starts goroutines with spawn.
-func newRPCClient(conn io.ReadWriteCloser, peer string, spawn func(func()) bool) *rpc.Client {
+func newCallClient(conn io.ReadWriteCloser, peer string, spawn func(func()) bool) *rpc.Client {
 	codec := &clientCodec{
 		w:     newWire(conn, rpc.Request{}, spawn),
 		state: &clientState{peer: peer},
@@ -257,7 +257,7 @@ func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 	}
 	c.mu.Unlock()
 	isCancel := resp.Seq&cancelBit != 0 // of a stock server, to which it is a call
-	if !wasMade && !isCancel {          // net/rpc and WriteRequest would use the call at once
+	if !wasMade && !isCancel {          // net/rpc and WriteRequest would use the call concurrently
 		return c.finish(errors.New("plugin: the peer answers a call that was not made"))
 	}
 	return nil

@@ -42,7 +42,7 @@ func spawn(f func()) bool {
 // including those that begin after the loss.
 func TestCallsWaitForReason(t *testing.T) {
 	conn := &brokenConn{written: make(chan struct{}, 100), known: make(chan struct{})}
-	c := newRPCClient(conn, anyPeer, spawn)
+	c := newCallClient(conn, anyPeer, spawn)
 	defer c.Close()
 	calls := []*rpc.Call{c.Go("Plugin.Echo", "", new(string), nil)}
 	receive(t, "a Write", conn.written)
@@ -83,7 +83,7 @@ func TestClientsAreCollected(t *testing.T) {
 	close(conn.known)
 	clients := make([]*rpc.Client, 1000)
 	for i := range clients {
-		clients[i] = newRPCClient(conn, anyPeer, spawn)
+		clients[i] = newCallClient(conn, anyPeer, spawn)
 	}
 	for _, c := range clients {
 		if err := Call(context.Background(), c, "Plugin.Echo", "", new(string)); !errors.Is(err, errLoss) {

@@ -128,7 +128,7 @@ func (s *RPCServer) serveSession(sess *session) error {
 	s.outputs[1].attach(streams[2])
 	broker := newMuxBroker(sess)
 	sess.spawn(func() { acceptNumbered(broker) }) // ends with the session
-	server := newRPCServer(streams[0], nil, s.logger, false)
+	server := newCallServer(streams[0], nil, s.logger, false)
 	control, _ := newService(&controlService{server: s, stream: server}) // it has methods
 	dispenser, _ := newService(&dispenseService{plugins: s.Plugins, broker: broker})
 	server.services = map[string]*service{"Control": control, "Dispenser": dispenser}
@@ -183,7 +183,7 @@ func (s *RPCServer) flush() {
 // controlService is the service "Control" of the protocol.
 type controlService struct {
 	server *RPCServer
-	stream *rpcServer
+	stream *callServer
 }
 
 // Ping returns, which shows that the plugin answers.

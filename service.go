@@ -112,14 +112,14 @@ func newMethod(f reflect.Value) (m *method, problem string) {
 // answerCalls answers calls of svc on conn, a stream, until the peer closes it. Contexts of
 // methods end with ctx.
 func (s *session) answerCalls(ctx context.Context, conn io.ReadWriteCloser, svc *service) {
-	server := newRPCServer(conn, map[string]*service{"Plugin": svc}, s.logger, s.host)
+	server := newCallServer(conn, map[string]*service{"Plugin": svc}, s.logger, s.host)
 	if err := server.answerCalls(ctx); err != io.EOF {
 		s.debug("an RPC stream ended", "error", err)
 	}
 }
 
-// rpcServer answers the calls on one stream.
-type rpcServer struct {
+// callServer answers the calls on one stream.
+type callServer struct {
 	w        *wire
 	services map[string]*service
 	logger   hclog.Logger
@@ -127,11 +127,11 @@ type rpcServer struct {
 	cancels  sync.Map // cancel functions of calls by their sequence numbers
 }
 
-func newRPCServer(
+func newCallServer(
 	conn io.ReadWriteCloser, services map[string]*service, logger hclog.Logger, catch bool,
-) *rpcServer {
+) *callServer {
 	// Methods have their own goroutines, which write their replies.
-	return &rpcServer{w: newWire(conn, response{}, nil), services: services, logger: logger, catch: catch}
+	return &callServer{w: newWire(conn, response{}, nil), services: services, logger: logger, catch: catch}
 }
 
 var (
@@ -145,7 +145,7 @@ var (
 // answerCalls answers calls until the caller closes the stream, and returns why it ended.
 // Each method runs in its own goroutine. Contexts of methods end with ctx, with the stream,
 // and when the call has been answered.
-func (s *rpcServer) answerCalls(ctx context.Context) error {
+func (s *callServer) answerCalls(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	err := s.readRequests(ctx)
 	s.w.failed.Store(true)
@@ -154,7 +154,7 @@ func (s *rpcServer) answerCalls(ctx context.Context) error {
 	return err
 }
 
-func (s *rpcServer) readRequests(ctx context.Context) error {
+func (s *callServer) readRequests(ctx context.Context) error {
 	for {
 		if err := s.w.waitRoom(ctx); err != nil {
 			return err
@@ -189,7 +189,7 @@ type servedCall struct {
 
 // prepare finds the method and decodes its argument. From then on, the call can be
 // cancelled.
-func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*servedCall, error) {
+func (s *callServer) prepare(ctx context.Context, req *rpc.Request) (*servedCall, error) {
 	svc, m, err := s.find(req.ServiceMethod)
 	if err != nil {
 		_ = s.w.skip() // if the stream has ended, so does reading
@@ -221,7 +221,7 @@ func (s *rpcServer) prepare(ctx context.Context, req *rpc.Request) (*servedCall,
 }
 
 // find returns the method with that name, or why it cannot be called.
-func (s *rpcServer) find(serviceMethod string) (*service, *method, error) {
+func (s *callServer) find(serviceMethod string) (*service, *method, error) {
 	dot := strings.LastIndex(serviceMethod, ".")
 	if dot < 0 {
 		return nil, nil, fmt.Errorf("rpc: service/method request ill-formed: %[1]s: call it Plugin.%[1]s",
@@ -250,7 +250,7 @@ func (s *rpcServer) find(serviceMethod string) (*service, *method, error) {
 }
 
 // cancel ends the context of a call that is running.
-func (s *rpcServer) cancel(seq uint64) {
+func (s *callServer) cancel(seq uint64) {
 	var deadline bool
 	_ = s.w.decode(&deadline) // what is no deadline cancels, too
 	cause := errCanceled
@@ -265,7 +265,7 @@ func (s *rpcServer) cancel(seq uint64) {
 // run calls the method and answers the call. In the host, a panic is an error: it must not
 // end the process. In a plugin it must: the host gets an ExitError, and nothing uses the
 // state that the method may have left inconsistent.
-func (s *rpcServer) run(call *servedCall) {
+func (s *callServer) run(call *servedCall) {
 	defer s.release(call)
 	if !call.service.calls.enter() {
 		s.respondError(call.request, errStopped, nil)
@@ -283,7 +283,7 @@ func (s *rpcServer) run(call *servedCall) {
 }
 
 // catchPanic, if deferred, logs a panic and turns it into an error.
-func (s *rpcServer) catchPanic(call *servedCall, err *error) {
+func (s *callServer) catchPanic(call *servedCall, err *error) {
 	p := recover()
 	if p == nil {
 		return
@@ -295,7 +295,7 @@ func (s *rpcServer) catchPanic(call *servedCall, err *error) {
 }
 
 // answer answers a call whose method has ended with err.
-func (s *rpcServer) answer(call *servedCall, err error) {
+func (s *callServer) answer(call *servedCall, err error) {
 	if err == errGoexit && !s.catch {
 		// In a plugin, the method may as well have panicked. Then the process is
 		// about to end, and this would be the wrong reason.
@@ -331,7 +331,7 @@ func isOfEnd(err error) (is bool) {
 }
 
 // release ends the context of a call that has been answered.
-func (s *rpcServer) release(call *servedCall) {
+func (s *callServer) release(call *servedCall) {
 	if call.cancel == nil {
 		return
 	}
@@ -341,7 +341,7 @@ func (s *rpcServer) release(call *servedCall) {
 
 // respond answers a call with its reply. If that cannot be encoded, it sends an error
 // instead.
-func (s *rpcServer) respond(req *rpc.Request, reply any) {
+func (s *callServer) respond(req *rpc.Request, reply any) {
 	err := s.w.send(&response{Seq: req.Seq}, reply)
 	if err == nil || err == errLost {
 		return
@@ -351,7 +351,7 @@ func (s *rpcServer) respond(req *rpc.Request, reply any) {
 }
 
 // respondError answers a call with an error. If own is not nil, err becomes one of them.
-func (s *rpcServer) respondError(req *rpc.Request, err error, own *callErrors) {
+func (s *callServer) respondError(req *rpc.Request, err error, own *callErrors) {
 	text, names := sendable(err)
 	if own != nil {
 		names = append(names, own.add(err))
