@@ -1,7 +1,5 @@
 package plugin
 
-// This file is about hints: causes of a StartError that its error does not name.
-
 import (
 	"context"
 	"errors"
@@ -14,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 )
+
+// This file is about hints: causes of a StartError that its error does not name.
 
 // behaviourHint returns why a process may not have become a plugin, or "".
 func behaviourHint(e *StartError, cookie string) string {

@@ -1,12 +1,5 @@
 package plugin
 
-// This file is about how a plugin exits with its host, both ends of it. On Unix, the plugin
-// reads from a pipe, the lifeline, and the host holds the other end: the system closes it
-// when the host exits or crashes, also if there is a process between the two. A byte in the
-// pipe detaches the plugin. Where a process in between has closed the pipe, the plugin
-// watches the process of the host, if it can be sure which one that is. On Windows, it
-// waits for that process.
-
 import (
 	"bytes"
 	"encoding/json"
@@ -23,6 +16,13 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 )
+
+// This file is about how a plugin exits with its host, both ends of it. On Unix, the plugin
+// reads from a pipe, the lifeline, and the host holds the other end: the system closes it
+// when the host exits or crashes, also if there is a process between the two. A byte in the
+// pipe detaches the plugin. Where a process in between has closed the pipe, the plugin
+// watches the process of the host, if it can be sure which one that is. On Windows, it
+// waits for that process.
 
 const (
 	orphanTimeout = 1500 * time.Millisecond // how long a plugin may run when its host is gone
@@ -101,7 +101,7 @@ func (f passedFile) take() *os.File {
 
 // hostWatch is the plugin's view of its host.
 type hostWatch struct {
-	host     hostInfo
+	info     hostInfo
 	lifeline *os.File      // nil if the host has passed none, or it has not arrived
 	gone     chan struct{} // closed when the host is gone
 	detached chan struct{} // closed when the host has detached the plugin
@@ -110,10 +110,10 @@ type hostWatch struct {
 
 // watchHost watches the host. When it is gone, the process exits after orphanTimeout and
 // removes dir.
-func watchHost(host hostInfo, dir string, logger hclog.Logger) *hostWatch {
+func watchHost(info hostInfo, dir string, logger hclog.Logger) *hostWatch {
 	w := &hostWatch{
-		host:     host,
-		lifeline: host.Lifeline.take(),
+		info:     info,
+		lifeline: info.Lifeline.take(),
 		gone:     make(chan struct{}),
 		detached: make(chan struct{}),
 		logger:   logger,
@@ -127,14 +127,28 @@ func watchHost(host hostInfo, dir string, logger hclog.Logger) *hostWatch {
 // both. They are for the plugin of that host, and not for one further down. Without a
 // lifeline, the plugin could not be told to leave them.
 func (w *hostWatch) takePipes(hostIsParent bool) (pipes [2]*os.File) {
-	_ = w.host.Binary.take().Close() // the process needs it no more
-	stdout, stderr := w.host.Stdout.take(), w.host.Stderr.take()
+	_ = w.info.Binary.take().Close() // the process needs it no more
+	stdout, stderr := w.info.Stdout.take(), w.info.Stderr.take()
 	if hostIsParent && w.lifeline != nil && stdout != nil && stderr != nil {
 		return [2]*os.File{stdout, stderr}
 	}
 	_ = stdout.Close() // a nil *os.File can be closed
 	_ = stderr.Close()
 	return pipes
+}
+
+// leavesDir reports whether the directory of the socket is left to the plugin to remove. One
+// that may belong to a host which lives is not.
+func (w *hostWatch) leavesDir(hostIsParent bool) bool {
+	switch {
+	case hostIsParent:
+		return true // it has made the directory for this process, and may be gone soon
+	case isClosed(w.gone):
+		return true
+	case w.info.Pid == 0:
+		return false // it uses go-plugin and removes the directory itself
+	}
+	return !alive(w.info.Pid)
 }
 
 // exitAfterHost waits until the host is gone, gives main orphanTimeout to finish, and exits.
@@ -158,16 +172,16 @@ func (w *hostWatch) awaitEnd() bool {
 			close(w.detached)
 		}
 		return err == io.EOF
-	case w.host.Pid == 0 || w.host.Detached:
+	case w.info.Pid == 0 || w.info.Detached:
 		return false
 	case runtime.GOOS == "windows":
-		return waitProcess(w.host.Pid)
-	case !w.host.isCertainlyAlive():
+		return waitProcess(w.info.Pid)
+	case !w.info.isCertainlyAlive():
 		w.logger.Warn("the plugin cannot detect the end of its host: " +
 			"a process between the two has closed a pipe")
 		return false
 	}
-	for w.host.isCertainlyAlive() {
+	for w.info.isCertainlyAlive() {
 		time.Sleep(pollInterval)
 	}
 	return true

@@ -1,10 +1,5 @@
 package plugin
 
-// This file is about what a plugin prints, on its way to the writers of the host. Between a
-// host and a plugin of this library, on Unix, the plugin writes to pipes that the host
-// reads: what it has printed arrives, whatever ends it. Otherwise the plugin reads its own
-// output and sends it on two streams of the connection. The host reads both.
-
 import (
 	"context"
 	"io"
@@ -14,20 +9,25 @@ import (
 	"time"
 )
 
+// This file is about what a plugin prints, on its way to the writers of the host. Between a
+// host and a plugin of this library, on Unix, the plugin writes to pipes that the host
+// reads: what it has printed arrives, whatever ends it. Otherwise the plugin reads its own
+// output and sends it on two streams of the connection. The host reads both.
+
 // output copies one output of the plugin, its stdout or stderr, to the host that connected
 // last. Output before the first connection waits for it. Output after the last connection
 // is dropped, so that it does not block the plugin.
 type output struct {
-	src  io.Reader
-	done chan struct{}          // closed when all of src has been sent
-	host atomic.Pointer[stream] // of the host that connected last; nil before the first
+	src    io.Reader
+	done   chan struct{}          // closed when all of src has been sent
+	stream atomic.Pointer[stream] // to the host that connected last; nil before the first
 }
 
 func newOutput(src io.Reader) *output { return &output{src: src, done: make(chan struct{})} }
 
 // attach makes st the stream that gets the output.
 func (o *output) attach(st *stream) {
-	before := o.host.Swap(st)
+	before := o.stream.Swap(st)
 	if before == nil {
 		go o.send() // ends with src, which Serve or the owner of another reader closes
 	} else {
@@ -43,17 +43,17 @@ func (o *output) send() {
 
 // Write sends p. It never fails.
 func (o *output) Write(p []byte) (int, error) {
-	_, _ = o.host.Load().Write(p) // fails at once if the session has ended
+	_, _ = o.stream.Load().Write(p) // fails at once if the session has ended
 	return len(p), nil
 }
 
 // finish closes the stream when all output has been sent, or after the timeout.
 func (o *output) finish(timeout time.Duration) {
-	if o.host.Load() == nil {
+	if o.stream.Load() == nil {
 		return // no host has connected
 	}
 	waitFor(timeout, o.done)
-	_ = o.host.Load().Close() // it never fails
+	_ = o.stream.Load().Close() // it never fails
 }
 
 // maxPending is how many bytes of output wait for a writer of the host before the plugin

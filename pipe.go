@@ -1,14 +1,14 @@
 package plugin
 
-// This file is about the pipes to which the process of a plugin writes, and from which the
-// host reads. The system keeps what is in them when the process ends, however it does.
-
 import (
 	"errors"
 	"io"
 	"os"
 	"time"
 )
+
+// This file is about the pipes to which the process of a plugin writes, and from which the
+// host reads. The system keeps what is in them when the process ends, however it does.
 
 // outputPipe is one pipe.
 type outputPipe struct {

@@ -18,6 +18,9 @@ import (
 	"time"
 )
 
+// This file is about the process of a plugin that this host starts: what it gets, how it
+// becomes a plugin, and how it ends.
+
 const (
 	maxHandshake = 64 << 10              // the length of the handshake line
 	busyTimeout  = time.Second           // how long a start waits while the binary is open for writing
@@ -32,7 +35,7 @@ type child struct {
 	path      string    // of the binary, in callerCmd
 
 	hint     string          // a possible cause of the error of start
-	host     hostInfo        // what the plugin is told
+	info     hostInfo        // what the plugin is told
 	opened   []*os.File      // for the process; closed here when it has started
 	lifeline *os.File        // the host's end; nil if the plugin is detached, and on Windows
 	cert     tls.Certificate // of the host, with AutoMTLS
@@ -101,7 +104,7 @@ func (p *child) start(ctx context.Context) error {
 		}
 	}
 	// The descriptors for the process are made before its environment, which names them.
-	err = p.hold()
+	err = p.makeLifeline()
 	if err != nil {
 		return err
 	}
@@ -116,7 +119,7 @@ func (p *child) start(ctx context.Context) error {
 	}
 	p.pin(binary)
 	p.cmd.Env = p.environment()
-	p.share()
+	p.wrapCancel()
 	err = p.execute(ctx)
 	if err != nil {
 		return err
@@ -150,9 +153,9 @@ func (p *child) pass(f *os.File) passedFile {
 	return passedFile{Descriptor: fd, Identity: identity(int(f.Fd()))}
 }
 
-// hold makes the plugin exit when this process does, unless it is to be detached.
-func (p *child) hold() error {
-	p.host = newHostInfo(p.config.Detach)
+// makeLifeline makes the plugin exit when this process does, unless it is to be detached.
+func (p *child) makeLifeline() error {
+	p.info = newHostInfo(p.config.Detach)
 	if p.config.Detach || runtime.GOOS == "windows" {
 		return nil
 	}
@@ -162,7 +165,7 @@ func (p *child) hold() error {
 	}
 	p.lifeline = lifeline
 	p.opened = append(p.opened, end)
-	p.host.Lifeline = p.pass(end)
+	p.info.Lifeline = p.pass(end)
 	return nil
 }
 
@@ -177,8 +180,8 @@ func (p *child) pin(binary *os.File) {
 		return
 	}
 	link := filepath.Join(p.dir, filepath.Base(p.cmd.Path))
-	p.host.Binary = p.pass(binary)
-	err = os.Symlink(fmt.Sprintf("/proc/self/fd/%d", p.host.Binary.Descriptor), link)
+	p.info.Binary = p.pass(binary)
+	err = os.Symlink(fmt.Sprintf("/proc/self/fd/%d", p.info.Binary.Descriptor), link)
 	if err == nil {
 		p.cmd.Path = link
 	}
@@ -200,7 +203,7 @@ func (p *child) environment() []string {
 		fmt.Sprintf("%s=%d", envMinPort, config.MinPort),
 		fmt.Sprintf("%s=%d", envMaxPort, config.MaxPort),
 		envVersions+"="+versionList(config.VersionedPlugins),
-		envHost+"="+p.host.String(),
+		envHost+"="+p.info.String(),
 	)
 	if p.cert.Certificate != nil {
 		block := &pem.Block{Type: "CERTIFICATE", Bytes: p.cert.Certificate[0]}
@@ -246,15 +249,15 @@ func (p *child) redirect() error {
 	}
 	p.cmd.Stdout, p.cmd.Stderr = writers[0], writers[1]
 	if len(writers) > 2 {
-		p.host.Stdout = p.pass(writers[2])
-		p.host.Stderr = p.pass(writers[3])
+		p.info.Stdout = p.pass(writers[2])
+		p.info.Stderr = p.pass(writers[3])
 	}
 	return nil
 }
 
-// share makes Cmd.Cancel find this process in the caller's command, where the Cancel of
+// wrapCancel makes Cmd.Cancel find this process in the caller's command, where the Cancel of
 // exec.CommandContext looks for it. Other clients may have put their own there.
-func (p *child) share() {
+func (p *child) wrapCancel() {
 	cancel := p.cmd.Cancel
 	if cancel == nil {
 		return

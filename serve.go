@@ -1,7 +1,5 @@
 package plugin
 
-// This file is about the plugin's side: Serve, from the variables of the host to the end.
-
 import (
 	"context"
 	"crypto/tls"
@@ -17,6 +15,8 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 )
+
+// This file is about the plugin's side: Serve, from the variables of the host to the end.
 
 // ServeConfig describes a plugin to its host.
 type ServeConfig struct {
@@ -122,9 +122,9 @@ func serve(config *ServeConfig) error {
 		logger = hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: os.Stderr, JSONFormat: true})
 	}
 	terminate := catchSignals()
-	host := parseHostInfo(env[envHost])
-	hostIsParent := host.isParent()
-	watch := watchHost(host, env[EnvUnixSocketDir], logger)
+	info := parseHostInfo(env[envHost])
+	hostIsParent := info.isParent()
+	watch := watchHost(info, env[EnvUnixSocketDir], logger)
 	pipes := watch.takePipes(hostIsParent)
 
 	s, err := newServing(config, env, logger)
@@ -134,9 +134,7 @@ func serve(config *ServeConfig) error {
 	s.handshake.flushes = hostIsParent
 	err = s.run(terminate, watch, pipes)
 	s.close()
-	// Its host removes the directory, unless it is gone by then. A host further up, which
-	// lives, may not be the one that has made it.
-	if hostIsParent || isClosed(watch.gone) || host.Pid != 0 && !alive(host.Pid) {
+	if watch.leavesDir(hostIsParent) {
 		removePrivate(env[EnvUnixSocketDir])
 	}
 	// The signal that ended the host may reach this process later, and main should finish.
@@ -359,23 +357,23 @@ func (s *serving) captureOutput(stdout, stderr io.Writer, pipes [2]*os.File) (er
 // its own, whose output is sent over connections.
 type capture struct {
 	process          [2]*os.File // stdout and stderr outside Serve
-	hosts            [2]*os.File // the pipes that the host reads; nil if there are none
+	hostPipes        [2]*os.File // those that the host reads; nil if there are none
 	readers, writers [2]*os.File // of its own pipes
 
-	mu       sync.Mutex // guards restored, and the descriptors of hosts
+	mu       sync.Mutex // guards restored, and the descriptors of hostPipes
 	restored bool
 }
 
-func newCapture(hosts [2]*os.File) (c *capture, err error) {
-	c = &capture{process: [2]*os.File{os.Stdout, os.Stderr}, hosts: hosts}
+func newCapture(hostPipes [2]*os.File) (c *capture, err error) {
+	c = &capture{process: [2]*os.File{os.Stdout, os.Stderr}, hostPipes: hostPipes}
 	for i := range c.readers {
 		c.readers[i], c.writers[i], err = os.Pipe()
 		if err != nil {
 			return nil, err
 		}
 	}
-	if hosts[0] != nil {
-		os.Stdout, os.Stderr = hosts[0], hosts[1]
+	if hostPipes[0] != nil {
+		os.Stdout, os.Stderr = hostPipes[0], hostPipes[1]
 	} else {
 		os.Stdout, os.Stderr = c.writers[0], c.writers[1]
 	}
@@ -389,8 +387,8 @@ func (c *capture) leavePipes() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.restored {
-		replace(c.hosts[0], c.writers[0])
-		replace(c.hosts[1], c.writers[1])
+		replace(c.hostPipes[0], c.writers[0])
+		replace(c.hostPipes[1], c.writers[1])
 	}
 }
 
@@ -399,11 +397,11 @@ func (c *capture) restore() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.restored = true
-	if c.hosts[0] == nil {
+	if c.hostPipes[0] == nil {
 		os.Stdout, os.Stderr = c.process[0], c.process[1]
 	}
 	for i, w := range c.writers {
-		replace(c.hosts[i], c.process[i])
+		replace(c.hostPipes[i], c.process[i])
 		_ = w.Close() // nothing is buffered in it
 	}
 }

@@ -1,13 +1,13 @@
 package plugin
 
-// This file has what tests of hosts and plugins need: two ends of a connection within one
-// process.
-
 import (
 	"io"
 	"net"
 	"net/rpc"
 )
+
+// This file has what tests of hosts and plugins need: two ends of a connection within one
+// process.
 
 // TestOptions are options of [TestPluginRPCConn].
 type TestOptions struct {
