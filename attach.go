@@ -17,6 +17,9 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
+// This file is about a plugin that another host has started, or none: how to find its
+// process, and how much may be done to it.
+
 // AttachedRunner is a process that [ReattachConfig].ReattachFunc has found. Its methods
 // are called concurrently.
 type AttachedRunner interface {

@@ -13,6 +13,9 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
+// This file is about the life of a plugin, as its host sees it: the start, the connection,
+// and the end, which may be that of the process or Kill.
+
 // Client starts the process of a plugin, connects to it and kills it. [NewClient] returns
 // one, for one process. All methods may be called concurrently. The zero Client cannot be
 // used.
@@ -91,16 +94,16 @@ func (c *Client) Start() (net.Addr, error) { return c.StartContext(context.Backg
 // [ErrSecureConfigAndReattach] are not wrapped.
 func (c *Client) StartContext(ctx context.Context) (net.Addr, error) {
 	if c.starting.begin() {
-		c.begin(ctx)
+		c.runStart(ctx)
 	}
 	h, err := c.starting.wait(ctx)
 	return h.addr, err
 }
 
-// begin begins the life of the plugin: it starts the plugin. The start runs in the
+// runStart begins the life of the plugin: it starts the plugin. The start runs in the
 // goroutine of the caller, because a panic of the host's own code, as in ReattachFunc,
 // belongs there. Such a start has failed.
-func (c *Client) begin(ctx context.Context) {
+func (c *Client) runStart(ctx context.Context) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	context.AfterFunc(c.killRequested.ctx, func() { cancel(errKilled) }) // has no effect after the start
@@ -186,26 +189,28 @@ func (c *Client) watch() {
 
 // live is the life of a plugin that has started, to its end.
 func (c *Client) live() {
+	outputTimeout := drainTimeout / 2 // not longer, for a slow writer
 	select {
 	case <-c.exited.done():
 	case <-c.killRequested.done():
-		c.quit()
+		deadline := time.Now().Add(c.config.KillTimeout)
+		c.quit(deadline)
+		outputTimeout = max(outputTimeout, time.Until(deadline))
 	}
 	if c.exited.isSet() {
-		c.writers.await(drainTimeout / 2) // not longer, for a slow writer
+		c.writers.await(outputTimeout)
 	}
 	asked := c.askedToQuit()
 	c.logExit(asked)
 	if asked {
 		c.finish(errKilled) // the process may live on
 	} else {
-		c.finish(c.exit)
+		c.finish(c.exit) // it is set: without Kill, only the end of the process leads here
 	}
 }
 
-// quit asks the plugin to quit, and kills it if it does not exit.
-func (c *Client) quit() {
-	deadline := time.Now().Add(c.config.KillTimeout)
+// quit asks the plugin to quit, and kills it if it does not exit until the deadline.
+func (c *Client) quit(deadline time.Time) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	rc, err := c.connect(ctx)
@@ -218,7 +223,6 @@ func (c *Client) quit() {
 	}
 	waitFor(patience, c.exited.done())
 	if c.exited.isSet() {
-		c.writers.await(time.Until(deadline))
 		return
 	}
 	// Ends at once, or with the Kill of ReattachFunc's process. What it returns says no more
@@ -367,7 +371,7 @@ func (c *Client) Kill() {
 	}
 	c.killRequested.set(errKilled)
 	if c.starting.begin() {
-		c.begin(context.Background()) // and ends at once
+		c.runStart(context.Background()) // and ends at once
 	}
 	select {
 	case <-c.launched:

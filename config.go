@@ -19,6 +19,8 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
+// This file is about what a host can set, and which plugins it accepts with that.
+
 const (
 	defaultStartTimeout  = time.Minute
 	defaultKillTimeout   = 2 * time.Second

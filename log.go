@@ -239,10 +239,10 @@ func parseLevel(text string) hclog.Level {
 		return level
 	}
 	// The offset is the nearest that fits, or 0 if there is none. Levels of slog are four
-	// apart.
+	// apart, so it counts quarters of a level of hclog.
 	offset, _ := strconv.ParseInt(text[len(name):], 10, 32)
-	slogLevel := 4*int64(level) + offset
-	return hclog.Level(min(max(slogLevel>>2, int64(hclog.Trace)), int64(hclog.Error)))
+	quarters := 4*int64(level) + offset
+	return hclog.Level(min(max(quarters>>2, int64(hclog.Trace)), int64(hclog.Error)))
 }
 
 // levelPatterns match the beginning of a line of text with a level. The first group is cut

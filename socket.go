@@ -208,7 +208,7 @@ func listenTCP(minPort, maxPort string) (net.Listener, error) {
 	}
 }
 
-// removePrivate removes the directory that the host made for the socket.
+// removePrivate removes a directory that makeDir made, on either side, with what is in it.
 func removePrivate(dir string) {
 	if isPrivate(dir) {
 		_ = os.RemoveAll(dir)
