@@ -139,7 +139,9 @@ type ClientConfig struct {
 }
 
 // withDefaults returns a copy in which VersionedPlugins has all versions, Logger has the
-// name of the plugin, and no zero value stands for another one.
+// name of the plugin, and the fields that are not set have their defaults. SyncStdout and
+// SyncStderr get theirs in hostWriters. The fields of UnixSocketConfig and Reattach stay as
+// they are: methods of the two return what is meant.
 func (c *ClientConfig) withDefaults() ClientConfig {
 	config := *c
 	config.VersionedPlugins = allVersions(c.ProtocolVersion, c.Plugins, c.VersionedPlugins)
@@ -150,6 +152,9 @@ func (c *ClientConfig) withDefaults() ClientConfig {
 	}
 	if config.Logger == nil {
 		config.Logger = hclog.Default().Named("plugin")
+	}
+	if config.AllowedProtocols == nil {
+		config.AllowedProtocols = []Protocol{ProtocolNetRPC}
 	}
 	if config.UnixSocketConfig == nil {
 		config.UnixSocketConfig = &UnixSocketConfig{}
@@ -207,7 +212,7 @@ func (c *ClientConfig) accept(h handshake, cert tls.Certificate) (*tls.Config, e
 		return nil, errors.New("it uses gRPC, and this library only net/rpc: " +
 			"the plugin must be served with this library, or with the net/rpc half of go-plugin")
 	}
-	allowed := c.AllowedProtocols == nil || slices.Contains(c.AllowedProtocols, h.protocol)
+	allowed := slices.Contains(c.AllowedProtocols, h.protocol)
 	if h.protocol != ProtocolNetRPC || !allowed {
 		return nil, fmt.Errorf("it uses the protocol %q, and ClientConfig.AllowedProtocols is %q",
 			h.protocol, c.AllowedProtocols)
