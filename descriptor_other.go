@@ -13,4 +13,6 @@ func keepToItself(int) {}
 
 func readNow(*os.File, []byte) int { return 0 }
 
+const canReplace = false
+
 func replace(_, _ *os.File) {}

@@ -37,6 +37,9 @@ func readNow(pipe *os.File, p []byte) (n int) {
 	return max(n, 0)
 }
 
+// canReplace reports whether replace does anything.
+const canReplace = true
+
 // replace makes the descriptor of old refer to the file of another, unless old is nil.
 func replace(old, with *os.File) {
 	if old == nil {

@@ -258,7 +258,7 @@ func serverTLS(config *ServeConfig, hostCert string) (secure *tls.Config, cert [
 // is gone. Output goes to the pipes of the host, if there are any.
 func (s *serving) run(terminate <-chan os.Signal, watch *hostWatch, pipes [2]*os.File) error {
 	stdout := os.Stdout
-	if err := s.captureOutput(io.Discard, io.Discard, pipes); err != nil {
+	if err := s.captureOutput(io.Discard, io.Discard, pipes, canReplace); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(stdout, s.handshake.String()+"\n"); err != nil {
@@ -294,7 +294,8 @@ func (s *serving) runTest(test *ServeTestConfig) error {
 		ctx = context.Background()
 	}
 	if test.SyncStdio {
-		if err := s.captureOutput(os.Stdout, os.Stderr, [2]*os.File{}); err != nil {
+		// Tests expect the variables back, and Serve may run many times.
+		if err := s.captureOutput(os.Stdout, os.Stderr, [2]*os.File{}, false); err != nil {
 			return err
 		}
 	}
@@ -341,9 +342,9 @@ func (s *serving) close() {
 }
 
 // captureOutput brings the output of the process to the host. What it sends over
-// connections, it also copies to the writers.
-func (s *serving) captureOutput(stdout, stderr io.Writer, pipes [2]*os.File) (err error) {
-	s.capture, err = newCapture(pipes)
+// connections, it also copies to the writers. keepsFiles is that of the capture.
+func (s *serving) captureOutput(stdout, stderr io.Writer, pipes [2]*os.File, keepsFiles bool) (err error) {
+	s.capture, err = newCapture(pipes, keepsFiles)
 	if err != nil {
 		return cannotServe(err)
 	}
@@ -359,30 +360,40 @@ type capture struct {
 	process          [2]*os.File // stdout and stderr outside Serve
 	hostPipes        [2]*os.File // those that the host reads; nil if there are none
 	readers, writers [2]*os.File // of its own pipes
+	files            [2]*os.File // os.Stdout and os.Stderr within Serve: hostPipes or writers
+
+	// keepsFiles makes os.Stdout and os.Stderr stay what they are within Serve: methods read
+	// the variables, and the program may have copied them, so only their descriptors change.
+	keepsFiles bool
 
 	mu       sync.Mutex // guards restored, and the descriptors of hostPipes
 	restored bool
 }
 
-func newCapture(hostPipes [2]*os.File) (c *capture, err error) {
-	c = &capture{process: [2]*os.File{os.Stdout, os.Stderr}, hostPipes: hostPipes}
+func newCapture(hostPipes [2]*os.File, keepsFiles bool) (c *capture, err error) {
+	c = &capture{
+		process:    [2]*os.File{os.Stdout, os.Stderr},
+		hostPipes:  hostPipes,
+		keepsFiles: keepsFiles,
+	}
 	for i := range c.readers {
 		c.readers[i], c.writers[i], err = os.Pipe()
 		if err != nil {
 			return nil, err
 		}
+		// Fd makes Writes block in the system: one that waits in the poller of the runtime
+		// would not be woken when the descriptor has been replaced.
+		_ = c.writers[i].Fd()
 	}
+	c.files = c.writers
 	if hostPipes[0] != nil {
-		os.Stdout, os.Stderr = hostPipes[0], hostPipes[1]
-	} else {
-		os.Stdout, os.Stderr = c.writers[0], c.writers[1]
+		c.files = hostPipes
 	}
+	os.Stdout, os.Stderr = c.files[0], c.files[1]
 	return c, nil
 }
 
-// leavePipes changes from the pipes of the host, which may exit, to the others. The
-// variables os.Stdout and os.Stderr stay as they are, because methods read them, and the
-// program may have copied them: only their descriptors change.
+// leavePipes changes from the pipes of the host, which may exit, to the others.
 func (c *capture) leavePipes() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -397,11 +408,15 @@ func (c *capture) restore() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.restored = true
-	if c.hostPipes[0] == nil {
+	if !c.keepsFiles {
 		os.Stdout, os.Stderr = c.process[0], c.process[1]
 	}
 	for i, w := range c.writers {
-		replace(c.hostPipes[i], c.process[i])
-		_ = w.Close() // nothing is buffered in it
+		if c.keepsFiles {
+			replace(c.files[i], c.process[i])
+		}
+		if c.files[i] != w || !c.keepsFiles { // otherwise replace has closed the pipe
+			_ = w.Close() // nothing is buffered in it
+		}
 	}
 }
