@@ -40,16 +40,16 @@ func (r *Remote) Close() error {
 func (r *Remote) invoke(
 	ctx context.Context, s *signature, method string, args []any,
 ) (result reflect.Value, err error) {
-	sent := reflect.New(s.sent)
+	sent := reflect.New(s.sentType)
 	errs := &callErrors{}
 	offers, err := s.setArguments(r.broker, sent.Elem(), method, args, errs)
 	defer stopOffers(ctx, r.broker, offers)
 	if err != nil {
 		return result, err
 	}
-	reply := reflect.New(s.result.sent)
+	reply := reflect.New(s.result.sentType)
 	into := reply.Interface()
-	if s.result.sent == typeOfNothing {
+	if s.result.sentType == typeOfNothing {
 		into = nil // accepts any reply
 	}
 	call := &pendingCall{method: "Plugin." + method, args: sent.Interface(), reply: into, callErrors: errs}
@@ -66,13 +66,13 @@ func (s *signature) setArguments(
 ) (offers []*offer, err error) {
 	for i, param := range s.params {
 		arg := s.param(sent, i)
-		if param.kind != plainValue {
+		if param.kind != plainSlot {
 			arg = reflect.New(param.Type).Elem()
 		}
 		if err := param.set(arg, args[i]); err != nil {
 			return offers, fmt.Errorf("plugin: argument %d of %s is %w", i+1, method, err)
 		}
-		if param.kind == plainValue || arg.IsNil() {
+		if param.kind == plainSlot || arg.IsNil() {
 			continue
 		}
 		o := param.serveValue(b, arg, untilStopped, nil)
@@ -84,7 +84,7 @@ func (s *signature) setArguments(
 }
 
 // set sets v, which is nil or zero, to an argument. It fails if that does not fit.
-func (param value) set(v reflect.Value, arg any) error {
+func (param slot) set(v reflect.Value, arg any) error {
 	if arg == nil && param.isNillable() {
 		return nil
 	}
@@ -92,7 +92,7 @@ func (param value) set(v reflect.Value, arg any) error {
 	if arg == nil || !x.Type().AssignableTo(param.Type) {
 		return fmt.Errorf("a %T and not a %v", arg, param)
 	}
-	isStream := param.kind == readerValue || param.kind == writerValue
+	isStream := param.kind == readerSlot || param.kind == writerSlot
 	if isStream && (x.Kind() == reflect.Pointer || x.Kind() == reflect.Func) && x.IsNil() {
 		return fmt.Errorf("an %v with a nil %T in it, whose methods would panic", param, arg)
 	}
@@ -102,15 +102,15 @@ func (param value) set(v reflect.Value, arg any) error {
 
 // serveValue serves x, which is not plain, to the peer, which must dial it in time. For a
 // stream, closer is called when the peer closes it or the serving ends, if it is not nil.
-func (v value) serveValue(
+func (v slot) serveValue(
 	b *MuxBroker, x reflect.Value, timeout time.Duration, closer func() error,
 ) *offer {
 	switch v.kind {
-	case readerValue:
+	case readerSlot:
 		return b.offerReader(x.Interface().(io.Reader), timeout, closer)
-	case writerValue:
+	case writerSlot:
 		return b.offerWriter(x.Interface().(io.Writer), timeout, closer)
-	case sequenceValue:
+	case sequenceSlot:
 		return b.offerSequence(x)
 	}
 	svc := &service{methods: map[string]*method{"Call": v.function.method(b, x)}}
@@ -147,10 +147,10 @@ func stopOffers(ctx context.Context, b *MuxBroker, offers []*offer) {
 
 // dialResult returns the result for which the peer has sent this. A stream belongs to the
 // caller, whose Close closes it at the peer.
-func (v value) dialResult(
+func (v slot) dialResult(
 	ctx context.Context, b *MuxBroker, sent reflect.Value,
 ) (none reflect.Value, err error) {
-	if v.kind != readerValue && v.kind != writerValue {
+	if v.kind != readerSlot && v.kind != writerSlot {
 		return sent, nil
 	}
 	id := uint32(sent.Uint())
@@ -158,7 +158,7 @@ func (v value) dialResult(
 		return reflect.Zero(v.Type), nil
 	}
 	var stream io.Closer
-	if v.kind == readerValue {
+	if v.kind == readerSlot {
 		stream, err = b.dialReader(ctx, id, true)
 	} else {
 		stream, err = b.dialWriter(ctx, id, true)
@@ -183,14 +183,14 @@ func (s *signature) method(b *MuxBroker, function reflect.Value) *method {
 		call:    f.call,
 		context: s.takesContext || s.connects,
 		ignores: len(s.params) == 0,
-		arg:     s.sent,
-		reply:   s.result.sent,
+		arg:     s.sentType,
+		reply:   s.result.sentType,
 	}
 }
 
 // call calls the function with what the peer sent, and sets reply.
 func (f *implementation) call(ctx context.Context, sent, reply reflect.Value) error {
-	if f.result.kind == readerValue || f.result.kind == writerValue {
+	if f.result.kind == readerSlot || f.result.kind == writerSlot {
 		return f.callForStream(ctx, sent, reply.Elem())
 	}
 	out, err := f.callWith(ctx, sent)
@@ -225,7 +225,7 @@ func (f *implementation) callWith(ctx context.Context, sent reflect.Value) (out 
 		}
 		in = append(in, arg)
 	}
-	if f.result.kind == sequenceValue {
+	if f.result.kind == sequenceSlot {
 		return f.callForSequence(ctx, in)
 	}
 	out = f.function.Call(in)
@@ -248,18 +248,18 @@ func (f *implementation) callForSequence(
 }
 
 // callForStream calls a function that returns a stream, serves that and sets id to its
-// number. The context of the function ends with the call, if that fails or is cancelled,
-// or else with the stream.
-func (f *implementation) callForStream(call context.Context, sent, id reflect.Value) error {
+// number. The context of the function ends with that of the call, if the call fails or is
+// cancelled, or else with the stream.
+func (f *implementation) callForStream(ofCall context.Context, sent, id reflect.Value) error {
 	ctx, cancel := context.WithCancelCause(f.broker.session.calls)
-	detach := context.AfterFunc(call, func() { cancel(context.Cause(call)) })
+	outlive := context.AfterFunc(ofCall, func() { cancel(context.Cause(ofCall)) })
 	out, err := f.callWith(ctx, sent)
 	if out == nil || out[0].IsNil() {
-		return err
+		return err // ofCall ends when this has been answered, and cancels ctx
 	}
 	stream := out[0].Interface().(io.Closer)
-	if err == nil && !detach() {
-		err = context.Cause(call)
+	if err == nil && !outlive() {
+		err = context.Cause(ofCall)
 	}
 	if err != nil {
 		_ = stream.Close() // err says more
@@ -287,25 +287,25 @@ var errReturned = errors.New("plugin: the method that took this argument has ret
 
 // dial returns the argument for which the peer has sent this. If ctx ends, neither the
 // function nor close waits for the peer.
-func (a *arguments) dial(param value, sent reflect.Value) (arg reflect.Value, err error) {
-	if param.kind == plainValue {
+func (a *arguments) dial(param slot, sent reflect.Value) (arg reflect.Value, err error) {
+	if param.kind == plainSlot {
 		return sent, nil
 	}
 	id := uint32(sent.Uint())
 	switch {
-	case param.kind == sequenceValue: // nil is an empty one
+	case param.kind == sequenceSlot: // nil is an empty one
 		q := &remoteSequence{ctx: a.ctx, broker: a.broker, id: id}
 		return reflect.MakeFunc(param.Type, q.call), nil
 	case id == 0:
 		return reflect.Zero(param.Type), nil
-	case param.kind == readerValue:
+	case param.kind == readerSlot:
 		r, err := a.broker.dialReader(a.ctx, id, false)
 		if err != nil {
 			return arg, err
 		}
 		a.add(r)
 		return reflect.ValueOf(r), nil
-	case param.kind == writerValue:
+	case param.kind == writerSlot:
 		w, err := a.broker.dialWriter(a.ctx, id, false)
 		if err != nil {
 			return arg, err

@@ -236,10 +236,10 @@ func useArgument(v any) error {
 
 // sent returns the struct that is sent, with a number for each argument that is served.
 func (m *fuzzMethod) sent(s *signature) reflect.Value {
-	sent := reflect.New(s.sent).Elem()
+	sent := reflect.New(s.sentType).Elem()
 	for i, p := range s.params {
 		switch {
-		case p.sent == p.Type:
+		case p.sentType == p.Type:
 			s.param(sent, i).Set(reflect.ValueOf(m.args[i]))
 		case m.args[i] != nil:
 			s.param(sent, i).SetUint(1)
@@ -295,7 +295,7 @@ func (m *fuzzMethod) checkSeen(t *testing.T, s *signature, arrives reflect.Value
 	t.Helper()
 	for i, got := range m.seen {
 		want := s.param(arrives, i)
-		served := s.params[i].sent != s.params[i].Type
+		served := s.params[i].sentType != s.params[i].Type
 		if served && got.IsNil() != want.IsZero() {
 			t.Errorf("%v: argument %d is nil: %v", m.typ, i, got.IsNil())
 		}

@@ -221,7 +221,7 @@ func Invoke[R any](ctx context.Context, r *Remote, method string, args ...any) (
 	if err != nil {
 		return result, err
 	}
-	if s.result.kind == sequenceValue {
+	if s.result.kind == sequenceSlot {
 		return result, fmt.Errorf("plugin: Invoke: the result of %s is a %v: call it with InvokeSeq",
 			method, s.result)
 	}
@@ -275,7 +275,7 @@ func (r *Remote) invokeSeq(
 	if err != nil {
 		return err
 	}
-	if s.result.kind != sequenceValue || s.result.element() != element {
+	if s.result.kind != sequenceSlot || s.result.element() != element {
 		return fmt.Errorf("plugin: InvokeSeq: the result of %s is a %v and not an iter.Seq2[%v, error]",
 			method, s.result, element)
 	}

@@ -24,30 +24,30 @@ var (
 // signature is the form of a method, or of a function that is a parameter.
 type signature struct {
 	takesContext bool         // as the first parameter
-	params       []value      // behind the context; and a writer, if the result is a sequence
-	result       value        // a struct{} for none
+	params       []slot       // behind the context; and a writer, if the result is a sequence
+	result       slot         // a struct{} for none
 	returns      int          // how many results there are, with the error
-	sent         reflect.Type // what is sent for params
+	sentType     reflect.Type // what is sent for params
 	connects     bool         // a parameter or the result has a stream of its own
 }
 
-// value is a parameter or a result.
-type value struct {
+// slot is what a signature has for a parameter or a result.
+type slot struct {
 	reflect.Type
-	kind     valueKind
-	sent     reflect.Type // its type if it is plain, or else typeOfNumber
+	kind     slotKind
+	sentType reflect.Type // its type if it is plain, or else typeOfNumber
 	function *signature   // if it is a function
 }
 
-// valueKind says how a value is sent.
-type valueKind int
+// slotKind says how a value is sent.
+type slotKind int
 
 const (
-	plainValue    valueKind = iota // as gob encodes it
-	readerValue                    // as the number of a reader
-	writerValue                    // as the number of a writer
-	functionValue                  // as the number of a service with the method Call
-	sequenceValue                  // as the number of a reader of its values, or to a writer
+	plainSlot    slotKind = iota // as gob encodes it
+	readerSlot                   // as the number of a reader
+	writerSlot                   // as the number of a writer
+	functionSlot                 // as the number of a service with the method Call
+	sequenceSlot                 // as the number of a reader of its values, or to a writer
 )
 
 // newSignature returns the signature of a function, or an error that says why it cannot
@@ -60,9 +60,9 @@ func newSignature(t reflect.Type, outer ...reflect.Type) (*signature, error) {
 		return nil, err
 	}
 	functions := append(outer, t)
-	s := &signature{returns: t.NumOut(), result: value{Type: typeOfNothing, sent: typeOfNothing}}
+	s := &signature{returns: t.NumOut(), result: slot{Type: typeOfNothing, sentType: typeOfNothing}}
 	if t.NumOut() == 2 || isIterator(t.Out(0)) {
-		result, err := newValue(t.Out(0), typeOfReadCloser, typeOfWriteCloser, functions)
+		result, err := newSlot(t.Out(0), typeOfReadCloser, typeOfWriteCloser, functions)
 		if err != nil {
 			return nil, err
 		}
@@ -73,18 +73,18 @@ func newSignature(t reflect.Type, outer ...reflect.Type) (*signature, error) {
 			s.takesContext = true
 			continue
 		}
-		param, err := newValue(t.In(i), typeOfReader, typeOfWriter, functions)
+		param, err := newSlot(t.In(i), typeOfReader, typeOfWriter, functions)
 		if err != nil {
 			return nil, err
 		}
 		s.params = append(s.params, param)
 	}
-	if s.result.kind == sequenceValue {
-		s.result.sent = typeOfNothing // the values go to one more parameter
-		s.params = append(s.params, value{Type: typeOfWriter, kind: writerValue, sent: typeOfNumber})
+	if s.result.kind == sequenceSlot {
+		s.result.sentType = typeOfNothing // the values go to one more parameter
+		s.params = append(s.params, slot{Type: typeOfWriter, kind: writerSlot, sentType: typeOfNumber})
 	}
-	s.connects = s.result.isNotPlain() || slices.ContainsFunc(s.params, value.isNotPlain)
-	s.sent = argumentType(s.params)
+	s.connects = s.result.isNotPlain() || slices.ContainsFunc(s.params, slot.isNotPlain)
+	s.sentType = argumentType(s.params)
 	return s, nil
 }
 
@@ -108,29 +108,29 @@ func checkForm(t reflect.Type) error {
 	return nil
 }
 
-// newValue returns a parameter or the result of the last of the types functions, which is a
+// newSlot returns a parameter or the result of the last of the types functions, which is a
 // parameter of the one before it, and so on. It may be a reader or writer of these types.
-func newValue(t, reader, writer reflect.Type, functions []reflect.Type) (value, error) {
-	v := value{Type: t, sent: typeOfNumber}
+func newSlot(t, reader, writer reflect.Type, functions []reflect.Type) (slot, error) {
+	v := slot{Type: t, sentType: typeOfNumber}
 	switch {
 	case t == reader:
-		v.kind = readerValue
+		v.kind = readerSlot
 	case t == writer:
-		v.kind = writerValue
+		v.kind = writerSlot
 	case t == typeOfContext || t == typeOfError:
 		return v, errors.New("a context must be the first parameter, and an error the last result")
 	case isOfPackageIO(t):
 		return v, fmt.Errorf("%v cannot be sent, but %v and %v can", t, reader, writer)
 	case isIterator(t):
-		v.kind = sequenceValue
+		v.kind = sequenceSlot
 		return v, checkSequence(t, len(functions) > 1)
 	case t.Kind() == reflect.Func:
-		v.kind = functionValue
+		v.kind = functionSlot
 		function, err := newSignature(t, functions...)
 		v.function = function
 		return v, err
 	default:
-		v.sent = t
+		v.sentType = t
 		return v, checkPlain(t)
 	}
 	return v, nil
@@ -209,7 +209,7 @@ func checkFields(t reflect.Type, path string, checked map[reflect.Type]bool) err
 
 // argumentCount returns how many arguments a caller passes behind the context.
 func (s *signature) argumentCount() int {
-	if s.result.kind == sequenceValue {
+	if s.result.kind == sequenceSlot {
 		return len(s.params) - 1
 	}
 	return len(s.params)
@@ -217,13 +217,13 @@ func (s *signature) argumentCount() int {
 
 // argumentType returns the type that is sent for params: a single one as it is, or a
 // struct.
-func argumentType(params []value) reflect.Type {
+func argumentType(params []slot) reflect.Type {
 	if len(params) == 1 {
-		return params[0].sent
+		return params[0].sentType
 	}
 	var fields []reflect.StructField
 	for i, p := range params {
-		fields = append(fields, reflect.StructField{Name: fmt.Sprintf("A%d", i), Type: p.sent})
+		fields = append(fields, reflect.StructField{Name: fmt.Sprintf("A%d", i), Type: p.sentType})
 	}
 	return reflect.StructOf(fields)
 }
@@ -237,12 +237,12 @@ func (s *signature) param(sent reflect.Value, i int) reflect.Value {
 }
 
 // element returns what a sequence yields.
-func (v value) element() reflect.Type { return v.In(0).In(0) }
+func (v slot) element() reflect.Type { return v.In(0).In(0) }
 
-func (v value) isNotPlain() bool { return v.kind != plainValue }
+func (v slot) isNotPlain() bool { return v.kind != plainSlot }
 
 // isNillable reports whether an untyped nil is one of the values.
-func (v value) isNillable() bool {
+func (v slot) isNillable() bool {
 	switch v.Type.Kind() {
 	case reflect.Pointer, reflect.Interface, reflect.Slice, reflect.Map, reflect.Func:
 		return true
