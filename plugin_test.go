@@ -110,7 +110,7 @@ func runTests(m *testing.M) int {
 	fuzzing := flag.Lookup("test.fuzz").Value.String() != ""
 	if n := flag.Lookup("test.parallel"); !fuzzing && n.Value.String() == n.DefValue {
 		// Parallel tests mostly wait, for processes and timeouts.
-		_ = n.Value.Set("24")
+		_ = n.Value.Set("16")
 	}
 	code := m.Run()
 	if fuzzing {
