@@ -252,13 +252,14 @@ func (f *implementation) callForSequence(
 // cancelled, or else with the stream.
 func (f *implementation) callForStream(ofCall context.Context, sent, id reflect.Value) error {
 	ctx, cancel := context.WithCancelCause(f.broker.session.calls)
-	outlive := context.AfterFunc(ofCall, func() { cancel(context.Cause(ofCall)) })
+	// detach makes ctx outlive ofCall. It returns false if ofCall has ended.
+	detach := context.AfterFunc(ofCall, func() { cancel(context.Cause(ofCall)) })
 	out, err := f.callWith(ctx, sent)
 	if out == nil || out[0].IsNil() {
 		return err // ofCall ends when this has been answered, and cancels ctx
 	}
 	stream := out[0].Interface().(io.Closer)
-	if err == nil && !outlive() {
+	if err == nil && !detach() {
 		err = context.Cause(ofCall)
 	}
 	if err != nil {

@@ -30,7 +30,7 @@ type Client struct {
 	launched chan struct{}      // closed when there is a process
 	starting *result[handshake] // of Start
 	exited   *event             // the process has ended
-	finished *event             // its output has ended too; the reason is exit, or why there is no error
+	finished *event             // its output has ended too; Err returns the reason if it is an *ExitError
 
 	// These come at any time.
 	connecting    *result[*RPCClient] // for Client or Kill
@@ -189,16 +189,16 @@ func (c *Client) watch() {
 
 // live is the life of a plugin that has started, to its end.
 func (c *Client) live() {
-	outputTimeout := drainTimeout / 2 // not longer, for a slow writer
+	patience := drainTimeout / 2 // not longer, for a slow writer
 	select {
 	case <-c.exited.done():
 	case <-c.killRequested.done():
 		deadline := time.Now().Add(c.config.KillTimeout)
 		c.quit(deadline)
-		outputTimeout = max(outputTimeout, time.Until(deadline))
+		patience = max(patience, time.Until(deadline))
 	}
 	if c.exited.isSet() {
-		c.writers.await(outputTimeout)
+		c.writers.await(patience)
 	}
 	asked := c.askedToQuit()
 	c.logExit(asked)

@@ -33,6 +33,7 @@ func Discover(glob, dir string) ([]string, error) {
 			found = append(found, filepath.Join(dir, name))
 		}
 	}
+	slices.Sort(found) // Glob sorts within each directory
 	return found, nil
 }
 

@@ -33,6 +33,8 @@ import (
 //   - A flow is updated by the last byte of a frame, when yamux is about to handle it. yamux
 //     does so without waiting for the connection again. So what asks yamux for the effect
 //     of a frame, as a Read of its data does, may wait for that moment, and not for the peer.
+//     One exception: while half of the next frame of the same stream has arrived, yamux
+//     holds a lock that such a Read needs. A peer that stops there holds the Read.
 //   - Whoever writes to the connection holds the turn, and writes whole frames: those in the
 //     queue first, then its own. What yamux sends is queued. So a stream is opened before its
 //     data is sent. It is closed behind its data, because finish is called before yamux
@@ -51,9 +53,9 @@ const (
 	maxQueue     = 1 << 20 // how many bytes may be queued; maxStreams ends are fewer
 	maxOpening   = 256     // how many opened streams may wait to be accepted, as in go-plugin
 	maxPings     = 1 << 14 // how many pings yamux may be answering
-	// lastTimeout limits reading after an error of writing, and writing the queue when
+	// flushTimeout limits reading after an error of writing, and writing the queue when
 	// a session is closed.
-	lastTimeout = 250 * time.Millisecond
+	flushTimeout = 250 * time.Millisecond
 )
 
 // frameConn is the connection of a session. Its methods Read, Write and Close are for yamux.
@@ -351,7 +353,7 @@ func (c *frameConn) writeLocked(body []byte) {
 func (c *frameConn) limitReading() {
 	conn, ok := c.conn.(interface{ SetReadDeadline(time.Time) error })
 	// Files have this method, but it may fail.
-	if !ok || conn.SetReadDeadline(time.Now().Add(lastTimeout)) != nil {
+	if !ok || conn.SetReadDeadline(time.Now().Add(flushTimeout)) != nil {
 		_ = c.conn.Close()
 	}
 }

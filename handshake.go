@@ -68,7 +68,7 @@ type handshake struct {
 	addr     net.Addr
 	protocol Protocol
 	cert     []byte // DER; empty without AutoMTLS
-	flushes  bool   // the plugin sends its output before it answers Quit; false for go-plugin
+	flushes  bool   // both sides use this library: output is sent before Quit is answered
 
 	tls *tls.Config // with which the host connects; not part of the line
 }

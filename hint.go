@@ -20,6 +20,9 @@ func behaviourHint(e *StartError, cookie string) string {
 	if e.State != nil && !e.State.Exited() {
 		return "" // a signal has ended it
 	}
+	if e.State != nil && strings.Contains(e.Stderr, "with one argument, which names") {
+		return "" // of ServeMux, which says all
+	}
 	if e.State != nil && strings.Contains(e.Stderr, "is a plugin") {
 		return fmt.Sprintf("it did not accept the cookie %s: "+
 			"it is a plugin of another program, or its HandshakeConfig is another one", cookie)

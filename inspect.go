@@ -188,8 +188,8 @@ func contentOf(t reflect.Type) *content {
 	return c
 }
 
-// findContent finds the content of a type. found has the types that have been found, and
-// those that hold t with deepContent: if t holds one of them, they hold themselves.
+// findContent finds the content of a type. found has every type met so far. One that is still
+// being looked into counts as deepContent, because what holds it is recursive.
 func findContent(t reflect.Type, found map[reflect.Type]*content) *content {
 	if c := found[t]; c != nil {
 		return c

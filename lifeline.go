@@ -137,9 +137,9 @@ func (w *hostWatch) takePipes(hostIsParent bool) (pipes [2]*os.File) {
 	return pipes
 }
 
-// leavesDir reports whether the directory of the socket is left to the plugin to remove. One
-// that may belong to a host which lives is not.
-func (w *hostWatch) leavesDir(hostIsParent bool) bool {
+// shouldRemoveDir reports whether Serve removes the directory of the socket. It does unless
+// a host that lives may still own it.
+func (w *hostWatch) shouldRemoveDir(hostIsParent bool) bool {
 	switch {
 	case hostIsParent:
 		return true // it has made the directory for this process, and may be gone soon

@@ -70,8 +70,8 @@ func newConnection(
 // SyncStreams starts to copy the plugin's stdout and stderr to the writers, each in its
 // own goroutine, until the plugin exits. A writer that fails is not written to again.
 // [Client.Client] calls SyncStreams with [ClientConfig].SyncStdout and SyncStderr. After
-// [NewRPCClient], call it once: without a reader, the plugin blocks when it has written
-// much. The error is always nil.
+// [NewRPCClient], call it once, before anything else: without a reader, the plugin blocks
+// when it has written much. The error is always nil.
 func (c *RPCClient) SyncStreams(stdout, stderr io.Writer) error {
 	for i, dst := range []io.Writer{stdout, stderr} {
 		w, ours := dst.(*hostWriter)

@@ -97,7 +97,7 @@ func (h *hostWriter) end() {
 	defer h.mu.Unlock()
 	h.sources--
 	_, logs := h.w.(*lineWriter)
-	if h.sources == 0 && h.inLine && logs {
+	if h.sources == 0 && h.inLine && logs && !h.closed {
 		h.addLocked([]byte{'\n'})
 	}
 	h.changed.Broadcast()
@@ -200,31 +200,31 @@ func (h *hostWriter) wake() {
 // hostWriters are the writers of a ClientConfig.
 type hostWriters struct {
 	stdout, stderr *hostWriter // SyncStdout and SyncStderr
-	process        *hostWriter // Stderr
+	processStderr  *hostWriter // Stderr
 }
 
 // newHostWriters returns the writers. Where two are the same, it gets one Write at a time.
-func newHostWriters(stdout, stderr, process io.Writer) *hostWriters {
+func newHostWriters(stdout, stderr, processStderr io.Writer) *hostWriters {
 	h := &hostWriters{
-		stdout:  newHostWriter(stdout),
-		stderr:  newHostWriter(stderr),
-		process: newHostWriter(process),
+		stdout:        newHostWriter(stdout),
+		stderr:        newHostWriter(stderr),
+		processStderr: newHostWriter(processStderr),
 	}
 	if sameWriter(stderr, stdout) {
 		h.stderr = h.stdout
 	}
 	switch {
-	case sameWriter(process, stdout):
-		h.process = h.stdout
-	case sameWriter(process, stderr):
-		h.process = h.stderr
+	case sameWriter(processStderr, stdout):
+		h.processStderr = h.stdout
+	case sameWriter(processStderr, stderr):
+		h.processStderr = h.stderr
 	}
 	return h
 }
 
 func sameWriter(a, b io.Writer) bool { return a != nil && reflect.ValueOf(a).Comparable() && a == b }
 
-func (h *hostWriters) all() []*hostWriter { return []*hostWriter{h.stdout, h.stderr, h.process} }
+func (h *hostWriters) all() []*hostWriter { return []*hostWriter{h.stdout, h.stderr, h.processStderr} }
 
 // await waits until the output has ended and been written, but not longer than timeout.
 func (h *hostWriters) await(timeout time.Duration) {

@@ -231,7 +231,7 @@ func (p *child) redirect() error {
 	p.lines[1] = lineWriter{max: size, emit: p.log.line}
 	p.pipes = []*outputPipe{
 		newOutputPipe(newHostWriter(nil), &p.lines[0]), // no Writer gets the stdout of the process
-		newOutputPipe(p.writers.process, &p.lines[1], &p.log.tail),
+		newOutputPipe(p.writers.processStderr, &p.lines[1], &p.log.tail),
 		newOutputPipe(p.writers.stdout),
 		newOutputPipe(p.writers.stderr, &p.log.tail),
 	}
@@ -417,7 +417,7 @@ func (p *child) detach(h handshake) *ReattachConfig {
 		_, _ = p.lifeline.Write([]byte{1}) // fails if the plugin has exited, or is detached
 		_ = p.lifeline.Close()             // a pipe has no errors of writing later
 	}
-	if h.flushes {
+	if h.flushes { // so it may have taken the pipes
 		for _, pipe := range p.pipes[2:] {
 			waitFor(drainTimeout/2, pipe.done) // a child of the plugin may hold it
 		}

@@ -282,7 +282,8 @@ func TestPause(t *testing.T) {
 	id, _ := test.broker.ServeReader(r)
 	results := make(chan error, 3)
 	go func() { results <- test.Call("Plugin.Copy", Transfer{Reader: id}, new(int64)) }()
-	_, err := io.WriteString(w, data[:1<<20])
+	// That is more than is read ahead, so the plugin has dialled and reads.
+	_, err := io.WriteString(w, data[:2<<20])
 	check(t, err)
 	stop(t, l.readPid("plugin"))
 	paused := time.After(11 * time.Second)

@@ -106,8 +106,8 @@ func ServeMux(m ServeMuxMap) {
 			return
 		}
 	}
-	fmt.Fprintf(os.Stderr, "This program is a plugin. It is started by its host, with one argument: %s.\n",
-		nameList(m))
+	fmt.Fprintf(os.Stderr, "This program is a plugin. "+
+		"Its host starts it with one argument, which names one of: %s.\n", nameList(m))
 	os.Exit(1)
 }
 
@@ -131,10 +131,10 @@ func serve(config *ServeConfig) error {
 	if err != nil {
 		return err
 	}
-	s.handshake.flushes = hostIsParent
+	s.handshake.flushes = hostIsParent // and so reads the field; go-plugin may misread it
 	err = s.run(terminate, watch, pipes)
 	s.close()
-	if watch.leavesDir(hostIsParent) {
+	if watch.shouldRemoveDir(hostIsParent) {
 		removePrivate(env[EnvUnixSocketDir])
 	}
 	// The signal that ended the host may reach this process later, and main should finish.
@@ -415,7 +415,9 @@ func (c *capture) restore() {
 		if c.keepsFiles {
 			replace(c.files[i], c.process[i])
 		}
-		if c.files[i] != w || !c.keepsFiles { // otherwise replace has closed the pipe
+		// If the files are the writers, replace has made the descriptor of w that of the
+		// process, and to close it would close stdout. Otherwise w is still a pipe.
+		if c.files[i] != w || !c.keepsFiles {
 			_ = w.Close() // nothing is buffered in it
 		}
 	}

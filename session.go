@@ -99,8 +99,8 @@ func (s *session) open(ctx context.Context) (*stream, error) {
 	}
 	st, err := s.mux.OpenStream() // does not wait for the peer: it counts like opening
 	if err == yamux.ErrRemoteGoAway {
-		// Nothing has been opened. With other errors, the session has ended, or yamux
-		// keeps what it counts: then it must not be asked more often than this allows.
+		// Nothing has been opened. With ErrStreamsExhausted, yamux does not give back its
+		// own slot, and would block when all are used up: so this keeps its slot, too.
 		<-s.frames.opening
 	}
 	if err != nil {
@@ -159,7 +159,7 @@ func (s *session) close() {
 	s.cancel()
 	// The ends of streams that were closed before arrive, if the peer reads.
 	s.frames.closeQueue()
-	waitFor(lastTimeout, s.frames.flushed)
+	waitFor(flushTimeout, s.frames.flushed)
 	// Every Read, Write, open and accept ends, and then the connection.
 	_ = s.mux.Close()
 	// So the goroutines end.

@@ -35,7 +35,7 @@ type signature struct {
 type slot struct {
 	reflect.Type
 	kind     slotKind
-	sentType reflect.Type // its type if it is plain, or else typeOfNumber
+	sentType reflect.Type // its type if it is plain; typeOfNothing for a sequence as result
 	function *signature   // if it is a function
 }
 
@@ -47,7 +47,7 @@ const (
 	readerSlot                   // as the number of a reader
 	writerSlot                   // as the number of a writer
 	functionSlot                 // as the number of a service with the method Call
-	sequenceSlot                 // as the number of a reader of its values, or to a writer
+	sequenceSlot                 // as the number of a reader; as a result, see newSignature
 )
 
 // newSignature returns the signature of a function, or an error that says why it cannot

@@ -129,7 +129,7 @@ func (s *Supervisor[T]) live(l, last *life[T]) {
 			// The process may be exiting, or else the calls in flight say that it lives.
 			waitFor(lostTimeout+drainTimeout, client.Done())
 		}
-		client.Kill() // does nothing if it has exited
+		client.Kill() // waits for nothing if it has exited, but releases the connection
 	}
 	s.pause = nextPause(s.pause, err == nil && time.Since(startedAt) >= healthyLife)
 	waitFor(s.pause, s.ended.done())

@@ -9,7 +9,9 @@ import (
 )
 
 // These bound the end of a plugin. After KillTimeout, Client.Kill takes the first three at
-// most, which are the two seconds that it promises.
+// most, which are the two seconds that it promises: it waits for the end of the process and
+// of its output, and closes the writers. The session has ended with the process by then, so
+// closing it waits for nothing, unless the host's own code runs in it.
 const (
 	reapTimeout  = 1400 * time.Millisecond // between the kill of a process and its end
 	drainTimeout = 500 * time.Millisecond  // between the end of a process and that of its output
