@@ -335,6 +335,9 @@ func (p *child) awaitHandshake(ctx context.Context) (h handshake, err error) {
 		if !ok {
 			return h, errNoHandshake
 		}
+		if ctx.Err() != nil { // select chooses at random
+			return h, contextError(ctx)
+		}
 		h, err = parseHandshake(line)
 		if err == nil {
 			h.tls, err = p.config.accept(h, p.cert)
