@@ -85,6 +85,22 @@ func BenchmarkStream(b *testing.B) {
 	}
 }
 
+func BenchmarkSequence1(b *testing.B)    { benchmarkSequence(b, 1) }
+func BenchmarkSequence1000(b *testing.B) { benchmarkSequence(b, 1000) }
+
+// A sequence of n values.
+func benchmarkSequence(b *testing.B, n int) {
+	_, _, r := startKit(b)
+	for b.Loop() {
+		got := 0
+		for _, err := range plugin.InvokeSeq[Number](context.Background(), r, "Follow", Plan{Yield: n}, nil) {
+			check(b, err)
+			got++
+		}
+		checkEqual(b, "values", got, n)
+	}
+}
+
 // An instance that is dispensed, called once, and closed.
 func BenchmarkDispense(b *testing.B) {
 	_, p := startPlugin(b, testConfig("plugin"))

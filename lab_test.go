@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
@@ -42,11 +43,29 @@ func takeStock(tmp string) (left func() string) {
 			if n := runtime.NumGoroutine(); n > goroutines {
 				more = append(more, fmt.Sprintf("%d goroutines:\n%s", n-goroutines, stacks()))
 			}
+			if leaked := leakedGoroutines(); leaked != "" {
+				more = append(more, leaked)
+			}
 			left = strings.Join(more, "\n")
 			return left == ""
 		})
 		return left
 	}
+}
+
+// leakedGoroutines describes the goroutines that nothing can wake any more, where Go
+// finds them: from 1.27 on, and in 1.26 with GOEXPERIMENT=goroutineleakprofile.
+func leakedGoroutines() string {
+	profile := pprof.Lookup("goroutineleak")
+	if profile == nil {
+		return ""
+	}
+	var text strings.Builder
+	_ = profile.WriteTo(&text, 1) // which looks for them
+	if profile.Count() == 0 {
+		return ""
+	}
+	return text.String()
 }
 
 // held lists the contents of the temporary directory and, where there is /proc,

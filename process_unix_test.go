@@ -107,14 +107,6 @@ func addHostModes() {
 		hostedTest()
 		hosted.client.Kill()
 	}
-	// Starts and kills a plugin, and prints what failed and what is left.
-	modes["frugal"] = func() {
-		left := takeStock(os.TempDir())
-		c := plugin.NewClient(hosted.cfg)
-		err := connect(c)
-		c.Kill()
-		fmt.Println(err, left())
-	}
 }
 
 // stopped is the moment at which a plugin that has answered is stopped.

@@ -285,21 +285,26 @@ func TestConnectionFaults(t *testing.T) {
 		"plugin fails":  {},
 		"plugin stalls": {stalls: true},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			n := int64(0)
-			for ; !survives(t, n, fault.host, fault.stalls); n++ {
-			}
-			if n < 20 {
-				t.Errorf("everything works with %d reads and writes", n)
-			}
-		})
+		for what, use := range map[string]func(plugin.ClientProtocol) error{
+			"by hand":   useByHand,
+			"interface": useInterface,
+		} {
+			t.Run(name+", "+what, func(t *testing.T) {
+				t.Parallel()
+				n := int64(0)
+				for ; !survives(t, n, fault.host, fault.stalls, use); n++ {
+				}
+				if n < 20 {
+					t.Errorf("everything works with %d reads and writes", n)
+				}
+			})
+		}
 	}
 }
 
-// survives does a bit of everything on a connection that fails or stalls after
-// n reads and writes, and reports whether all of it went well.
-func survives(t *testing.T, n int64, host, stalls bool) bool {
+// survives uses a connection that fails or stalls after n reads and writes, and reports
+// whether all of it went well.
+func survives(t *testing.T, n int64, host, stalls bool, use func(plugin.ClientProtocol) error) bool {
 	a, b := plugin.TestConn(t)
 	line := newFaultyConn(a, n, stalls)
 	ends := [2]io.ReadWriteCloser{line, b}
@@ -316,18 +321,7 @@ func survives(t *testing.T, n int64, host, stalls bool) bool {
 			return err
 		}
 		defer c.Close()
-		test, err := plugin.Dispense[*testClient](c, "test")
-		if err != nil {
-			return err
-		}
-		id, _ := test.broker.ServeRPC(newTestServer())
-		from, _ := test.broker.ServeReader(strings.NewReader("all of it"))
-		to, _ := test.broker.ServeWriter(io.Discard)
-		return errors.Join(
-			test.Call("Plugin.CallBack", Callback{ID: id, Method: "Echo", Arg: "x"}, new(string)),
-			test.Call("Plugin.Copy", Transfer{Reader: from, Writer: to}, new(int64)),
-			c.Close(),
-		)
+		return errors.Join(use(c), c.Close())
 	})
 	var err error
 	select {
@@ -341,6 +335,39 @@ func survives(t *testing.T, n int64, host, stalls bool) bool {
 	_ = ends[1].Close()
 	receive(t, "ServeConn", serving)
 	return err == nil
+}
+
+// useByHand has a plugin call back, and copy a reader to a writer.
+func useByHand(p plugin.ClientProtocol) error {
+	test, err := plugin.Dispense[*testClient](p, "test")
+	if err != nil {
+		return err
+	}
+	id, _ := test.broker.ServeRPC(newTestServer())
+	from, _ := test.broker.ServeReader(strings.NewReader("all of it"))
+	to, _ := test.broker.ServeWriter(io.Discard)
+	return errors.Join(
+		test.Call("Plugin.CallBack", Callback{ID: id, Method: "Echo", Arg: "x"}, new(string)),
+		test.Call("Plugin.Copy", Transfer{Reader: from, Writer: to}, new(int64)),
+	)
+}
+
+// useInterface does the same with an interface, and has sequences sent both ways.
+func useInterface(p plugin.ClientProtocol) error {
+	k, err := plugin.Dispense[Kit](p, "kit")
+	if err != nil {
+		return err
+	}
+	ctx, r := context.Background(), k.(kitClient).remote
+	answer := func(context.Context, int) (string, error) { return "x", nil }
+	_, errCall := plugin.Invoke[string](ctx, r, "Call", answer, 1)
+	_, errCopy := plugin.Invoke[int64](ctx, r, "Copy", strings.NewReader("all of it"), io.Discard, int64(100))
+	for _, err := range plugin.InvokeSeq[Number](ctx, r, "Double", rowsTo(3, nil)) {
+		if err != nil {
+			return errors.Join(errCall, errCopy, err)
+		}
+	}
+	return errors.Join(errCall, errCopy, r.Close())
 }
 
 // garbage is what may arrive instead of a session.
