@@ -371,6 +371,9 @@ func (b *MuxBroker) offer(svc *service, uses *group, timeout time.Duration) *off
 	o := &offer{broker: b, id: b.NextId(), service: svc, uses: uses}
 	o.ctx, o.cancel = context.WithCancelCause(b.session.calls)
 	o.expiry = time.AfterFunc(timeout, o.end)
+	if timeout == untilStopped {
+		o.expiry.Stop() // a timer would keep o in memory
+	}
 	b.expected.Store(o.id, o.serve)
 	return o
 }

@@ -47,6 +47,9 @@ import (
 // that [MuxBroker.DialRPC] returns. With another rpc.Client, args must not be changed until
 // the method has returned, even if ctx ends first.
 func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply any) error {
+	if c == nil {
+		return fmt.Errorf("plugin: %s cannot be called: the client is nil", serviceMethod)
+	}
 	v := reflect.ValueOf(reply)
 	if reply != nil && (v.Kind() != reflect.Pointer || v.IsNil()) {
 		return fmt.Errorf("plugin: %s cannot be called: its reply cannot be written into a %T, "+
@@ -373,6 +376,8 @@ func (c *clientCodec) Close() error {
 	c.mu.Lock()
 	c.closed = true
 	c.mu.Unlock()
-	abort(c.w.conn)
+	if c.state.codec.Load() != nil { // otherwise it is closed, and discardRest may read
+		abort(c.w.conn)
+	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/rpc"
+	"strings"
 	"testing"
 	"time"
 
@@ -136,6 +137,11 @@ func TestCallReply(t *testing.T) {
 	}
 }
 
+// A nil client is an error of the call, and no panic in a goroutine.
+func TestNilClient(t *testing.T) {
+	errorSays(t, plugin.Call(boundedContext(t), nil, "Plugin.Echo", "", new(string)), "Plugin.Echo", "nil")
+}
+
 // Call ends with its context although the peer takes nothing. While too much
 // waits to be written, no argument is encoded.
 func TestCallToStuckPeer(t *testing.T) {
@@ -169,4 +175,24 @@ func TestStockCallToStuckPeer(t *testing.T) {
 		err := plugin.Call(ctx, stock, "Plugin.Echo", large, new(string))
 		errorIs(t, "Call", err, context.DeadlineExceeded)
 	})
+}
+
+// A client that has failed takes what its peer still sends, even if it is closed meanwhile:
+// a stock server does not end before it has sent its replies.
+func TestCloseAfterMisfit(t *testing.T) {
+	t.Parallel()
+	_, c, st := rawPlugin(t)
+	impl := newTestServer()
+	server := rpc.NewServer()
+	check(t, server.RegisterName("Plugin", impl))
+	serving := async(func() bool {
+		server.ServeConn(st)
+		return true
+	})
+	c.Go("Plugin.Block", strings.Repeat("x", 4*streamWindow), new(string), nil) // fails with the client
+	receive(t, "the call with a large reply", impl.started)
+	errorSays(t, c.Call("Plugin.Echo", "", new(int)), "int")
+	check(t, c.Close())
+	close(impl.release)
+	receive(t, "the end of the server", serving)
 }

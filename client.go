@@ -87,9 +87,9 @@ func (c *Client) Start() (net.Addr, error) { return c.StartContext(context.Backg
 // error. To try again, use a new Client.
 //
 // If the process does not become a plugin, the error is a [*StartError]; after
-// StartTimeout, or if ctx ended, errors.Is finds the error of the context in it. An invalid
-// config, Kill and a failed reattach are other errors. If the versions do not match,
-// errors.As finds a [*VersionError]. [ErrProcessNotFound],
+// StartTimeout, or if ctx ended or Kill was called, errors.Is finds the error of a context in
+// it. An invalid config, a Kill before the start, and a failed reattach are other errors. If
+// the versions do not match, errors.As finds a [*VersionError]. [ErrProcessNotFound],
 // [ErrChecksumsDoNotMatch], [ErrSecureConfigNoChecksum], [ErrSecureConfigNoHash] and
 // [ErrSecureConfigAndReattach] are not wrapped.
 func (c *Client) StartContext(ctx context.Context) (net.Addr, error) {
@@ -380,7 +380,7 @@ func (c *Client) Kill() {
 	ended := waitFor(c.config.KillTimeout+reapTimeout+drainTimeout, c.finished.done())
 	if !ended {
 		// Code of the host's, such as its Logger, holds up the life of the plugin.
-		go c.process.Kill(c.finished.ctx) // as in quit
+		go c.process.Kill(context.Background()) // as in quit, but finished comes now
 		c.finish(errKilled)
 	}
 	rc := c.connecting.get()

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"math"
 	"os"
 	"os/exec"
 	"runtime"
@@ -24,6 +25,7 @@ import (
 const (
 	defaultStartTimeout  = time.Minute
 	defaultKillTimeout   = 2 * time.Second
+	maxKillTimeout       = math.MaxInt64 / 2 // so that other times can be added
 	defaultLogBufferSize = 64 << 10
 )
 
@@ -146,7 +148,7 @@ func (c *ClientConfig) withDefaults() ClientConfig {
 	config := *c
 	config.VersionedPlugins = allVersions(c.ProtocolVersion, c.Plugins, c.VersionedPlugins)
 	config.StartTimeout = cmp.Or(c.StartTimeout, defaultStartTimeout)
-	config.KillTimeout = cmp.Or(c.KillTimeout, defaultKillTimeout)
+	config.KillTimeout = min(cmp.Or(c.KillTimeout, defaultKillTimeout), maxKillTimeout)
 	if config.PluginLogBufferSize <= 0 {
 		config.PluginLogBufferSize = defaultLogBufferSize
 	}

@@ -1,7 +1,6 @@
 package plugin
 
 import (
-	"context"
 	"errors"
 	"io"
 	"net"
@@ -257,7 +256,7 @@ func (c *frameConn) queueLocked(frame []byte) {
 func (c *frameConn) writeQueue() {
 	defer close(c.flushed)
 	for range c.queued {
-		_ = c.turn.lock(context.Background()) // who holds it ends with the connection
+		<-c.turn // who has it gives it back, at the latest at the end of the connection
 		c.mu.Lock()
 		c.takeQueueLocked()
 		c.mu.Unlock()

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"bytes"
+	"context"
 	"encoding/gob"
 	"io"
 	"slices"
@@ -43,3 +44,38 @@ func TestGobWritesValueLast(t *testing.T) {
 		t.Errorf("another value, or %v", err)
 	}
 }
+
+// A sender that waits for room goes on when the queue has been taken, even if others fill
+// it again and again.
+func TestWaitRoom(t *testing.T) {
+	writing, written := make(chan bool), make(chan bool)
+	conn := struct {
+		io.ReadCloser
+		io.Writer
+	}{Writer: writerFunc(func(p []byte) (int, error) {
+		writing <- true
+		<-written
+		return len(p), nil
+	})}
+	spawn := func(f func()) bool {
+		go f() // ends below
+		return true
+	}
+	w := newWire(conn, response{}, spawn)
+	full := make([]byte, maxQueued+1)
+	check(t, w.send(&response{}, full))
+	receive(t, "the first Write", writing)
+	check(t, w.send(&response{}, full))
+	waited := make(chan error)
+	go func() { waited <- w.waitRoom(context.Background()) }() // ends below
+	written <- true
+	receive(t, "the second Write", writing) // which does not end before there is room
+	check(t, receive(t, "room", waited))
+	written <- true
+	check(t, w.drain(context.Background()))
+}
+
+// writerFunc is a function as a writer.
+type writerFunc func(p []byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }

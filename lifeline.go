@@ -208,8 +208,12 @@ func alive(pid int) bool {
 	if runtime.GOOS == "windows" {
 		return true
 	}
+	err = p.Signal(syscall.Signal(0))
+	if err != nil && !errors.Is(err, fs.ErrPermission) { // it may run as another user
+		return false
+	}
 	state, _ := processStat(pid)
-	return p.Signal(syscall.Signal(0)) == nil && state != "Z"
+	return state != "Z"
 }
 
 // processStat returns what Linux says about a process: its state, which is Z for a zombie,

@@ -168,14 +168,7 @@ func (s *session) close() {
 
 // spawn runs f in a goroutine that close waits for. It returns false if the session is
 // closed. f must return when the session ends.
-func (s *session) spawn(f func()) bool {
-	if !s.running.enter() {
-		return false
-	}
-	defer s.running.Done() // Go has added f
-	s.running.Go(f)
-	return true
-}
+func (s *session) spawn(f func()) bool { return s.running.spawn(f) }
 
 // explain returns why the connection was lost, if it was, or that this side is ending it,
 // and otherwise err.

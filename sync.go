@@ -53,8 +53,8 @@ func (e *event) isSet() bool { return e.ctx.Err() != nil }
 // reason returns the reason, or nil if the event has not happened.
 func (e *event) reason() error { return context.Cause(e.ctx) }
 
-// lock is a mutex that a waiter can leave. It holds something while it is free: who
-// receives that has locked it. One goroutine may lock it and another unlock it.
+// lock is a mutex that a waiter can leave. While it is free, it holds a token: receiving
+// that locks it, in a select if need be. One goroutine may lock it and another unlock it.
 type lock chan struct{}
 
 func newLock() lock {
@@ -63,21 +63,21 @@ func newLock() lock {
 	return l
 }
 
-// lock waits for the lock, or for the end of ctx.
-func (l lock) lock(ctx context.Context) error {
+func (l lock) unlock() { l <- struct{}{} }
+
+// waitContext waits until ch is closed or holds something, or for the end of ctx.
+func waitContext(ctx context.Context, ch <-chan struct{}) error {
 	select {
-	case <-l:
+	case <-ch:
 		return nil
 	case <-ctx.Done():
 		return contextError(ctx)
 	}
 }
 
-func (l lock) unlock() { l <- struct{}{} }
-
 // group is a sync.WaitGroup that can be closed.
 type group struct {
-	mu     sync.Mutex // guards closed, and calls of Add
+	mu     sync.Mutex // guards closed, and calls of Add and Go
 	closed bool
 	sync.WaitGroup
 }
@@ -88,6 +88,17 @@ func (g *group) enter() bool {
 	defer g.mu.Unlock()
 	if !g.closed {
 		g.Add(1)
+	}
+	return !g.closed
+}
+
+// spawn runs f in a goroutine, as one that has entered. It returns false if the group is
+// closed.
+func (g *group) spawn(f func()) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.closed {
+		g.Go(f)
 	}
 	return !g.closed
 }
