@@ -356,12 +356,12 @@ func (c *Client) askedToQuit() bool {
 	return c.killRequested.isSet() || rc != nil && rc.session.ending.Load()
 }
 
-// Kill asks the plugin to quit and waits for it to exit. After ClientConfig.KillTimeout
-// it kills the process. It returns at most about two seconds later. When it returns, no
-// Write to SyncStdout, SyncStderr or Stderr begins any more. The output has been delivered,
-// except what a Writer has not taken in time: Kill logs how many bytes it drops. Kill
-// interrupts a Start that is running, but waits for a check of SecureConfig and for
-// ReattachFunc. It is safe to call Kill more than once and at any time.
+// Kill asks the plugin to quit and waits for it to exit. After ClientConfig.KillTimeout, or
+// a quarter of a second if it cannot ask, it kills the process. It returns at most about two
+// seconds later. When it returns, no Write to SyncStdout, SyncStderr or Stderr begins any
+// more. The output has been delivered, except what a Writer has not taken in time: Kill logs
+// how many bytes it drops. Kill interrupts a Start that is running, but waits for a check of
+// SecureConfig and for ReattachFunc. It is safe to call Kill more than once and at any time.
 //
 // A reattached plugin is killed only if ReattachConfig.Pid is certainly its process, or
 // by ReattachConfig.ReattachFunc. In test mode, Kill does nothing.

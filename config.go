@@ -81,7 +81,8 @@ type ClientConfig struct {
 	StartTimeout time.Duration
 
 	// KillTimeout is how long Kill waits for the plugin to exit before it kills
-	// the process. The default is two seconds.
+	// the process. If it cannot ask the plugin to quit, as when the connection is
+	// lost, Kill waits a quarter of a second instead. The default is two seconds.
 	KillTimeout time.Duration
 
 	// Stderr, if not nil, gets what the process writes to stderr, byte for byte.

@@ -68,17 +68,16 @@ type ServeTestConfig struct {
 
 // Serve serves plugins to the host that started this process. The main function of a
 // plugin calls it, once. Serve returns when the host asks the plugin to quit, when the host
-// is gone, and on SIGTERM and SIGHUP, also if they are sent to the process group of the
-// host. Then main should return. [Client.Kill] kills the process after
-// ClientConfig.KillTimeout. If the host is gone, the process ends after 1.5 seconds, or, if
-// it is stopped, when it is continued. After SIGTERM, SIGHUP or [RPCClient.Close], nothing
-// ends it but main. SIGINT is left to the host.
+// is gone, and on SIGTERM and SIGHUP, even if they are sent to the process group of the
+// host. (Under nohup, SIGHUP does nothing.) Then main should return. [Client.Kill] kills the
+// process after ClientConfig.KillTimeout. If the host is gone, the process ends at most 1.5
+// seconds later; if it is stopped, it ends when it is continued. After SIGTERM, SIGHUP or
+// [RPCClient.Close], main has no time limit. SIGINT is left to the host.
 //
 // While Serve runs, output to os.Stdout and os.Stderr goes to the host; outside Serve, they
-// behave normally. On Unix, a host of this library gets all of it, whatever ends the plugin;
-// ClientConfig.SyncStdout says where it may lose what was printed last. Serve removes the
-// variables of the handshake from the environment, so that child processes do not inherit
-// them.
+// behave normally. On Unix, the host normally receives everything, even after a crash;
+// ClientConfig.SyncStdout lists the exceptions. Serve removes the variables of the handshake
+// from the environment, so that child processes do not inherit them.
 //
 // If the process was not started by a host, or Serve fails for another reason, it prints
 // the reason to stderr and exits with status 1. In test mode, it logs the reason and

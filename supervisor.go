@@ -63,7 +63,8 @@ func NewSupervisor[T any](config *ClientConfig, name string) *Supervisor[T] {
 // Get returns the instance of the plugin that runs. All callers share it, so do not close
 // it. If the plugin has not been started, has exited or has lost its connection, Get starts
 // it, and kills the process of a lost connection before. Callers at the same time share one
-// start. A caller leaves when its ctx ends, and the start goes on.
+// start. A caller leaves when its ctx ends, and the start goes on. If the plugin runs, Get
+// returns the instance, even if ctx has ended.
 //
 // The errors are those of [Client.Client] and [Dispense]. If ctx ends first, errors.Is
 // finds ctx.Err(), and the error of the start before if that has failed. Get fails for
