@@ -17,8 +17,8 @@ import (
 // the function serves it, and the caller dials it and owns it.
 
 // Remote stands for the implementation in the plugin: [Invoke] and [InvokeSeq] call its
-// methods. The [Plugin] that [For] returns makes it. The zero Remote has no methods. A Remote may be used
-// concurrently.
+// methods. The [Plugin] that [For] returns makes it. The zero Remote has no methods. A Remote
+// may be used concurrently.
 type Remote struct {
 	broker  *MuxBroker
 	client  *rpc.Client
@@ -26,9 +26,10 @@ type Remote struct {
 }
 
 // Close releases the instance: it ends its stream and what serves it in the plugin. It does
-// not call a Close method of the implementation. Calls in flight fail, and so do later ones, with an error in which errors.Is finds
-// [rpc.ErrShutdown]. Streams that were results work on. It is safe to call Close more than
-// once, at any time, and for a nil or zero Remote. The error is always nil.
+// not call a Close method of the implementation. Calls in flight fail, and so do later ones,
+// with an error in which errors.Is finds [rpc.ErrShutdown]. Streams that were results work
+// on. It is safe to call Close more than once, at any time, and for a nil or zero Remote. The
+// error is always nil.
 func (r *Remote) Close() error {
 	if r != nil && r.client != nil {
 		_ = r.client.Close() // fails only if it is closed already
@@ -117,12 +118,12 @@ func (v slot) serveValue(
 	return b.offer(svc, &svc.calls, timeout)
 }
 
-// usesTimeout is how long the Writes and callbacks that are running delay an Invoke whose
+// callbackTimeout is how long the Writes and callbacks that are running delay an Invoke whose
 // context or connection has ended.
-const usesTimeout = time.Second
+const callbackTimeout = time.Second
 
 // stopOffers ends the serving of arguments, and waits for what is running of the caller's
-// code: until readTimeout for a Read, and for the rest until it has ended or usesTimeout
+// code: until useTimeout for a Read, and for the rest until it has ended or callbackTimeout
 // after the end of ctx or the connection.
 func stopOffers(ctx context.Context, b *MuxBroker, offers []*offer) {
 	var reads, others []<-chan struct{}
@@ -141,8 +142,8 @@ func stopOffers(ctx context.Context, b *MuxBroker, offers []*offer) {
 		case <-b.session.ended():
 		}
 	}
-	waitFor(usesTimeout, others...) // not at all if they are done
-	waitFor(readTimeout, reads...)
+	waitFor(callbackTimeout, others...) // not at all if they are done
+	waitFor(useTimeout, reads...)
 }
 
 // dialResult returns the result for which the peer has sent this. A stream belongs to the
@@ -208,7 +209,7 @@ func (f *implementation) callWith(ctx context.Context, sent reflect.Value) (out 
 	if f.connects {
 		args.ctx, args.end = context.WithCancelCause(ctx)
 	}
-	defer func() { // also if the function panics
+	defer func() { // even if the function panics
 		unseen := args.close(out != nil)
 		if err == nil {
 			err = unseen
@@ -377,7 +378,7 @@ func (r *Remote) callFunction(ctx context.Context, s *signature, in []reflect.Va
 	if err != nil {
 		result = reflect.Zero(s.result.Type)
 	}
-	asError := reflect.ValueOf(&err).Elem() // of type error, also if it is nil
+	asError := reflect.ValueOf(&err).Elem() // of type error, even if it is nil
 	if s.returns == 1 {
 		return []reflect.Value{asError}
 	}

@@ -14,9 +14,9 @@ import (
 	"github.com/muxplug/plugin"
 )
 
-// usesTimeout is how long Invoke waits for Writes and callbacks when its context or
+// callbackTimeout is how long Invoke waits for Writes and callbacks when its context or
 // connection has ended.
-const usesTimeout = time.Second
+const callbackTimeout = time.Second
 
 // A Write and a callback that block do not hold Invoke when its context has ended, or
 // the plugin has been killed or has crashed, and none begins afterwards.
@@ -51,7 +51,7 @@ func TestBlockedUses(t *testing.T) {
 			case "crash":
 				_ = errorOf[string](t, r, "Fail", "panic")
 			}
-			within(t, "Invoke after its end", usesTimeout, func() {
+			within(t, "Invoke after its end", callbackTimeout, func() {
 				for range 2 {
 					if err := <-errs; !isRight(err) {
 						t.Errorf("the error is %v", err)
@@ -74,7 +74,7 @@ func (*kit) Start(background, untilThen func() error) error {
 }
 
 // While its context and the connection live, Invoke waits for a callback that is
-// running, however long, also when the method has returned.
+// running, however long, even when the method has returned.
 func TestUsesAfterReturn(t *testing.T) {
 	t.Parallel()
 	_, _, r := startKit(t)
@@ -97,7 +97,7 @@ func TestUsesAfterReturn(t *testing.T) {
 	select {
 	case <-returned:
 		t.Error("Invoke did not wait for the callback")
-	case <-time.After(usesTimeout + 200*time.Millisecond):
+	case <-time.After(callbackTimeout + 200*time.Millisecond):
 	}
 	close(release)
 	check(t, receive(t, "the end of Invoke", returned))

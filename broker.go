@@ -19,8 +19,8 @@ const (
 	brokerTimeout = 5 * time.Second
 	// untilStopped is no limit.
 	untilStopped = math.MaxInt64
-	// maxWaiting is how many dialled streams may wait to be accepted. Then no other is
-	// received, and yamux refuses those behind the next 256.
+	// maxWaiting is how many dialled streams may wait to be accepted. After that, yamux
+	// keeps maxOpening more, and refuses others.
 	maxWaiting = 256
 )
 
@@ -35,8 +35,8 @@ const (
 //
 // NextId returns a number for Accept or AcceptAndServe, which also work with go-plugin.
 //
-// A connection has at most 65,536 streams at a time, and in its life 2^31 that either side
-// has opened.
+// A connection has at most 65,536 streams at a time, and each side can open 2^31 in its
+// life.
 //
 // All methods may be called concurrently. A MuxBroker ends with its connection. The zero
 // MuxBroker cannot be used.
@@ -45,9 +45,9 @@ type MuxBroker struct {
 	ids     atomic.Uint64
 	waiting chan struct{} // holds one for each dialled stream that has not been accepted
 
-	// expected has what the peer will dial: its id, and a func(*stream) that gets the
-	// stream, in a goroutine of the session. The stream is not acknowledged yet. The id
-	// is a new number of this side.
+	// expected maps each id that the peer will dial, a new number of this side, to a
+	// func(*stream) that gets the stream, in a goroutine of the session. The stream has not
+	// been acknowledged then.
 	expected sync.Map
 
 	mu         sync.Mutex // guards the fields below, and the users of each rendezvous
@@ -68,7 +68,7 @@ func newMuxBroker(s *session) *MuxBroker {
 	}
 }
 
-// NextId returns a number for a stream. Host and plugin return different numbers, also if
+// NextId returns a number for a stream. Host and plugin return different numbers, even if
 // one of them uses go-plugin. Numbers repeat after 1,073,741,823.
 func (b *MuxBroker) NextId() uint32 {
 	n := uint32(b.ids.Add(1)%(1<<30-1)) + 1
@@ -90,8 +90,9 @@ func (b *MuxBroker) Accept(id uint32) (net.Conn, error) {
 // AcceptContext fails when ctx ends, with an error that wraps ctx.Err(), and when the
 // connection ends.
 //
-// A deadline of the stream does not end a Write that the system is taking, as one to a
-// plugin that is stopped. The end of the connection does.
+// A write deadline does not interrupt a Write that is blocked in the system, as when the
+// plugin is stopped. The end of the connection does. When the peer has closed the stream, a
+// Write that finds no more room waits for its deadline or the end of the connection.
 func (b *MuxBroker) AcceptContext(ctx context.Context, id uint32) (net.Conn, error) {
 	meeting := b.join(id)
 	defer b.leave(id, meeting)
@@ -125,8 +126,8 @@ func (b *MuxBroker) Dial(id uint32) (net.Conn, error) {
 
 // DialContext opens a stream as id and waits until the peer accepts it. It fails when ctx
 // ends, with an error that wraps ctx.Err(), when the connection ends, and when the peer
-// has not accepted the stream within five seconds. The peer counts these. So if its process
-// may be stopped, use a ctx with a deadline.
+// has not accepted the stream within five seconds. The peer measures these, and a process
+// that is stopped never ends them: use a ctx with a deadline.
 func (b *MuxBroker) DialContext(ctx context.Context, id uint32) (net.Conn, error) {
 	st, err := b.dial(ctx, id)
 	if err != nil {

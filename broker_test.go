@@ -902,7 +902,7 @@ func TestStopWhileStuck(t *testing.T) {
 	}
 }
 
-// Invoke ends with its context, also if it has a stream as its result and cannot
+// Invoke ends with its context, even if it has a stream as its result and cannot
 // write.
 func TestResultWhileStuck(t *testing.T) {
 	a, b := plugin.TestConn(t)

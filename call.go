@@ -22,8 +22,9 @@ import (
 // context.Cause(ctx) in its error. If reply is nil, the reply is dropped.
 //
 // If both sides use this library and the method takes a context, that context ends with
-// ctx. It has neither the deadline nor the values of ctx. Its Err is context.Canceled, and its Cause wraps context.DeadlineExceeded if ctx
-// has reached its deadline. Other methods run to their end.
+// ctx. It has neither the deadline nor the values of ctx. Its Err is context.Canceled, and
+// its Cause wraps context.DeadlineExceeded if ctx has reached its deadline. Other methods
+// run to their end.
 //
 // errors.As finds an [rpc.ServerError] in an error that the method returned. If both sides
 // use this library, errors.Is finds io.EOF, io.ErrUnexpectedEOF, fs.ErrNotExist,
@@ -38,10 +39,10 @@ import (
 // Greet: context deadline exceeded".
 //
 // Arguments and replies are copies. Each is encoded as a whole before it is sent, and both
-// processes need several times its size in memory: a reader or writer costs a large value
-// less. A value that holds itself, is nested more than 100,000 levels deep, or is larger
-// than gob's limit of 8 GiB (1 GiB on 32-bit systems) is an error of its call. Neither
-// concurrent calls, nor cancelled calls whose methods run on, are limited.
+// processes need several times its size in memory: send large data through a reader or
+// writer. A value that holds itself, is nested more than 100,000 levels deep, or is larger
+// than gob's limit of 8 GiB (1 GiB on 32-bit systems) is an error of its call. There is no
+// limit on concurrent calls, and on cancelled ones whose methods still run.
 //
 // Errors and cancelling work as described if c is the client that [Plugin].Client gets or
 // that [MuxBroker.DialRPC] returns. With another rpc.Client, args must not be changed until
@@ -322,7 +323,8 @@ func (c *clientCodec) result(call *pendingCall, err error) error {
 	if remote, ok := err.(rpc.ServerError); ok {
 		return newRemoteError(remote, call.names, call.callErrors)
 	}
-	hasEnded := c.state.codec.Load() == nil // and it is not just Close, which ends the stream soon
+	// After Close, the stream may not have ended yet. Then rpc.ErrShutdown says all.
+	hasEnded := c.state.codec.Load() == nil
 	if err == rpc.ErrShutdown && hasEnded {
 		err = c.state.why
 	}

@@ -146,7 +146,7 @@ func TestNilClient(t *testing.T) {
 // waits to be written, no argument is encoded.
 func TestCallToStuckPeer(t *testing.T) {
 	_, test, st := rawPlugin(t)
-	large := string(noise(2*maxQueued, 0))
+	large := string(noise(2*maxUnsent, 0))
 	test.Go("Plugin.Echo", large, new(string), nil)
 	_, err := st.Read(make([]byte, 1)) // it is being written, and never will be
 	check(t, err)

@@ -25,8 +25,8 @@ type Client struct {
 	writers *hostWriters // of config; closed by Kill
 
 	// The life of the plugin. The first Start, or Kill, begins it. A plugin that has
-	// started lives in the goroutine of live. These are the stages, in their order; if
-	// Start fails, those that are left out never come.
+	// started lives in the goroutine of live. These are its stages, in their order. If Start
+	// fails, launched and exited may never happen; starting and finished do.
 	launched chan struct{}      // closed when there is a process
 	starting *result[handshake] // of Start
 	exited   *event             // the process has ended
@@ -153,7 +153,7 @@ func (c *Client) start(ctx context.Context) (h handshake, err error) {
 func (c *Client) reattach(ctx context.Context) (handshake, error) {
 	h := c.config.Reattach.handshake(c.config.VersionedPlugins)
 	var p AttachedRunner
-	secure, err := c.config.accept(h, tls.Certificate{})
+	secure, err := c.config.tlsFor(h, tls.Certificate{})
 	if err == nil {
 		p, err = c.config.Reattach.find(ctx, c.config.Logger)
 	}
@@ -189,7 +189,7 @@ func (c *Client) watch() {
 
 // live is the life of a plugin that has started, to its end.
 func (c *Client) live() {
-	patience := drainTimeout / 2 // not longer, for a slow writer
+	patience := graceTimeout // not longer, for a slow writer
 	select {
 	case <-c.exited.done():
 	case <-c.killRequested.done():
@@ -209,7 +209,7 @@ func (c *Client) live() {
 	}
 }
 
-// quit asks the plugin to quit, and kills it if it does not exit until the deadline.
+// quit asks the plugin to quit, and kills it if it does not exit by the deadline.
 func (c *Client) quit(deadline time.Time) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
@@ -219,7 +219,7 @@ func (c *Client) quit(deadline time.Time) {
 	}
 	patience := time.Until(deadline)
 	if err != nil {
-		patience = drainTimeout / 2 // it may be exiting
+		patience = graceTimeout // it may be exiting
 	}
 	waitFor(patience, c.exited.done())
 	if c.exited.isSet() {
@@ -229,7 +229,7 @@ func (c *Client) quit(deadline time.Time) {
 	// than the wait for the end of the process.
 	go c.process.Kill(c.finished.ctx)
 	c.config.Logger.Warn("the plugin does not exit by itself and is killed", "pid", c.ID(), "error", err)
-	waitFor(reapTimeout-drainTimeout/2, c.exited.done())
+	waitFor(reapTimeout-graceTimeout, c.exited.done())
 }
 
 // logExit logs the end of the process, if it has ended.
@@ -302,7 +302,7 @@ func (c *Client) dial(ctx context.Context) (*RPCClient, error) {
 	if err != nil {
 		return nil, c.whyNotConnected(ctx, err)
 	}
-	rc.flushes = h.flushes
+	rc.sameLibrary = h.sameLibrary
 	rc.testMode = c.config.testMode()
 	_ = rc.SyncStreams(c.writers.stdout, c.writers.stderr) // it is always nil
 	// The end of the process may not end the connection, because another may hold it.

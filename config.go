@@ -208,9 +208,9 @@ func (c *ClientConfig) sendsCertificate() bool {
 	return runtime.GOOS == "windows" && c.TLSConfig == nil && c.Reattach == nil && !c.Detach
 }
 
-// accept checks whether the host can use a plugin with that handshake, and returns the
+// tlsFor checks whether the host can use a plugin with that handshake, and returns the
 // TLS configuration for it. cert is the certificate of the host, with AutoMTLS.
-func (c *ClientConfig) accept(h handshake, cert tls.Certificate) (*tls.Config, error) {
+func (c *ClientConfig) tlsFor(h handshake, cert tls.Certificate) (*tls.Config, error) {
 	if h.protocol == ProtocolGRPC {
 		return nil, errors.New("it uses gRPC, and this library only net/rpc: " +
 			"the plugin must be served with this library, or with the net/rpc half of go-plugin")

@@ -8,9 +8,9 @@ import (
 	"syscall"
 )
 
-// identity returns what no other open file of the system has: its kind, and the device and
-// number of the file. On macOS, which does not number pipes, all pipes have the same. It
-// returns "" if the descriptor is not open.
+// identity identifies an open file by its kind, device and number. On macOS, which does not
+// number pipes, it says only that a file is a pipe. It returns "" if the descriptor is not
+// open.
 func identity(fd int) string {
 	var stat syscall.Stat_t
 	err := syscall.Fstat(fd, &stat)

@@ -63,9 +63,9 @@ type ExitError struct {
 	// State is how the process ended. It is nil for a reattached plugin, and if other
 	// code of the host has reaped the process, as signal.Ignore(syscall.SIGCHLD) does.
 	State *os.ProcessState
-	// Stderr is the end of the plugin's stderr, at most 8 KiB, in the order of its
-	// arrival: what was written to the stderr of the process and, where ClientConfig
-	// says that what the plugin printed last arrives, to os.Stderr while it served.
+	// Stderr is the end of the plugin's stderr, at most 8 KiB, in the order in which it
+	// arrived. It includes what was written to os.Stderr during Serve, except in the cases
+	// that ClientConfig.SyncStdout lists.
 	Stderr string
 	// Panic is the message and trace of the panic or fatal error that ended the
 	// plugin, or "".
@@ -257,9 +257,9 @@ func (e *remoteError) Unwrap() []error { return append([]error{e.ServerError}, e
 const maxCallErrors = 1000
 
 // callErrors has the errors that the arguments of one call have returned: its readers,
-// writers and callbacks. They are sent with random names, which only this call knows. The
-// peer sends a name back with an error that wraps the one that it came with, and so the
-// call returns the error itself.
+// writers and callbacks. When a reader fails with err, err is sent with a random name, which
+// only this call knows. If the method returns an error that wraps what it has received, the
+// name comes back, and the error of the call wraps err itself.
 type callErrors struct {
 	mu     sync.Mutex // guards byName
 	byName map[string]error

@@ -24,19 +24,19 @@ import (
 //     for a channel, and call yamux for what has arrived.
 //
 // So frameConn reads the header of each frame that passes, and keeps in a flow how much a
-// stream may send and how much of it can be read. This is right for these reasons:
+// stream may send and how much of it can be read. Flows stay correct because:
 //
 //   - yamux sends only frames without a body: window updates, which also open, acknowledge,
 //     close and reset streams, pings, and the end of the session. Each is one call of
 //     frameConn.Write. This file sends data without flags, and nothing else.
-//   - A flow is updated by the last byte of a frame, when yamux is about to handle it. yamux
-//     does so without waiting for the connection again. So what asks yamux for the effect
-//     of a frame, as a Read of its data does, may wait for that moment, and not for the peer.
-//     One exception: while half of the next frame of the same stream has arrived, yamux
-//     holds a lock that such a Read needs. A peer that stops there holds the Read.
+//   - A flow is updated when the last byte of a frame has been read, just before yamux
+//     handles the frame. yamux handles it without reading again. So a Read that takes what
+//     its flow counts may wait for yamux to catch up, but not for the peer. One exception:
+//     while half of the stream's next frame has arrived, yamux holds a lock that the Read
+//     needs. A peer that stops there blocks the Read.
 //   - Whoever writes to the connection holds the turn, and writes whole frames: those in the
 //     queue first, then its own. What yamux sends is queued. So a stream is opened before its
-//     data is sent. It is closed behind its data, because finish is called before yamux
+//     data is sent. It is closed after its data, because finish is called before yamux
 //     queues the end, and no data is sent after finish.
 //   - Only a Write of data waits for the connection, and one that waits for its turn can be
 //     interrupted. yamux never waits here. So neither does who reads, opens, accepts or
@@ -46,12 +46,12 @@ import (
 // been read. The session ends when reading ends, which has a limit from then on.
 
 const (
-	streamWindow = 1 << 20 // how many bytes a stream holds that have not been read
-	socketBuffer = 1 << 20 // the size of the system's send buffer
-	maxJoined    = 4 << 10 // the longest body that is copied behind its header
-	maxQueue     = 1 << 20 // how many bytes may be queued; maxStreams ends are fewer
-	maxOpening   = 256     // how many opened streams may wait to be accepted, as in go-plugin
-	maxPings     = 1 << 14 // how many pings yamux may be answering
+	streamWindow    = 1 << 20 // how many bytes a stream holds that have not been read
+	socketBuffer    = 1 << 20 // the size of the system's send buffer
+	maxJoined       = 4 << 10 // the longest body that is copied behind its header
+	maxControlQueue = 1 << 20 // how many bytes may be queued; maxStreams ends are fewer
+	maxOpening      = 256     // how many opened streams may wait to be accepted, as in go-plugin
+	maxPings        = 1 << 14 // how many pings yamux may be answering
 	// flushTimeout limits reading after an error of writing, and writing the queue when
 	// a session is closed.
 	flushTimeout = 250 * time.Millisecond
@@ -130,7 +130,7 @@ func (c *frameConn) parse(b []byte) error {
 			return nil
 		}
 		if c.header.kind() == framePing && c.pings.Add(1) > maxPings {
-			return errors.New("plugin: the peer sends pings and reads no answers")
+			return errors.New("plugin: the peer sends more pings than can be answered")
 		}
 		c.frameReceived(&c.header)
 	}
@@ -235,7 +235,7 @@ func (c *frameConn) Write(p []byte) (int, error) {
 		c.forgetLocked(f)
 	}
 	c.queueLocked(p)
-	full := len(c.queue) > maxQueue
+	full := len(c.queue) > maxControlQueue
 	c.mu.Unlock()
 	if full {
 		_ = c.conn.Close() // the peer does not read
@@ -260,7 +260,7 @@ func (c *frameConn) writeQueue() {
 		c.mu.Lock()
 		c.takeQueueLocked()
 		c.mu.Unlock()
-		c.writeLocked(nil)
+		c.writeInTurn(nil)
 		c.turn.unlock()
 	}
 }
@@ -306,9 +306,9 @@ func (c *frameConn) queueData(f *flow, p []byte) error {
 	return nil
 }
 
-// sendLocked sends as much of p as the peer has room for, which may be nothing. The
-// caller holds the turn. The end of the connection ends sendLocked, and nothing else does.
-func (c *frameConn) sendLocked(f *flow, p []byte) (int, error) {
+// sendInTurn sends as much of p as the peer has room for, which may be nothing. The caller
+// holds the turn. Only the end of the connection ends a sendInTurn that is blocked.
+func (c *frameConn) sendInTurn(f *flow, p []byte) (int, error) {
 	c.mu.Lock()
 	n, err := f.reserveLocked(len(p))
 	if n == 0 {
@@ -318,7 +318,7 @@ func (c *frameConn) sendLocked(f *flow, p []byte) (int, error) {
 	c.takeQueueLocked()
 	c.mu.Unlock()
 	c.buffer = appendDataHeader(c.buffer, f.id, n)
-	c.writeLocked(p[:n])
+	c.writeInTurn(p[:n])
 	return int(n), nil
 }
 
@@ -328,9 +328,9 @@ func (c *frameConn) takeQueueLocked() {
 	c.queue = c.queue[:0]
 }
 
-// writeLocked writes the buffer and then body, if possible in one system call. The caller
+// writeInTurn writes the buffer and then body, if possible in one system call. The caller
 // holds the turn.
-func (c *frameConn) writeLocked(body []byte) {
+func (c *frameConn) writeInTurn(body []byte) {
 	if c.broken || len(c.buffer) == 0 {
 		return
 	}

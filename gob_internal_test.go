@@ -62,7 +62,7 @@ func TestWaitRoom(t *testing.T) {
 		return true
 	}
 	w := newWire(conn, response{}, spawn)
-	full := make([]byte, maxQueued+1)
+	full := make([]byte, maxUnsent+1)
 	check(t, w.send(&response{}, full))
 	receive(t, "the first Write", writing)
 	check(t, w.send(&response{}, full))

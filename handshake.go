@@ -64,25 +64,26 @@ type HandshakeConfig struct {
 
 // handshake is the line that a plugin writes to its stdout when it is ready.
 type handshake struct {
-	version  int
-	addr     net.Addr
-	protocol Protocol
-	cert     []byte // DER; empty without AutoMTLS
-	flushes  bool   // both sides use this library: output is sent before Quit is answered
+	version     int
+	addr        net.Addr
+	protocol    Protocol
+	cert        []byte // DER; empty without AutoMTLS
+	sameLibrary bool   // both sides use this library; see sameLibraryField
 
 	tls *tls.Config // with which the host connects; not part of the line
 }
 
-// flushesField is the seventh field of the handshake if flushes is set. It is not sent
-// to other libraries: go-plugin before 1.6 reads it as a part of the certificate.
-const flushesField = "flushes"
+// sameLibraryField is the seventh field of the handshake if sameLibrary is set. The plugin then
+// sends all of its output before it answers Quit, and may use the pipes of the host. The field
+// is not sent to other libraries: go-plugin before 1.6 reads it as a part of the certificate.
+const sameLibraryField = "flushes"
 
 func (h handshake) String() string {
 	cert := base64.RawStdEncoding.EncodeToString(h.cert)
 	line := fmt.Sprintf("%d|%d|%s|%s|%s|%s",
 		CoreProtocolVersion, h.version, h.addr.Network(), h.addr.String(), h.protocol, cert)
-	if h.flushes {
-		line += "|" + flushesField
+	if h.sameLibrary {
+		line += "|" + sameLibraryField
 	}
 	return line
 }
@@ -147,7 +148,7 @@ func parseFields(fields []string) (h handshake, err error) {
 			return h, fmt.Errorf("its handshake has a certificate that cannot be read: %w", err)
 		}
 	}
-	h.flushes = len(fields) > 6 && fields[6] == flushesField
+	h.sameLibrary = len(fields) > 6 && fields[6] == sameLibraryField
 	return h, nil
 }
 

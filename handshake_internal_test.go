@@ -13,7 +13,7 @@ func describe(h handshake) string {
 	if len(h.cert) > 0 {
 		text += fmt.Sprintf(" %x", h.cert)
 	}
-	if h.flushes {
+	if h.sameLibrary {
 		text += " flushes"
 	}
 	return text

@@ -34,12 +34,12 @@ const (
 	pingTimeout   = 4 * time.Second         // how long Ping waits for the answer
 	quitTimeout   = 2 * time.Second         // how long RPCClient.Close waits for the answer
 	outputTimeout = time.Second             // how long a plugin that quits sends output
-	readTimeout   = 100 * time.Millisecond  // how long Invoke waits for a Read
+	useTimeout    = 100 * time.Millisecond  // how long Invoke waits for a Read
 	orphanTimeout = 1500 * time.Millisecond // how long a plugin may run when its host is gone
 
 	streamWindow = 1 << 20   // how many bytes a stream holds that have not been read
 	firstWindow  = 256 << 10 // how many of them yamux allows before the peer has allowed more
-	maxQueued    = 1 << 20   // how many bytes of requests may wait to be written before Call waits
+	maxUnsent    = 1 << 20   // how many bytes of requests may wait to be written before Call waits
 )
 
 // The variables by which a host tells its plugin how to serve.

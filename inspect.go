@@ -61,6 +61,8 @@ func (i *inspection) visit(v reflect.Value, c *content) error {
 	case fixedContent:
 		return nil
 	case plainContent:
+		// It cannot hold itself, so only its size matters: in most large values, the first
+		// plain values have it. gob finds the rest, but late.
 		i.plainValues++
 		if i.plainValues > maxPlainValues {
 			return nil

@@ -68,7 +68,8 @@ import (
 //     the writer failed and no Write of the method returned an error, Invoke returns
 //     the writer's.
 //   - A panic or runtime.Goexit (t.Fatal) in a callback that the host runs is an
-//     error of that callback. A panic in the plugin ends the plugin.
+//     error of that callback. A panic in the plugin ends the plugin. A method of the
+//     plugin that calls runtime.Goexit is not answered.
 //   - A callback may call the plugin again.
 //
 // When Invoke returns, no Read, Write or callback of its arguments begins any more. It
@@ -79,7 +80,7 @@ import (
 // # Results that are streams
 //
 // A result of type [io.ReadCloser] or [io.WriteCloser] works until the caller closes
-// it, also if the context of Invoke ends. Close waits for the Close of the stream
+// it, even if the context of Invoke ends. Close waits for the Close of the stream
 // that the method returned, and returns its error. The stream is also closed when the
 // connection ends, when the answer has not reached the caller within five seconds, and at once
 // if an error was returned with it. A Read or Write that is running delays this by a
@@ -106,11 +107,12 @@ import (
 //     encoded, is an error that ends its sequence.
 //   - A sequence ends with its first error. If it goes on after that, or after yield has
 //     returned false, what it yields is dropped.
-//   - A parameter can be ranged over once, while the method runs. It begins then, runs in
-//     a goroutine of Invoke's, and is read ahead by about 1 MiB. What the method has not
-//     ranged over is lost.
-//   - When Invoke returns, the sequences of its arguments have ended, or are inside the
-//     caller's own code, for which Invoke waits as for a Read. Then yield returns false.
+//   - A parameter can be ranged over once, while the method runs. It starts when the
+//     method ranges over it, runs in a goroutine of Invoke's, and is read ahead by about
+//     1 MiB. What the method has not ranged over is lost.
+//   - When Invoke returns, the sequences of its arguments have ended. Invoke waits for one
+//     that is inside the caller's own code a tenth of a second at most, and its next yield
+//     returns false.
 //   - A panic in the caller's sequence is an error of that parameter.
 //   - A nil sequence arrives as an empty one.
 //   - A value that is yielded alone arrives at once, so a method that takes and returns a
@@ -152,7 +154,7 @@ import (
 //
 // So a method with one parameter works with a client or server that was written for
 // net/rpc or go-plugin. A context is not sent: adding one changes nothing. A
-// parameter that is added behind several is zero if the caller is older.
+// parameter that is added after several is zero if the caller is older.
 func For[T any](impl T, client func(*Remote) T) Plugin {
 	t := reflect.TypeFor[T]()
 	if t.Kind() != reflect.Interface || t.NumMethod() == 0 {
@@ -202,12 +204,12 @@ func (p *interfacePlugin[T]) Server(b *MuxBroker) (any, error) {
 
 // Invoke calls a method of the remote implementation and returns its result. R is
 // the result's type, or struct{} if the method returns only an error. The args are
-// those behind the context. [For] says what can be passed and returned, and what
+// those after the context. [For] says what can be passed and returned, and what
 // Invoke waits for.
 //
 // When ctx ends, Invoke returns as [Call] does, and the method's context ends.
 // Errors keep their identity as those of Call do. An error that a reader, writer,
-// sequence or callback of args has returned is itself in the error of Invoke, also if it
+// sequence or callback of args has returned is itself in the error of Invoke, even if it
 // is not registered: errors.Is finds it, if the method returns it or wraps it. If there
 // is an error, the result is the zero value.
 //
@@ -215,7 +217,7 @@ func (p *interfacePlugin[T]) Server(b *MuxBroker) (any, error) {
 // assigned to its parameter are errors before anything is sent. An untyped nil can be
 // passed if the parameter can be nil. Invoke never panics.
 //
-// Invoke may be called concurrently, also from a callback.
+// Invoke may be called concurrently, and from a callback.
 func Invoke[R any](ctx context.Context, r *Remote, method string, args ...any) (result R, err error) {
 	s, err := r.find(ctx, "Invoke", method, len(args))
 	if err != nil {
@@ -238,19 +240,19 @@ func Invoke[R any](ctx context.Context, r *Remote, method string, args ...any) (
 }
 
 // InvokeSeq calls a method of the remote implementation whose only result is an
-// iter.Seq2[T, error]. The args are those behind the context, as for [Invoke].
+// iter.Seq2[T, error]. The args are those after the context, as for [Invoke].
 //
-// Each range over what InvokeSeq returns is one call. Nothing is sent before. The loop
+// Each range over what InvokeSeq returns makes one call, when it starts. The loop
 // gets the values in their order. The first error comes with a zero value, and nothing
 // follows it: it is that of the sequence, of ctx, of the connection, or of an argument,
 // and keeps its identity as those of Invoke do. All values that were yielded before it
 // arrive, unless ctx or the connection has ended.
 //
 // When the loop is left, by break, return or a panic, the method's context ends and its
-// yield returns false. The range ends when Invoke would have returned. A slow loop holds
-// the method back, which is at most about 1 MiB ahead.
+// yield returns false. The range then waits as Invoke does. A slow loop holds the method
+// back, which is at most about 1 MiB ahead.
 //
-// InvokeSeq may be called concurrently, and so may the ranges be.
+// InvokeSeq may be called concurrently, and what it returns may be ranged over concurrently.
 func InvokeSeq[T any](ctx context.Context, r *Remote, method string, args ...any) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		next := func(values *gob.Decoder) (more bool, err error) {
@@ -289,7 +291,7 @@ func (r *Remote) invokeSeq(
 		_ = w.CloseWithError(err) // never fails
 		returned <- err
 	}()
-	defer func() { // also if the body of the loop panics
+	defer func() { // even if the body of the loop panics
 		leave()
 		_ = values.Close() // ends a Write that waits for the loop
 		callErr := <-returned
@@ -312,7 +314,7 @@ func (r *Remote) find(ctx context.Context, caller, method string, args int) (*si
 			caller, method, nameList(r.methods))
 	}
 	if s.argumentCount() != args {
-		return nil, fmt.Errorf("plugin: %s: %s takes %d arguments behind the context and not %d",
+		return nil, fmt.Errorf("plugin: %s: %s takes %d arguments after the context and not %d",
 			caller, method, s.argumentCount(), args)
 	}
 	return s, nil

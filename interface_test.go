@@ -672,7 +672,7 @@ func TestBlockedRead(t *testing.T) {
 			<-release
 			return 0, nil
 		})
-		within(t, "Invoke with a Read that blocks", readTimeout, func() {
+		within(t, "Invoke with a Read that blocks", useTimeout, func() {
 			_, err := plugin.Invoke[int64](ctx, r, "Copy", blocked, io.Discard, limit)
 			checkEqual(t, "cancelled", errors.Is(err, context.DeadlineExceeded), limit > 0)
 		})
@@ -686,7 +686,7 @@ func TestBlockedRead(t *testing.T) {
 
 // ---- Results that are streams ----
 
-// A result that is a stream works after its call, also if the context of that has
+// A result that is a stream works after its call, even if the context of that has
 // ended, and is closed in the plugin when it is closed here.
 func TestResults(t *testing.T) {
 	leavesNothing(t)

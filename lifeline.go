@@ -19,7 +19,7 @@ import (
 
 // This file is about how a plugin exits with its host, both ends of it. On Unix, the plugin
 // reads from a pipe, the lifeline, and the host holds the other end: the system closes it
-// when the host exits or crashes, also if there is a process between the two. A byte in the
+// when the host exits or crashes, even if there is a process between the two. A byte in the
 // pipe detaches the plugin. Where a process in between has closed the pipe, the plugin
 // watches the process of the host, if it can be sure which one that is. On Windows, it
 // waits for that process.
@@ -50,7 +50,7 @@ func (h hostInfo) String() string {
 	return string(text)
 }
 
-// parseHostInfo returns the zero hostInfo for anything but what String returns.
+// parseHostInfo is the inverse of String. It returns the zero hostInfo for other text.
 func parseHostInfo(s string) (h hostInfo) {
 	err := json.Unmarshal([]byte(s), &h)
 	if err != nil {

@@ -30,8 +30,8 @@ type RPCClient struct {
 	output  [2]unexplained // stdout and stderr of the plugin
 	writers []*hostWriter  // to which the output is copied
 
-	flushes  bool // the plugin sends its output before it answers Quit
-	testMode bool // the plugin lives on when it has quit
+	sameLibrary bool // the plugin uses this library, too
+	testMode    bool // the plugin lives on when it has quit
 
 	quitting *result[struct{}] // of asking the plugin to quit: an error or nothing
 }
@@ -46,9 +46,9 @@ func NewRPCClient(conn io.ReadWriteCloser, plugins map[string]Plugin) (*RPCClien
 // [newSession].
 func newConnection(
 	conn io.ReadWriteCloser, peer string, plugins map[string]Plugin, logger hclog.Logger,
-	whyOfOwner func(received bool) error,
+	diagnose func(received bool) error,
 ) (*RPCClient, error) {
-	s, err := newSession(context.Background(), conn, true, peer, logger, whyOfOwner)
+	s, err := newSession(context.Background(), conn, true, peer, logger, diagnose)
 	if err != nil {
 		return nil, fmt.Errorf("plugin: connecting: %w", err)
 	}
@@ -161,7 +161,7 @@ func (c *RPCClient) quit(ctx context.Context) error {
 	if c.testMode {
 		// A go-plugin plugin never ends its output then.
 		for _, st := range c.output {
-			_ = st.SetReadDeadline(time.Now().Add(drainTimeout / 2)) // never fails
+			_ = st.SetReadDeadline(time.Now().Add(graceTimeout)) // never fails
 		}
 	}
 	for _, w := range c.writers {
@@ -173,7 +173,7 @@ func (c *RPCClient) quit(ctx context.Context) error {
 // askToQuit asks the plugin to quit and waits for its answer.
 func (c *RPCClient) askToQuit(ctx context.Context) error {
 	c.session.ending.Store(true)
-	if !c.flushes {
+	if !c.sameLibrary {
 		// A go-plugin plugin exits when it has answered Quit. A few round trips
 		// give it time to send its output before.
 		for range 3 {

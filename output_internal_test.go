@@ -28,7 +28,7 @@ func TestHostWriter(t *testing.T) {
 	}
 }
 
-// close waits for a Write whose data has been taken, also if the call has not begun, and for
+// close waits for a Write whose data has been taken, even if the call has not begun, and for
 // nothing else.
 func TestCloseOfWriters(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -42,7 +42,7 @@ type child struct {
 	dir      string          // private, for the socket; "" if there is none
 
 	writers    *hostWriters
-	pipes      []*outputPipe // of stdout and stderr, and of os.Stdout and os.Stderr while it serves
+	pipes      []*outputPipe // of stdout and stderr, and then those of servedPipes
 	lines      [2]lineWriter // of the process's stdout and stderr
 	handshakes chan string   // receives the handshake; closed if there will be none
 	found      bool          // the handshake has been read; used by the reader of stdout
@@ -169,8 +169,9 @@ func (p *child) makeLifeline() error {
 	return nil
 }
 
-// pin makes the command execute the open file, even if its path changes. The link keeps
-// the name of the binary.
+// pin makes the command execute the open file, even if its path changes: in the child,
+// /proc/self/fd has the file at the number that pass gave it. The link to it keeps the name
+// of the binary, for ps and for $0 of a script.
 func (p *child) pin(binary *os.File) {
 	if binary == nil || runtime.GOOS != "linux" {
 		return
@@ -236,7 +237,7 @@ func (p *child) redirect() error {
 		newOutputPipe(p.writers.stderr, &p.log.tail),
 	}
 	if p.lifeline == nil {
-		p.pipes = p.pipes[:2] // The plugin may outlive the others, so it sends its output.
+		p.pipes = p.pipes[:2] // The plugin may outlive the servedPipes, so it sends its output.
 	}
 	var writers []*os.File
 	for _, pipe := range p.pipes {
@@ -254,6 +255,10 @@ func (p *child) redirect() error {
 	}
 	return nil
 }
+
+// servedPipes returns the pipes of os.Stdout and os.Stderr while the plugin serves. There are
+// none if it is detached.
+func (p *child) servedPipes() []*outputPipe { return p.pipes[2:] }
 
 // wrapCancel makes Cmd.Cancel find this process in the caller's command, where the Cancel of
 // exec.CommandContext looks for it. Other clients may have put their own there.
@@ -311,15 +316,15 @@ func (p *child) stdoutLine(line []byte, cut int) {
 		p.log.logger.Debug(printable(string(line)) + cutMark(cut))
 		return
 	}
-	before, handshake, found := cutHandshake(line)
+	before, text, found := cutHandshake(line)
 	if len(before) > 0 {
-		text := printable(string(before)) + cutMark(cut)
-		p.log.logger.Warn("the plugin printed to stdout before its handshake", "line", text)
+		noise := printable(string(before)) + cutMark(cut)
+		p.log.logger.Warn("the plugin printed to stdout before its handshake", "line", noise)
 		_, _ = fmt.Fprintf(&p.noise, "%s\n", before) // never fails
 	}
 	if found {
 		p.found = true
-		p.handshakes <- string(handshake) // there is room for it
+		p.handshakes <- string(text) // there is room for it
 	}
 }
 
@@ -340,7 +345,7 @@ func (p *child) awaitHandshake(ctx context.Context) (h handshake, err error) {
 		}
 		h, err = parseHandshake(line)
 		if err == nil {
-			h.tls, err = p.config.accept(h, p.cert)
+			h.tls, err = p.config.tlsFor(h, p.cert)
 		}
 		return h, err
 	case <-ctx.Done():
@@ -412,17 +417,17 @@ func (p *child) free() {
 	}
 }
 
-// detach lets the plugin outlive this process, and returns how another host reattaches. If
-// the plugin has used the pipes, it has ceased to when detach has returned: the pipes are
-// read no more when this process has exited.
+// detach lets the plugin outlive this process, and returns how another host reattaches. It
+// waits until the plugin has stopped using the pipes, or for graceTimeout each: nothing reads
+// the pipes when this process has exited.
 func (p *child) detach(h handshake) *ReattachConfig {
 	if p.lifeline != nil {
 		_, _ = p.lifeline.Write([]byte{1}) // fails if the plugin has exited, or is detached
 		_ = p.lifeline.Close()             // a pipe has no errors of writing later
 	}
-	if h.flushes { // so it may have taken the pipes
-		for _, pipe := range p.pipes[2:] {
-			waitFor(drainTimeout/2, pipe.done) // a child of the plugin may hold it
+	if h.sameLibrary { // so it may have taken the pipes
+		for _, pipe := range p.servedPipes() {
+			waitFor(graceTimeout, pipe.done) // a child of the plugin may hold it
 		}
 	}
 	return &ReattachConfig{

@@ -303,7 +303,7 @@ func TestPause(t *testing.T) {
 	check(t, p.Ping())
 }
 
-// A plugin that is dead is dead to every host, also if its parent never learns.
+// A plugin that is dead is dead to every host, even if its parent never learns.
 func TestZombie(t *testing.T) {
 	t.Parallel()
 	if _, err := os.Stat("/proc/self/stat"); err != nil {

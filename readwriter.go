@@ -12,35 +12,36 @@ import (
 	"time"
 )
 
-// A reader or writer is served as a service, which the peer dials. Its method Read or Write
-// takes the number of a second stream, which the peer accepts: the bytes go there. The
-// method returns when they have been copied, and its error is that of the reader or writer,
-// which so keeps its identity. Its method Close closes a reader or writer that was handed
-// over with a function to close it, as the results of Invoke are.
+// One side serves a reader or writer, and its peer uses it. It is served as a service, which
+// the user dials. The method Read or Write takes the number of a second stream, which the
+// user expects and the server dials: the bytes go there. The method returns when they have
+// been copied, and its error is that of the reader or writer, which so keeps its identity.
+// The method Close closes a reader or writer that was handed over with a function to close
+// it, as the results of Invoke are.
 //
-// A copy from a reader ends when the reader fails or ends. Then the side that serves it
-// closes the stream of the bytes and answers. The peer reads up to the end of the stream,
-// and then has the error of the answer. If the peer does not want more, it aborts the
-// stream of the bytes, and the copy ends with its next Write.
+// A copy from a reader ends when the reader fails or ends. Then the server closes the stream
+// of the bytes and answers the call. The user reads up to the end of the stream, and then
+// has the error of the answer. If it does not want more, it closes its client, which ends
+// the context of the call and so the copy.
 //
-// A copy to a writer ends when the peer has closed the stream of the bytes, or the writer
-// fails. The peer waits for the answer, so everything has been written when its Close
+// A copy to a writer ends when the user has closed the stream of the bytes, or the writer
+// fails. The user waits for the answer, so everything has been written when its Close
 // returns.
 //
-// In both cases, the peer then calls Close, if it owns the reader or writer, and at last
-// closes its client. That ends the service, and what was handed over is closed if it has
-// not been.
+// In both cases, the user then calls Close, if what it uses was handed over to it, and at
+// last closes its client. That ends the service, and what was handed over is closed if it
+// has not been.
 
-// readTimeout is how long a Read or Write that is running delays the Close of its reader
-// or writer.
-const readTimeout = 100 * time.Millisecond
+// useTimeout is how long a Read or Write that is running delays the Close of its reader or
+// writer, and a Read the end of Invoke.
+const useTimeout = 100 * time.Millisecond
 
 // ServeReader lets the peer read from r. The peer passes id to [MuxBroker.DialReader]
 // within five seconds. r is read until it fails, or the peer closes its end. r is read
 // ahead, and not closed.
 //
-// stop ends this like that of [MuxBroker.ServeRPC]. It waits for a Read that is running,
-// without a limit, so first end one that may block for long. After stop has returned, r is
+// stop works like that of [MuxBroker.ServeRPC]. It waits for a Read that is running, without
+// a limit, so first unblock one that may take long. After stop has returned, r is
 // not read, and Read fails in the peer. It does not return io.EOF unless r did.
 func (b *MuxBroker) ServeReader(r io.Reader) (id uint32, stop func()) {
 	offer := b.offerReader(r, brokerTimeout, nil)
@@ -58,7 +59,7 @@ func (b *MuxBroker) DialReader(id uint32) (io.ReadCloser, error) {
 }
 
 // ServeWriter lets the peer write to w. The peer passes id to [MuxBroker.DialWriter]
-// within five seconds. w is not closed. stop ends this like that of
+// within five seconds. w is not closed. stop works like that of
 // [MuxBroker.ServeReader], and waits for a Write that is running. After stop has returned,
 // w is not written to.
 func (b *MuxBroker) ServeWriter(w io.Writer) (id uint32, stop func()) {
@@ -136,7 +137,7 @@ func (s *servedStream) close(closer func() error) (err error) {
 	}
 	defer recoverTo(&err)
 	s.uses.close()
-	waitFor(readTimeout, s.uses.allDone())
+	waitFor(useTimeout, s.uses.allDone())
 	return closer()
 }
 
@@ -160,7 +161,7 @@ func (s *servedStream) copyFor(ctx context.Context, id, _ reflect.Value) error {
 	if ctx.Err() != nil {
 		return contextError(ctx) // that conn has been aborted says less
 	}
-	// The peer takes an error for a refusal while it does not have the stream.
+	// Before the user has conn, it would take err for a refusal to serve.
 	_ = conn.waitAcknowledged() // err is what matters
 	return err
 }
@@ -244,8 +245,8 @@ func (b *MuxBroker) dialStream(
 	go s.letCopy("Plugin."+method, data)
 	s.conn, err = s.await(ctx, b.session, arrived)
 	if err == nil {
-		// Not before: the peer answers with an error only when it has this. So an error
-		// does not overtake the bytes before it.
+		// Not before: the server waits for this before it answers with an error. So the
+		// error does not overtake the bytes before it.
 		_ = sendID(s.conn, data) // fails if conn has ended, as its use will
 		return s, nil
 	}

@@ -50,7 +50,7 @@ type RPCServer struct {
 	endConns context.CancelFunc
 
 	connections sync.WaitGroup // ServeConn calls that Serve has started
-	flushed     sync.Once
+	windingDown sync.Once
 }
 
 // Init does nothing. It is part of [ServerProtocol].
@@ -165,10 +165,10 @@ func (s *RPCServer) begin() {
 	})
 }
 
-// flush ends the contexts of all calls and sends the rest of the output.
-func (s *RPCServer) flush() {
+// windDown ends the contexts of all calls and sends the rest of the output.
+func (s *RPCServer) windDown() {
 	s.begin()
-	s.flushed.Do(func() {
+	s.windingDown.Do(func() {
 		s.endCalls(errExiting)
 		if s.endOutput != nil {
 			s.endOutput()
@@ -191,7 +191,7 @@ func (c *controlService) Ping(bool, *struct{}) error { return nil }
 
 // Quit ends the plugin when its answer has been sent.
 func (c *controlService) Quit(ctx context.Context, _ bool, _ *struct{}) error {
-	c.server.flush()
+	c.server.windDown()
 	// Ends when the answer has been sent, or after outputTimeout.
 	go c.endAfterAnswer(ctx.Done())
 	return nil

@@ -219,7 +219,7 @@ type remoteSequence struct {
 // call is the sequence: it calls the function that it gets with each value.
 func (q *remoteSequence) call(in []reflect.Value) []reflect.Value {
 	yield := func(v reflect.Value, err error) (more bool) {
-		asError := reflect.ValueOf(&err).Elem() // of type error, also if it is nil
+		asError := reflect.ValueOf(&err).Elem() // of type error, even if it is nil
 		return in[0].Call([]reflect.Value{v, asError})[0].Bool()
 	}
 	element := in[0].Type().In(0)

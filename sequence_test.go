@@ -313,7 +313,7 @@ func TestOwnErrorOfSequence(t *testing.T) {
 func TestSequenceChecks(t *testing.T) {
 	t.Parallel()
 	host, _, r := localKit(t)
-	_ = host.Close() // so what is sent fails with rpc.ErrShutdown, also if the plugin is slow to quit
+	_ = host.Close() // so what is sent fails with rpc.ErrShutdown, even if the plugin is slow to quit
 	ctx := boundedContext(t)
 	var noContext context.Context
 	zero := new(plugin.Remote)
@@ -411,7 +411,7 @@ func TestSequenceWithBlockedWrite(t *testing.T) {
 	t.Parallel()
 	_, _, r := startKit(t)
 	out := newUses()
-	within(t, "leaving the loop", usesTimeout, func() {
+	within(t, "leaving the loop", callbackTimeout, func() {
 		for range plugin.InvokeSeq[Number](context.Background(), r, "Log", out) {
 			receive(t, "a Write", out.began)
 			break
@@ -584,10 +584,10 @@ func TestWaitingSequence(t *testing.T) {
 		<-release
 		ended <- yield(Number{2}, nil)
 	})
-	within(t, "Invoke", readTimeout, func() { invoke[int](t, r, "Import", "break", waiting) })
+	within(t, "Invoke", useTimeout, func() { invoke[int](t, r, "Import", "break", waiting) })
 	release <- struct{}{}
 	checkEqual(t, "yield after Invoke", receive(t, "the end", ended), false)
-	within(t, "the loop", readTimeout, func() {
+	within(t, "the loop", useTimeout, func() {
 		for range plugin.InvokeSeq[Number](boundedContext(t), r, "Double", waiting) {
 			break
 		}

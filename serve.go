@@ -130,7 +130,8 @@ func serve(config *ServeConfig) error {
 	if err != nil {
 		return err
 	}
-	s.handshake.flushes = hostIsParent // and so reads the field; go-plugin may misread it
+	// Only a host of this library sets the variable of info. Another might misread the field.
+	s.handshake.sameLibrary = hostIsParent
 	err = s.run(terminate, watch, pipes)
 	s.close()
 	if watch.shouldRemoveDir(hostIsParent) {
@@ -156,7 +157,7 @@ func checkCookie(config *HandshakeConfig) error {
 }
 
 // catchSignals returns a channel that receives the signals that end the plugin. It catches
-// SIGINT and SIGPIPE in a channel that is never read, so that they do nothing, also after
+// SIGINT and SIGPIPE in a channel that is never read, so that they do nothing, even after
 // Serve: main should finish, even if it writes to a pipe that is closed. To ignore them
 // would not do, because child processes inherit that.
 func catchSignals() chan os.Signal {
@@ -332,7 +333,7 @@ func (s *serving) accept() {
 // connections without waiting for them, as the process is about to exit.
 func (s *serving) close() {
 	_ = s.listener.Close() // the process is about to exit
-	s.server.flush()
+	s.server.windDown()
 	s.server.endConns()
 	if s.capture != nil {
 		_ = s.capture.readers[0].Close() // what is left in it is dropped
@@ -359,10 +360,11 @@ type capture struct {
 	process          [2]*os.File // stdout and stderr outside Serve
 	hostPipes        [2]*os.File // those that the host reads; nil if there are none
 	readers, writers [2]*os.File // of its own pipes
-	files            [2]*os.File // os.Stdout and os.Stderr within Serve: hostPipes or writers
+	files            [2]*os.File // os.Stdout and os.Stderr within Serve: hostPipes, or else writers
 
-	// keepsFiles makes os.Stdout and os.Stderr stay what they are within Serve: methods read
-	// the variables, and the program may have copied them, so only their descriptors change.
+	// If keepsFiles, restore leaves the variables os.Stdout and os.Stderr as they are within
+	// Serve: methods that run may read them, and the program may have copied them. Then it
+	// changes only where their descriptors lead.
 	keepsFiles bool
 
 	mu       sync.Mutex // guards restored, and the descriptors of hostPipes

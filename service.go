@@ -84,7 +84,7 @@ func newService(rcvr any) (*service, error) {
 func newMethod(f reflect.Value) (m *method, problem string) {
 	t := f.Type()
 	m = &method{context: t.NumIn() > 0 && t.In(0) == typeOfContext}
-	first := 0 // behind the context
+	first := 0 // after the context
 	if m.context {
 		first = 1
 	}

@@ -42,7 +42,7 @@ func TestAnswersBeforeExit(t *testing.T) {
 		calls[how] = client.(*rpc.Client).Go("Plugin.Wait", how, new(string), nil)
 		receive(t, "a call", e.started)
 	}
-	server.flush()
+	server.windDown()
 	check(t, receive(t, "a reply", calls["nothing"].Done).Error)
 	errorSays(t, receive(t, "an error", calls["failed"].Done).Error, fs.ErrExist.Error())
 	host.session.close()

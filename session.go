@@ -33,26 +33,25 @@ type session struct {
 	cancel context.CancelFunc
 	ending atomic.Bool // this side ends the session: its loss is no failure
 
-	// whyOfOwner is that of newSession. Only findWhyLost calls it.
-	whyOfOwner func(received bool) error
-	// whyLost returns the error of all that the loss of the connection has ended. It calls
-	// findWhyLost once, and may wait for the end of the process.
-	whyLost func() error
+	diagnose func(received bool) error // that of newSession; called by makeLostErr
+	// lostErr returns the error of all that the loss of the connection has ended. The first
+	// call makes it, and may wait for the end of the process.
+	lostErr func() error
 
 	running group // goroutines of spawn; closed with the session
 }
 
 // newSession starts a session on conn. Contexts of methods end with ctx. Errors name the
-// peer. If whyOfOwner is not nil, it returns what the owner of the session knows: why the
-// connection ended. received reports whether the peer has sent anything.
+// peer. If diagnose is not nil, it is called once, when the connection has been lost, and
+// returns why. received reports whether the peer has sent anything.
 func newSession(
 	ctx context.Context, conn io.ReadWriteCloser, host bool, peer string, logger hclog.Logger,
-	whyOfOwner func(received bool) error,
+	diagnose func(received bool) error,
 ) (*session, error) {
-	s := &session{host: host, logger: logger, peer: peer, whyOfOwner: whyOfOwner}
+	s := &session{host: host, logger: logger, peer: peer, diagnose: diagnose}
 	s.frames = newFrameConn(conn)
 	s.calls, s.cancel = context.WithCancel(ctx)
-	s.whyLost = sync.OnceValue(s.findWhyLost)
+	s.lostErr = sync.OnceValue(s.makeLostErr)
 	if b, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
 		_ = b.SetWriteBuffer(socketBuffer) // only for speed
 	}
@@ -84,8 +83,8 @@ func (s *session) muxConfig() *yamux.Config {
 
 // ---- Streams ----
 
-// open returns a new stream. It waits while the peer has accepted none of maxOpening
-// streams.
+// open returns a new stream. It waits while maxOpening streams of this side wait to be
+// accepted.
 func (s *session) open(ctx context.Context) (*stream, error) {
 	if s.mux.NumStreams() >= maxStreams {
 		return nil, fmt.Errorf("the connection has %d open streams, and cannot have more", maxStreams)
@@ -174,21 +173,21 @@ func (s *session) spawn(f func()) bool { return s.running.spawn(f) }
 // and otherwise err.
 func (s *session) explain(err error) error {
 	switch {
-	case err == nil || err == io.EOF: // also if the connection was lost later
+	case err == nil || err == io.EOF: // even if the connection was lost later
 		return err
 	case s.mux.IsClosed():
-		return s.whyLost()
+		return s.lostErr()
 	case s.ending.Load():
 		return fmt.Errorf("%s: the connection is being closed: %w", s.peer, rpc.ErrShutdown)
 	}
 	return err
 }
 
-// findWhyLost makes the error of whyLost.
-func (s *session) findWhyLost() error {
+// makeLostErr makes the error that lostErr returns.
+func (s *session) makeLostErr() error {
 	switch {
-	case s.whyOfOwner != nil:
-		return &lostError{cause: s.whyOfOwner(s.frames.received.Load()), kind: io.ErrUnexpectedEOF}
+	case s.diagnose != nil:
+		return &lostError{cause: s.diagnose(s.frames.received.Load()), kind: io.ErrUnexpectedEOF}
 	case s.ending.Load():
 		return fmt.Errorf("%s: the connection was closed: %w", s.peer, rpc.ErrShutdown)
 	}
@@ -240,7 +239,7 @@ func (st *stream) Read(p []byte) (int, error) {
 // read reads like Read. If the session was lost, its error does not have the reason.
 func (st *stream) read(p []byte) (int, error) {
 	// In yamux, two Reads of a stream that the peer has closed may wait for each other.
-	if err := st.lockToRead(); err != nil {
+	if err := st.wait(st.reading, nil, &st.readDeadline); err != nil { // locks it
 		return 0, err
 	}
 	defer st.reading.unlock()
@@ -261,9 +260,6 @@ func (st *stream) read(p []byte) (int, error) {
 	}
 }
 
-// lockToRead locks reading. The deadline of Read ends the wait for it.
-func (st *stream) lockToRead() error { return st.wait(st.reading, nil, &st.readDeadline) }
-
 // readArrived fills p with what has arrived.
 func (st *stream) readArrived(p []byte) (int, error) {
 	n, err := io.ReadFull(st.Stream, p)
@@ -283,16 +279,16 @@ func (u unexplained) Read(p []byte) (int, error) { return u.read(p) }
 // Write has few frames on the stack, because it is called in new goroutines, and a stack
 // that must grow takes as long as all the rest of Write.
 func (st *stream) Write(p []byte) (sent int, err error) {
-	if err := st.lockToWrite(st.writing); err != nil {
+	if err := st.waitToWrite(st.writing); err != nil { // locks it
 		return 0, st.session.explain(err)
 	}
 	defer st.writing.unlock()
 	frames := st.session.frames
 	for sent < len(p) {
-		if err := st.lockToWrite(frames.turn); err != nil {
+		if err := st.waitToWrite(frames.turn); err != nil { // locks it
 			return sent, st.session.explain(err)
 		}
-		n, err := frames.sendLocked(st.flow, p[sent:])
+		n, err := frames.sendInTurn(st.flow, p[sent:])
 		frames.turn.unlock()
 		sent += n
 		if err == nil && n == 0 {
@@ -308,10 +304,8 @@ func (st *stream) Write(p []byte) (sent int, err error) {
 	return sent, nil
 }
 
-// lockToWrite locks l like waitToWrite.
-func (st *stream) lockToWrite(l lock) error { return st.waitToWrite(l) }
-
-// waitToWrite waits for ready. Close and the deadline of Write end it.
+// waitToWrite waits for ready, and locks it if it is a lock. Close and the deadline of Write
+// end the wait.
 func (st *stream) waitToWrite(ready <-chan struct{}) error {
 	return st.wait(ready, st.flow.finished, &st.writeDeadline)
 }

@@ -24,7 +24,7 @@ var (
 // signature is the form of a method, or of a function that is a parameter.
 type signature struct {
 	takesContext bool         // as the first parameter
-	params       []slot       // behind the context; and a writer, if the result is a sequence
+	params       []slot       // after the context; the last is a writer if the result is a sequence
 	result       slot         // a struct{} for none
 	returns      int          // how many results there are, with the error
 	sentType     reflect.Type // what is sent for params
@@ -33,10 +33,10 @@ type signature struct {
 
 // slot is what a signature has for a parameter or a result.
 type slot struct {
-	reflect.Type
-	kind     slotKind
-	sentType reflect.Type // its type if it is plain; typeOfNothing for a sequence as result
-	function *signature   // if it is a function
+	reflect.Type // a slot is printed as its type
+	kind         slotKind
+	sentType     reflect.Type // its type if it is plain; typeOfNothing for a sequence as result
+	function     *signature   // if it is a function
 }
 
 // slotKind says how a value is sent.
@@ -51,7 +51,8 @@ const (
 )
 
 // newSignature returns the signature of a function, or an error that says why it cannot
-// be called. The types outer have it as a parameter.
+// be called. The function is a parameter of the last of the types outer, that of the one
+// before it, and so on.
 func newSignature(t reflect.Type, outer ...reflect.Type) (*signature, error) {
 	if slices.Contains(outer, t) {
 		return nil, fmt.Errorf("the function type %v contains itself", t)
@@ -108,8 +109,8 @@ func checkForm(t reflect.Type) error {
 	return nil
 }
 
-// newSlot returns a parameter or the result of the last of the types functions, which is a
-// parameter of the one before it, and so on. It may be a reader or writer of these types.
+// newSlot describes a parameter or the result of the last of the types functions, which are
+// as in newSignature. In its place, reader and writer are the types of streams.
 func newSlot(t, reader, writer reflect.Type, functions []reflect.Type) (slot, error) {
 	v := slot{Type: t, sentType: typeOfNumber}
 	switch {
@@ -207,7 +208,7 @@ func checkFields(t reflect.Type, path string, checked map[reflect.Type]bool) err
 	return nil
 }
 
-// argumentCount returns how many arguments a caller passes behind the context.
+// argumentCount returns how many arguments a caller passes after the context.
 func (s *signature) argumentCount() int {
 	if s.result.kind == sequenceSlot {
 		return len(s.params) - 1

@@ -32,9 +32,9 @@ func NewSlogLogger(h slog.Handler) hclog.Logger {
 	return logger.Named("") // which calls the hook, as With and ResetNamed do
 }
 
-// slogLogger logs to a handler. It wraps a logger of hclog that keeps the name, the level and
-// the arguments of With, and logs nothing. An InterceptLogger wraps it, because the Info of
-// that, and the like, call Log: so Log is the only method that logs here.
+// slogLogger logs to a handler. The Logger in it keeps the name, the level and the arguments
+// of With, and logs nothing. NewSlogLogger wraps it in an InterceptLogger, whose methods
+// Trace to Error all call Log: so Log is the only one here that logs.
 type slogLogger struct {
 	hclog.Logger
 	handler slog.Handler

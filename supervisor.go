@@ -76,7 +76,7 @@ func (s *Supervisor[T]) Get(ctx context.Context) (instance T, err error) {
 	case <-life.started:
 	case <-ctx.Done():
 	}
-	if isClosed(life.started) { // also if ctx has ended
+	if isClosed(life.started) { // even if ctx has ended
 		return life.instance, life.err
 	}
 	err = fmt.Errorf("plugin %s: waiting for its start: %w", s.name, contextError(ctx))

@@ -91,7 +91,7 @@ func TestSupervisor(t *testing.T) {
 	dispenseAndEcho(t, conn)
 }
 
-// A plugin that has died is started again, also if it is noticed by a failed call.
+// A plugin that has died is started again, even if it is noticed by a failed call.
 func TestSupervisorAfterCrash(t *testing.T) {
 	t.Parallel()
 	s := supervise(t, testConfig("plugin"))
@@ -253,7 +253,7 @@ func getInBackground(s *plugin.Supervisor[*testClient]) <-chan error {
 	})
 }
 
-// CleanupClients ends a supervisor of a managed plugin, also while no plugin runs.
+// CleanupClients ends a supervisor of a managed plugin, even while no plugin runs.
 func TestSupervisorCleanup(t *testing.T) {
 	managed := func() *plugin.ClientConfig {
 		cfg := testConfig("plugin")

@@ -17,7 +17,8 @@ const (
 	drainTimeout = 500 * time.Millisecond  // between the end of a process and that of its output
 	closeTimeout = 100 * time.Millisecond  // between the last output and the end of its Write
 
-	lostTimeout = 3 * time.Second // between the end of a connection and that of its process
+	graceTimeout = 250 * time.Millisecond // for what ends soon, and may not
+	lostTimeout  = 3 * time.Second        // between the end of a connection and that of its process
 )
 
 // contextError returns ctx.Err(), with the cause if that is another error.

@@ -26,8 +26,8 @@ func pluginName(path string) string {
 	return strings.TrimSuffix(filepath.Base(path), ".exe")
 }
 
-// peerName returns the beginning of the errors about a plugin, as pluginName names it. The
-// error of a call finds it at the beginning of its cause, and does not repeat it.
+// peerName returns the beginning of the errors about a plugin, as pluginName names it. If the
+// cause of an unanswered call begins with it, the error of the call does not repeat it.
 func peerName(path string) string { return "plugin " + pluginName(path) }
 
 // harmless has the escapes of strconv.QuoteToGraphic for what need not be escaped. Some
