@@ -54,7 +54,7 @@ func (r *Remote) invoke(
 		into = nil // accepts any reply
 	}
 	call := &pendingCall{method: "Plugin." + method, args: sent.Interface(), reply: into, callErrors: errs}
-	if err := call.through(ctx, r.client); err != nil {
+	if err := call.do(ctx, r.client); err != nil {
 		return result, err
 	}
 	return s.result.dialResult(ctx, r.broker, reply.Elem())

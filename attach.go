@@ -23,7 +23,7 @@ import (
 // AttachedRunner is a process that [ReattachConfig].ReattachFunc has found. Its methods
 // are called concurrently.
 type AttachedRunner interface {
-	// Wait waits until the process has ended. Client.Err has its error. ctx ends
+	// Wait waits until the process has ended. Client.Err returns its error. ctx ends
 	// when the Client does not wait any more.
 	Wait(ctx context.Context) error
 

@@ -57,7 +57,7 @@ func Call(ctx context.Context, c *rpc.Client, serviceMethod string, args, reply 
 			"which must be a pointer that is not nil", serviceMethod, reply)
 	}
 	call := &pendingCall{method: serviceMethod, args: args, reply: reply}
-	return call.through(ctx, c)
+	return call.do(ctx, c)
 }
 
 // pendingCall is a call by Call.
@@ -73,8 +73,8 @@ type pendingCall struct {
 	peer       string // as in session.peer
 }
 
-// through makes the call through c and returns its error.
-func (call *pendingCall) through(ctx context.Context, c *rpc.Client) error {
+// do makes the call through c and returns its error.
+func (call *pendingCall) do(ctx context.Context, c *rpc.Client) error {
 	call.decodeInto = call.reply
 	if ctx.Done() != nil && call.reply != nil {
 		// If ctx ends, reply must not be changed later.
@@ -90,17 +90,17 @@ func (call *pendingCall) through(ctx context.Context, c *rpc.Client) error {
 		return call.unanswered(contextError(ctx))
 	}
 	if !isOurs {
-		return call.throughOtherCodec(ctx, c)
+		return call.doStock(ctx, c)
 	}
 	codec := state.codec.Load()
 	if codec == nil {
 		return call.unanswered(state.why)
 	}
-	return call.throughCodec(ctx, c, codec)
+	return call.doOurs(ctx, c, codec)
 }
 
-// throughCodec makes the call through a client with a codec of this package.
-func (call *pendingCall) throughCodec(ctx context.Context, c *rpc.Client, codec *clientCodec) error {
+// doOurs makes the call through a client with a codec of this package.
+func (call *pendingCall) doOurs(ctx context.Context, c *rpc.Client, codec *clientCodec) error {
 	if err := codec.w.waitRoom(ctx); err != nil {
 		return call.unanswered(err)
 	}
@@ -122,8 +122,8 @@ func (call *pendingCall) throughCodec(ctx context.Context, c *rpc.Client, codec 
 	return codec.result(call, answered.Error)
 }
 
-// throughOtherCodec makes the call through a client that is not of this package.
-func (call *pendingCall) throughOtherCodec(ctx context.Context, c *rpc.Client) error {
+// doStock makes the call through a client that is not of this package.
+func (call *pendingCall) doStock(ctx context.Context, c *rpc.Client) error {
 	done := make(chan *rpc.Call, 1)
 	// The codec may block while it writes the request. This goroutine ends when the
 	// request has been written or the connection fails.

@@ -157,7 +157,7 @@ func (e *BasicError) Error() string { return e.Message }
 // RegisterError makes errors keep their identity when they are sent to the peer: if
 // a method returns one of them, or an error that wraps one, errors.Is finds it in the
 // error that [Call] or [Invoke] returns. Host and plugin must register the same
-// errors, best in the init function of the package that declares them. Errors are
+// errors, preferably in the init function of the package that declares them. Errors are
 // identified by their texts: of two with the same text, the first is registered.
 //
 // The types of errors do not cross: errors.As does not find a struct of yours in the

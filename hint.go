@@ -15,15 +15,21 @@ import (
 
 // This file is about hints: causes of a StartError that its error does not name.
 
+// These stand in what a plugin writes to its stderr when it does not serve.
+const (
+	withOneArgument = "with one argument, which names one of" // in ServeMux
+	isPlugin        = "is a plugin"                           // in Serve, without the cookie
+)
+
 // behaviourHint returns why a process may not have become a plugin, or "".
 func behaviourHint(e *StartError, cookie string) string {
 	if e.State != nil && !e.State.Exited() {
 		return "" // a signal has ended it
 	}
-	if e.State != nil && strings.Contains(e.Stderr, "with one argument, which names") {
-		return "" // of ServeMux, which says all
+	if e.State != nil && strings.Contains(e.Stderr, withOneArgument) {
+		return "" // what ServeMux has written says all
 	}
-	if e.State != nil && strings.Contains(e.Stderr, "is a plugin") {
+	if e.State != nil && strings.Contains(e.Stderr, isPlugin) {
 		return fmt.Sprintf("it did not accept the cookie %s: "+
 			"it is a plugin of another program, or its HandshakeConfig is another one", cookie)
 	}

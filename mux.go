@@ -1,8 +1,5 @@
 package plugin
 
-// This file is about the host's end of a connection: what the host asks of its plugin
-// (answer, quit, dispense), and how it gets the plugin's output.
-
 import (
 	"context"
 	"errors"
@@ -13,6 +10,9 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 )
+
+// This file is about the host's end of a connection: what the host asks of its plugin
+// (answer, quit, dispense), and how it gets the plugin's output.
 
 const (
 	pingTimeout = 4 * time.Second // how long Ping waits

@@ -13,14 +13,14 @@ import (
 // outputPipe is one pipe.
 type outputPipe struct {
 	reader *os.File
-	queue  *hostWriter   // gets the output
-	to     io.Writer     // queue and others, whose Write must not wait
+	writer *hostWriter   // gets the output
+	to     io.Writer     // writer and others, whose Write must not wait
 	done   chan struct{} // closed when there is no more output
 }
 
-func newOutputPipe(queue *hostWriter, others ...io.Writer) *outputPipe {
-	to := io.MultiWriter(append(others, queue)...)
-	return &outputPipe{queue: queue, to: to, done: make(chan struct{})}
+func newOutputPipe(writer *hostWriter, others ...io.Writer) *outputPipe {
+	to := io.MultiWriter(append(others, writer)...)
+	return &outputPipe{writer: writer, to: to, done: make(chan struct{})}
 }
 
 // open opens the pipe and returns the end for the process.
@@ -32,8 +32,8 @@ func (p *outputPipe) open() (writer *os.File, err error) {
 // copy copies the output until its end, or until finish is called.
 func (p *outputPipe) copy() {
 	defer close(p.done)
-	p.queue.begin()
-	defer p.queue.end()
+	p.writer.begin()
+	defer p.writer.end()
 	_, err := io.Copy(p.to, p.reader)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		p.drain()
@@ -58,7 +58,7 @@ func (p *outputPipe) drain() {
 // finish ends the copying when the process has ended. It does not wait for the end of the
 // output: a child of the plugin may hold the pipe open.
 func (p *outputPipe) finish() {
-	p.queue.hurry()
+	p.writer.hurry()
 	// A Read with such a deadline reads nothing, so copy then drains the pipe.
 	err := p.reader.SetReadDeadline(time.Unix(1, 0))
 	if err != nil { // as on Windows

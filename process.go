@@ -42,7 +42,7 @@ type child struct {
 	dir      string          // private, for the socket; "" if there is none
 
 	writers    *hostWriters
-	pipes      []*outputPipe // of stdout and stderr, and then those of servedPipes
+	pipes      []*outputPipe // of stdout and stderr, and then of os.Stdout and os.Stderr within Serve
 	lines      [2]lineWriter // of the process's stdout and stderr
 	handshakes chan string   // receives the handshake; closed if there will be none
 	found      bool          // the handshake has been read; used by the reader of stdout
@@ -169,9 +169,8 @@ func (p *child) makeLifeline() error {
 	return nil
 }
 
-// pin makes the command execute the open file, even if its path changes: in the child,
-// /proc/self/fd has the file at the number that pass gave it. The link to it keeps the name
-// of the binary, for ps and for $0 of a script.
+// pin makes the command execute the open file, even if its path changes: the child has it
+// in /proc/self/fd, at the number of pass. The link keeps the name of the binary.
 func (p *child) pin(binary *os.File) {
 	if binary == nil || runtime.GOOS != "linux" {
 		return
@@ -237,7 +236,7 @@ func (p *child) redirect() error {
 		newOutputPipe(p.writers.stderr, &p.log.tail),
 	}
 	if p.lifeline == nil {
-		p.pipes = p.pipes[:2] // The plugin may outlive the servedPipes, so it sends its output.
+		p.pipes = p.pipes[:2] // The plugin may outlive this host, and sends the rest.
 	}
 	var writers []*os.File
 	for _, pipe := range p.pipes {
@@ -255,10 +254,6 @@ func (p *child) redirect() error {
 	}
 	return nil
 }
-
-// servedPipes returns the pipes of os.Stdout and os.Stderr while the plugin serves. There are
-// none if it is detached.
-func (p *child) servedPipes() []*outputPipe { return p.pipes[2:] }
 
 // wrapCancel makes Cmd.Cancel find this process in the caller's command, where the Cancel of
 // exec.CommandContext looks for it. Other clients may have put their own there.
@@ -426,7 +421,7 @@ func (p *child) detach(h handshake) *ReattachConfig {
 		_ = p.lifeline.Close()             // a pipe has no errors of writing later
 	}
 	if h.sameLibrary { // so it may have taken the pipes
-		for _, pipe := range p.servedPipes() {
+		for _, pipe := range p.pipes[2:] {
 			waitFor(graceTimeout, pipe.done) // a child of the plugin may hold it
 		}
 	}

@@ -201,7 +201,7 @@ type dialledStream struct {
 	owned  bool          // Close closes the reader or writer of the peer
 	copied chan struct{} // closed when the peer has copied, or cannot any more
 	err    error         // the error of that; may be read when copied is closed
-	closed atomic.Bool   // Close has been called, or is about to return
+	closed atomic.Bool   // Read and Write fail: set by Close, of a writer when all is written
 }
 
 // dialReader dials the reader that the peer serves as id. If owned, its Close closes that

@@ -1,8 +1,5 @@
 package plugin
 
-// This file is about the plugin's end of a connection: it accepts the streams that the host
-// opens first, answers its calls of control, and dispenses plugins.
-
 import (
 	"context"
 	"errors"
@@ -15,6 +12,9 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 )
+
+// This file is about the plugin's end of a connection: it accepts the streams that the host
+// opens first, answers its calls of control, and dispenses plugins.
 
 const (
 	acceptPause   = 100 * time.Millisecond // between a failed Accept and the next

@@ -93,7 +93,7 @@ func Serve(config *ServeConfig) {
 	}
 }
 
-// ServeMuxMap has the plugins of one binary by their names.
+// ServeMuxMap maps names to the plugins of one binary.
 type ServeMuxMap map[string]*ServeConfig
 
 // ServeMux calls [Serve] for the plugin that the only argument of the command names. If
@@ -105,8 +105,8 @@ func ServeMux(m ServeMuxMap) {
 			return
 		}
 	}
-	fmt.Fprintf(os.Stderr, "This program is a plugin. "+
-		"Its host starts it with one argument, which names one of: %s.\n", nameList(m))
+	fmt.Fprintf(os.Stderr, "This program is a plugin. Its host starts it %s: %s.\n",
+		withOneArgument, nameList(m))
 	os.Exit(1)
 }
 
@@ -150,7 +150,7 @@ func checkCookie(config *HandshakeConfig) error {
 			"set HandshakeConfig.MagicCookieKey and MagicCookieValue")
 	}
 	if os.Getenv(config.MagicCookieKey) != config.MagicCookieValue {
-		return errors.New("this program is a plugin: " +
+		return errors.New("this program " + isPlugin + ": " +
 			"it is started by its host, the program that uses it, and does nothing by itself")
 	}
 	return nil
