@@ -252,17 +252,21 @@ func TestKeptOutput(t *testing.T) {
 // A plugin writes to no pipe of its host when ReattachConfig has returned.
 func TestDetachLeavesPipes(t *testing.T) {
 	t.Parallel()
-	var first, second syncBuffer
-	cfg := newLab(t).config("plugin")
-	cfg.SyncStdout = &first
-	c, p := startPlugin(t, cfg)
-	test := dispense(t, p)
-	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: "before"})
-	again := attachTo(c.ReattachConfig())
-	again.SyncStdout = &second
-	_, other := startPlugin(t, again)
-	mustCall[struct{}](t, dispense(t, other).Client, "Print", Output{Stdout: "after"})
-	await(t, "the output", func() bool { return first.String() == "before" && second.String() == "after" })
+	type output struct{ stdout, stderr syncBuffer }
+	var first, second output
+	printing := func(config *plugin.ClientConfig, out *output, text string) *plugin.Client {
+		config.SyncStdout, config.SyncStderr = &out.stdout, &out.stderr
+		c, p := startPlugin(t, config)
+		mustCall[struct{}](t, dispense(t, p).Client, "Print", Output{Stdout: text, Stderr: text})
+		return c
+	}
+	c := printing(newLab(t).config("plugin"), &first, "before")
+	printing(attachTo(c.ReattachConfig()), &second, "after")
+	for text, out := range map[string]*output{"before": &first, "after": &second} {
+		await(t, "the output "+text, func() bool {
+			return out.stdout.String() == text && out.stderr.String() == text
+		})
+	}
 }
 
 // Outside Serve, what the program has kept of os.Stdout is the process's own.
