@@ -45,8 +45,8 @@ type ClientConfig struct {
 	VersionedPlugins map[int]PluginSet
 
 	// Cmd is the command that starts the plugin. A copy of it is started. If
-	// Cmd.Stdin is nil, it is os.Stdin; if it is not an *os.File, a Read of it that
-	// blocks delays Done. Cmd.Stdout and Cmd.Stderr must be nil: see
+	// Cmd.Stdin is nil, it is os.Stdin. If it is not an *os.File, nothing waits for a
+	// Read of it when the plugin ends. Cmd.Stdout and Cmd.Stderr must be nil: see
 	// SyncStdout, SyncStderr and Stderr. Cmd.Env is added to the host's
 	// environment and wins over it.
 	//

@@ -7,10 +7,10 @@ import (
 	"time"
 )
 
-// This file is about the pipes to which the process of a plugin writes, and from which the
-// host reads. The system keeps what is in them when the process ends, however it does.
+// This file is about the pipes between a host and the process of its plugin.
 
-// outputPipe is one pipe.
+// outputPipe is a pipe to which the process writes, and from which the host reads. The system
+// keeps what is in it when the process ends, however it does.
 type outputPipe struct {
 	reader *os.File
 	writer *hostWriter   // gets the output
@@ -66,4 +66,21 @@ func (p *outputPipe) finish() {
 		_ = p.reader.Close() // which ends the Read
 	}
 	<-p.done
+}
+
+// inputPipe is a pipe from which the process reads what is not a file.
+type inputPipe struct {
+	from           io.Reader
+	reader, writer *os.File // the reader is for the process
+}
+
+func newInputPipe(from io.Reader) (*inputPipe, error) {
+	reader, writer, err := os.Pipe()
+	return &inputPipe{from: from, reader: reader, writer: writer}, err
+}
+
+// copy copies the input until its end, or until the process has closed the pipe.
+func (p *inputPipe) copy() {
+	_, _ = io.Copy(p.writer, p.from) // fails if the process does not want it
+	_ = p.writer.Close()
 }

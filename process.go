@@ -12,7 +12,6 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -29,10 +28,10 @@ const (
 
 // child is the process of a plugin that this host has started.
 type child struct {
-	config    *ClientConfig
-	cmd       *exec.Cmd // a copy of callerCmd
-	callerCmd *exec.Cmd // other clients may have the same
-	path      string    // of the binary, in callerCmd
+	config *ClientConfig
+	cmd    *exec.Cmd // a copy of shared
+	shared sharedCmd // of config
+	path   string    // of the binary, in shared
 
 	hint     string          // a possible cause of the error of start
 	info     hostInfo        // what the plugin is told
@@ -41,8 +40,9 @@ type child struct {
 	cert     tls.Certificate // of the host, with AutoMTLS
 	dir      string          // private, for the socket; "" if there is none
 
+	input      *inputPipe // nil if Cmd.Stdin is a file
 	writers    *hostWriters
-	pipes      []*outputPipe // of stdout and stderr, and then of os.Stdout and os.Stderr within Serve
+	pipes      []*outputPipe // of stdout and stderr, and of os.Stdout and os.Stderr within Serve
 	lines      [2]lineWriter // of the process's stdout and stderr
 	handshakes chan string   // receives the handshake; closed if there will be none
 	found      bool          // the handshake has been read; used by the reader of stdout
@@ -51,10 +51,6 @@ type child struct {
 
 	reapedElsewhere atomic.Bool // waiting for the process has failed
 }
-
-// callerCmdMu guards Process and ProcessState of the callers' commands. Clients with the
-// same ClientConfig share them.
-var callerCmdMu sync.Mutex
 
 // launch starts a plugin, and copies its output to the writers. It returns the errors of
 // Client.Start.
@@ -77,14 +73,11 @@ func launch(ctx context.Context, config *ClientConfig, writers *hostWriters) (*c
 }
 
 func newChild(config *ClientConfig) *child {
-	callerCmdMu.Lock()
-	defer callerCmdMu.Unlock()
-	cmd := *config.Cmd
-	cmd.Process, cmd.ProcessState = nil, nil
+	shared := sharedCmd{config.Cmd}
 	return &child{
 		config:     config,
-		cmd:        &cmd,
-		callerCmd:  config.Cmd,
+		cmd:        shared.copy(),
+		shared:     shared,
 		path:       config.Cmd.Path,
 		handshakes: make(chan string, 1),
 		log:        stderrLog{logger: config.Logger},
@@ -124,7 +117,10 @@ func (p *child) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	p.publish()
+	p.shared.started(p.cmd.Process)
+	if p.input != nil {
+		go p.input.copy() // ends with the process, if Cmd.Stdin does not block then
+	}
 	for _, pipe := range p.pipes {
 		go pipe.copy() // ends with the output, or with finish
 	}
@@ -139,7 +135,7 @@ func (p *child) check() (*os.File, error) {
 	}
 	binary, err := p.config.SecureConfig.open(executed(p.cmd))
 	if err != nil {
-		p.hint = binaryHint(p.callerCmd, err)
+		p.hint = binaryHint(p.shared.Cmd, err)
 		return nil, err
 	}
 	p.opened = append(p.opened, binary)
@@ -218,13 +214,29 @@ func (p *child) environment() []string {
 	return env
 }
 
-// redirect sets where the input of the process comes from and where its output goes.
-func (p *child) redirect() error {
+// passInput sets where the input of the process comes from. os/exec would wait for a Read of
+// a Stdin that is not a file, even after the end of the process.
+func (p *child) passInput() (err error) {
 	if p.cmd.Stdin == nil {
 		p.cmd.Stdin = os.Stdin
 	}
-	if p.cmd.WaitDelay == 0 {
-		p.cmd.WaitDelay = 2 * drainTimeout // for a Stdin that is not a file
+	if _, isFile := p.cmd.Stdin.(*os.File); isFile {
+		return nil
+	}
+	p.input, err = newInputPipe(p.cmd.Stdin)
+	if err != nil {
+		return err
+	}
+	p.opened = append(p.opened, p.input.reader)
+	p.cmd.Stdin = p.input.reader
+	return nil
+}
+
+// redirect sets where the input of the process comes from and where its output goes.
+func (p *child) redirect() error {
+	err := p.passInput()
+	if err != nil {
+		return err
 	}
 	size := p.config.PluginLogBufferSize
 	p.lines[0] = lineWriter{max: max(size, maxHandshake), emit: p.stdoutLine}
@@ -255,25 +267,13 @@ func (p *child) redirect() error {
 	return nil
 }
 
-// wrapCancel makes Cmd.Cancel find this process in the caller's command, where the Cancel of
-// exec.CommandContext looks for it. Other clients may have put their own there.
+// wrapCancel makes the Cancel of the caller's command find this process there.
 func (p *child) wrapCancel() {
 	cancel := p.cmd.Cancel
 	if cancel == nil {
 		return
 	}
-	p.cmd.Cancel = func() error {
-		callerCmdMu.Lock()
-		defer callerCmdMu.Unlock()
-		before := p.callerCmd.Process
-		if before == p.cmd.Process {
-			return cancel()
-		}
-		p.callerCmd.Process = p.cmd.Process
-		err := cancel()
-		p.callerCmd.Process = before
-		return err
-	}
+	p.cmd.Cancel = func() error { return p.shared.cancel(p.cmd.Process, cancel) }
 }
 
 // execute starts the process. While the binary is open for writing, it tries again: a
@@ -288,20 +288,13 @@ func (p *child) execute(ctx context.Context) error {
 			return nil
 		}
 		if !errors.Is(err, syscall.ETXTBSY) || time.Now().After(end) || ctx.Err() != nil {
-			p.hint = binaryHint(p.callerCmd, err)
+			p.hint = binaryHint(p.shared.Cmd, err)
 			return err
 		}
 		waitFor(busyPause, ctx.Done())
 		again := prepared // because a Cmd can be started only once
 		p.cmd = &again
 	}
-}
-
-// publish sets Process of the caller's command.
-func (p *child) publish() {
-	callerCmdMu.Lock()
-	defer callerCmdMu.Unlock()
-	p.callerCmd.Process, p.callerCmd.ProcessState = p.cmd.Process, nil
 }
 
 // stdoutLine handles a line of the process's stdout. Lines before the handshake are a
@@ -374,18 +367,9 @@ func (p *child) Wait(context.Context) error {
 		_ = p.lines[i].Close() // never fails
 	}
 	close(p.handshakes)
-	p.publishEnd()
+	p.shared.ended(p.cmd.Process, p.cmd.ProcessState)
 	p.free()
 	return p.exitError(err)
-}
-
-// publishEnd sets ProcessState of the caller's command, unless that has been started again.
-func (p *child) publishEnd() {
-	callerCmdMu.Lock()
-	defer callerCmdMu.Unlock()
-	if p.callerCmd.Process == p.cmd.Process {
-		p.callerCmd.ProcessState = p.cmd.ProcessState
-	}
 }
 
 // exitError returns how the process has ended. Waiting for it has returned err, which
@@ -404,6 +388,9 @@ func (p *child) exitError(err error) *ExitError {
 // free releases what the host holds for the process.
 func (p *child) free() {
 	_ = p.lifeline.Close() // a nil *os.File can be closed
+	if p.input != nil {
+		_ = p.input.writer.Close() // what has not been written, nobody reads
+	}
 	for _, pipe := range p.pipes {
 		_ = pipe.reader.Close() // everything has been read
 	}

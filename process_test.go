@@ -417,3 +417,19 @@ func TestSecureConfig(t *testing.T) {
 		}
 	}
 }
+
+// A Stdin of the caller's that is not a file, and blocks, does not hold up the end of its plugin.
+func TestBlockingStdin(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	t.Cleanup(func() { close(release) })
+	cfg := testConfig("plugin")
+	cfg.Cmd.Stdin = readerFunc(func([]byte) (int, error) {
+		<-release
+		return 0, io.EOF
+	})
+	c, p := startPlugin(t, cfg)
+	_ = dispense(t, p).Call("Plugin.Do", "exit3", new(string))
+	receive(t, "Done", c.Done())
+	errorSays(t, c.Err(), "exit status 3")
+}
