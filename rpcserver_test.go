@@ -32,7 +32,11 @@ func (l *unreliableListener) Accept() (net.Conn, error) {
 func TestAcceptFailsLater(t *testing.T) {
 	t.Parallel()
 	hostEnd, pluginEnd := plugin.TestConn(t)
-	listener := &unreliableListener{conns: make(chan net.Conn, 1), failed: make(chan bool), closed: make(chan bool)}
+	listener := &unreliableListener{
+		conns:  make(chan net.Conn, 1),
+		failed: make(chan bool),
+		closed: make(chan bool),
+	}
 	listener.conns <- pluginEnd
 	serving := async(func() bool {
 		server := &plugin.RPCServer{Plugins: testPlugins(newTestState())}
