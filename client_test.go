@@ -269,8 +269,9 @@ func TestStartContext(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	first := async(func() error { return startIn(t, c, ctx) })
 	l.read("plugin")
-	ended, leave := context.WithCancel(context.Background())
+	ended, leave := newWatchedContext()
 	second := async(func() error { return startIn(t, c, ended) })
+	receive(t, "the wait of the second start", ended.waits)
 	leave()
 	errorIs(t, "the second start", receive(t, "the second start", second), context.Canceled)
 	if len(first) > 0 || c.Exited() {
@@ -731,16 +732,27 @@ func TestCleanupClients(t *testing.T) {
 		clients = append(clients, c)
 	}
 	clients[1].Kill()
-	silent := l.silent("s")
-	for range 10 { // which take a second each
-		cfg := attachTo(newTestRunner(t, true).config(silent))
-		cfg.Managed, cfg.KillTimeout = true, 100*time.Millisecond
-		c := plugin.NewClient(cfg)
+	var finishing []*lab // of plugins of which each waits until all have been asked to quit
+	for range 3 {
+		l := newLab(t)
+		cfg := l.config("plugin finishing")
+		cfg.Managed, cfg.KillTimeout = true, forever
+		c, _ := startPlugin(t, cfg)
+		t.Cleanup(func() { l.write("finish", "") })
 		clients = append(clients, c)
-		_, err := c.Client()
-		check(t, err)
+		finishing = append(finishing, l)
 	}
-	within(t, "CleanupClients", 2*time.Second, plugin.CleanupClients)
+	cleaned := async(func() bool {
+		plugin.CleanupClients()
+		return true
+	})
+	for _, l := range finishing {
+		l.read("finishing")
+	}
+	for _, l := range finishing {
+		l.write("finish", "")
+	}
+	receive(t, "the end of CleanupClients", cleaned)
 	for i, c := range clients {
 		if !c.Exited() || c.Err() != nil {
 			t.Errorf("client %d: %v, %v", i, c.Exited(), c.Err())

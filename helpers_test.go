@@ -337,6 +337,23 @@ func boundedContext(t testing.TB) context.Context {
 	return ctx
 }
 
+// watchedContext is a context that tells when something waits for its end.
+type watchedContext struct {
+	context.Context
+	waits chan bool // receives something for each wait
+}
+
+func newWatchedContext() (watchedContext, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.Background())
+	return watchedContext{ctx, make(chan bool, 100)}, cancel
+}
+
+// Done is called by what begins to wait.
+func (c watchedContext) Done() <-chan struct{} {
+	c.waits <- true
+	return c.Context.Done()
+}
+
 // isClosed reports whether a channel is closed.
 func isClosed[T any](ch <-chan T) bool {
 	select {

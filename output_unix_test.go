@@ -292,6 +292,9 @@ func TestPassedIsNotInherited(t *testing.T) {
 	list := fmt.Sprintf("ls -l /dev/fd/ >%s; mv %s %s", tmp, tmp, filepath.Join(l.notes, "fds"))
 	mustCall[int](t, dispense(t, p).Client, "Fork", []string{"sh", "-c", list})
 	fds := l.read("fds")
+	if !regexp.MustCompile(`(?m) 0( ->|$)`).MatchString(fds) {
+		t.Fatalf("the list has no stdin: %s", fds)
+	}
 	if regexp.MustCompile(`(?m) ([3-9]|1\d) -> (pipe:|/.*test)`).MatchString(fds) {
 		t.Errorf("a child process has %s", fds)
 	}

@@ -263,8 +263,8 @@ func longDir(t *testing.T) string {
 	return dir
 }
 
-// A plugin that was stopped for longer than any of yamux's default timeouts
-// goes on, and with it all that was under way or has begun meanwhile.
+// A plugin that was stopped for longer than yamux lets a Write take by default goes on,
+// and with it all that was under way or has begun meanwhile.
 func TestPause(t *testing.T) {
 	l := newLab(t)
 	c, p := startPlugin(t, l.config("plugin"))

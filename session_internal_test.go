@@ -5,12 +5,27 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"math"
 	"strings"
 	"testing"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/yamux"
 )
+
+// A process that is stopped keeps its connection, for however long.
+func TestMuxHasNoTimeouts(t *testing.T) {
+	config := new(session).muxConfig()
+	if config.EnableKeepAlive {
+		t.Error("it looks for signs of life")
+	}
+	if config.ConnectionWriteTimeout < math.MaxInt64 {
+		t.Errorf("a Write may take %v", config.ConnectionWriteTimeout)
+	}
+	if config.StreamOpenTimeout > 0 || config.StreamCloseTimeout > 0 {
+		t.Errorf("a stream opens in %v and closes in %v", config.StreamOpenTimeout, config.StreamCloseTimeout)
+	}
+}
 
 // A peer that opens far more streams than a session may have ends the session.
 func TestTooManyStreams(t *testing.T) {
