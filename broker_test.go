@@ -914,17 +914,19 @@ func TestResultWhileStuck(t *testing.T) {
 	check(t, err)
 	defer host.Close()
 	r := dispenseKit(t, host)
-	ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
-	defer cancel()
+	deadline := newDeadlineContext()
 	opening := async(func() error {
-		_, err := plugin.Invoke[io.ReadCloser](ctx, r, "Open", "late")
+		_, err := plugin.Invoke[io.ReadCloser](deadline, r, "Open", "late")
 		return err
 	})
 	receive(t, "a call", k.event("opening"))
 	line.left.Store(0)
 	pinging := async(host.Ping)
 	receive(t, "a Write that stalls", line.stalled)
+	before := line.left.Load()
 	send(t, "the signal", k.event("open"), struct{}{})
+	await(t, "the Read behind the answer", func() bool { return line.left.Load() < before })
+	deadline.pass()
 	errorIs(t, "Invoke", receive(t, "Invoke", opening), context.DeadlineExceeded)
 	check(t, line.Close())
 	if err := receive(t, "Ping", pinging); err == nil {

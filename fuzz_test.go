@@ -336,9 +336,8 @@ func (z *brokerFuzz) stop(n int) {
 	}
 }
 
-// end stops and closes everything. If all that was begun ends with that, no stream is
-// left but those of the connection. Otherwise something dials what is not served any
-// more, which takes five seconds, and the end of the connection must end it.
+// end stops and closes everything. Then all that was begun ends, and no stream is left
+// but those of the connection.
 func (z *brokerFuzz) end() {
 	z.cancel()
 	z.mu.Lock()
@@ -358,17 +357,18 @@ func (z *brokerFuzz) end() {
 		z.all.Wait()
 		return true
 	})
-	ended := poll(100*time.Millisecond, func() bool { return len(done) > 0 })
-	z.drain()
-	if ended && !poll(hangs, func() bool { return plugin.OpenStreams(z.ends[0]) <= connectionStreams }) {
-		z.t.Errorf("%d streams are left", plugin.OpenStreams(z.ends[0]))
-	}
+	await(z.t, "the end of what was begun", func() bool {
+		z.drain()
+		return len(done) > 0
+	})
+	await(z.t, "the end of all streams", func() bool {
+		return plugin.OpenStreams(z.ends[0]) <= connectionStreams
+	})
 	check(z.t, z.ends[0].Close())
-	receive(z.t, "the end of what was begun", done)
 }
 
 // drain closes the streams that wait to be accepted, which they would do for five
-// seconds.
+// seconds: they dial what nothing accepts, or what is not served any more.
 func (z *brokerFuzz) drain() {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
 	defer cancel()

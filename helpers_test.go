@@ -273,6 +273,19 @@ func poll(within time.Duration, ok func() bool) bool {
 	return true
 }
 
+// standsStill waits until a number has not changed for a while, and returns it.
+func standsStill(t testing.TB, what string, number func() int64) int64 {
+	t.Helper()
+	before := number()
+	await(t, what+" to stand still", func() bool {
+		time.Sleep(300 * time.Millisecond)
+		last := before
+		before = number()
+		return before == last
+	})
+	return before
+}
+
 // await waits for ok to return true.
 func await(t testing.TB, what string, ok func() bool) {
 	t.Helper()
@@ -352,6 +365,28 @@ func newWatchedContext() (watchedContext, context.CancelFunc) {
 func (c watchedContext) Done() <-chan struct{} {
 	c.waits <- true
 	return c.Context.Done()
+}
+
+// deadlineContext has a deadline that passes when the test says so.
+type deadlineContext struct {
+	context.Context
+	passed chan struct{}
+}
+
+func newDeadlineContext() deadlineContext {
+	return deadlineContext{context.Background(), make(chan struct{})}
+}
+
+func (c deadlineContext) pass()                 { close(c.passed) }
+func (c deadlineContext) Done() <-chan struct{} { return c.passed }
+
+func (c deadlineContext) Err() error {
+	select {
+	case <-c.passed:
+		return context.DeadlineExceeded
+	default:
+		return nil
+	}
 }
 
 // isClosed reports whether a channel is closed.

@@ -117,6 +117,18 @@ func gatedWriter(gate <-chan struct{}, w io.Writer) io.Writer {
 // lives on, and so do its streams.
 func TestCloseInTestMode(t *testing.T) {
 	t.Parallel()
+	var took time.Duration
+	for range 5 {
+		took += closeInTestMode(t)
+	}
+	if took > 4*quitTimeout {
+		t.Errorf("five times Close has taken %v", took)
+	}
+}
+
+// closeInTestMode returns how long Close takes with a plugin that ends no output.
+func closeInTestMode(t *testing.T) time.Duration {
+	t.Helper()
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
 	defer lis.Close()
@@ -144,10 +156,9 @@ func TestCloseInTestMode(t *testing.T) {
 	check(t, err)
 	begun := time.Now()
 	check(t, host.Close())
-	if took := time.Since(begun); took > quitTimeout*3/4 {
-		t.Errorf("Close has taken %v", took)
-	}
+	took := time.Since(begun)
 	checkEqual(t, "the output", stdout.String(), "to be read")
+	return took
 }
 
 // A host that does not read the plugin's output, and output that does not end,

@@ -459,28 +459,6 @@ func TestSequenceCanceled(t *testing.T) {
 	errorIs(t, "afterwards", err, context.DeadlineExceeded)
 }
 
-// deadlineContext has a deadline that passes when the test says so.
-type deadlineContext struct {
-	context.Context
-	passed chan struct{}
-}
-
-func newDeadlineContext() deadlineContext {
-	return deadlineContext{context.Background(), make(chan struct{})}
-}
-
-func (c deadlineContext) pass()                 { close(c.passed) }
-func (c deadlineContext) Done() <-chan struct{} { return c.passed }
-
-func (c deadlineContext) Err() error {
-	select {
-	case <-c.passed:
-		return context.DeadlineExceeded
-	default:
-		return nil
-	}
-}
-
 // A slow loop holds the method back, and the method a sequence of the caller.
 func TestSlowLoop(t *testing.T) {
 	t.Parallel()
@@ -493,13 +471,12 @@ func TestSlowLoop(t *testing.T) {
 	}
 	for _, err := range plugin.InvokeSeq[Number](boundedContext(t), r, "Double", endless) {
 		check(t, err)
-		for before := int64(-1); before != pulled.Load(); time.Sleep(100 * time.Millisecond) {
-			before = pulled.Load()
-		}
+		standsStill(t, "the sequence", pulled.Load)
 		break
 	}
 	// Two streams and their buffers; a row has ten bytes at least.
-	if n := pulled.Load() * 10; n > 2*(streamWindow+4*64<<10) {
+	n := pulled.Load() * 10
+	if n < streamWindow || n > 2*(streamWindow+4*64<<10) {
 		t.Errorf("%d bytes were sent ahead", n)
 	}
 }
@@ -540,13 +517,14 @@ func TestEndOfParameter(t *testing.T) {
 	leavesNothing(t)
 	_, _, r := startKit(t)
 	for _, how := range []string{"break", "ignore", "timeout"} {
-		ctx, cancel := context.WithTimeout(context.Background(), hangs)
-		if how == "timeout" {
-			ctx, cancel = context.WithTimeout(context.Background(), 50*time.Millisecond)
-		}
+		deadline := newDeadlineContext()
+		ctx, cancel := context.WithTimeout(deadline, hangs)
 		begun, ended := false, false
 		rows := Numbers(func(yield func(Number, error) bool) {
 			begun = true
+			if how == "timeout" {
+				deadline.pass()
+			}
 			defer func() { ended = true }()
 			for yield(Number{}, nil) {
 			}
