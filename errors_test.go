@@ -341,12 +341,9 @@ func TestRegisterError(t *testing.T) {
 
 // Registering a nil error panics.
 func TestRegisterNil(t *testing.T) {
-	defer func() {
-		if recover() == nil {
-			t.Error("a nil error does not panic")
-		}
-	}()
-	plugin.RegisterError(nil)
+	if panics(func() { plugin.RegisterError(nil) }) == nil {
+		t.Error("a nil error does not panic")
+	}
 }
 
 // nilError panics when it is asked for its text.

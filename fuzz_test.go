@@ -129,9 +129,13 @@ func FuzzRPCClient(f *testing.F) {
 	addStreams(f, response{Seq: 1, Error: "failed", Is: "io.EOF\nunknown"})
 	raw, host, _ := rawPlugin(f)
 	f.Fuzz(func(t *testing.T, sent []byte) {
-		dialling := async(func() *rpc.Client { c, err := host.broker.DialRPC(7); check(t, err); return c })
+		var c *rpc.Client
+		dialling := async(func() (err error) {
+			c, err = host.broker.DialRPC(7)
+			return err
+		})
 		stream, _ := raw.accept(t)
-		c := receive(t, "a client", dialling)
+		check(t, receive(t, "a client", dialling))
 		defer c.Close()
 		first := c.Go("Plugin.Box", Box{}, new(Box), nil)
 		second := async(func() error {

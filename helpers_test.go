@@ -15,7 +15,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -407,26 +406,12 @@ func stacks() string {
 
 // ---- Checks, logs, buffers ----
 
-// check ends the test if there is an error.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// errorSays checks that an error contains these words.
-func errorSays(t testing.TB, err error, words ...string) {
-	t.Helper()
-	if err == nil {
-		t.Fatal("there is no error")
-	}
-	for _, word := range words {
-		if !strings.Contains(err.Error(), word) {
-			t.Errorf("the error does not say %q:\n%v", word, err)
-		}
-	}
-}
+// check ends the test if there is an error, and errorSays unless there is one. That must
+// contain some words.
+var (
+	check     = plugin.Check
+	errorSays = plugin.ErrorSays
+)
 
 // errorIs checks an error.
 func errorIs(t testing.TB, what string, err, want error) {
@@ -444,6 +429,13 @@ func checkEqual[T comparable](t testing.TB, what string, got, want T) {
 	}
 }
 
+// panics returns what f panics with, or nil.
+func panics(f func()) (value any) {
+	defer func() { value = recover() }()
+	f()
+	return nil
+}
+
 // isA reports whether an error is or wraps an E.
 func isA[E error](err error) bool {
 	var target E
@@ -458,20 +450,7 @@ type logRecord struct {
 	args  []any
 }
 
-// String returns a record as "level: message | key=value key=value". Strings
-// have quotes.
-func (r logRecord) String() string {
-	text, separator := r.level.String()+": "+r.msg, " | "
-	for i := 0; i+1 < len(r.args); i += 2 {
-		value := fmt.Sprint(r.args[i+1])
-		if s, ok := r.args[i+1].(string); ok {
-			value = strconv.Quote(s)
-		}
-		text += fmt.Sprintf("%s%v=%s", separator, r.args[i], value)
-		separator = " "
-	}
-	return text
-}
+func (r logRecord) String() string { return plugin.RecordText(r.level, r.msg, r.args) }
 
 // logRecords collects the records of a logger.
 type logRecords struct {

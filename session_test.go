@@ -152,7 +152,7 @@ func TestReadsAtOnce(t *testing.T) {
 			concurrently(t, 4, func(int) {
 				n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, peer, make([]byte, 1000))
 				got.Add(n)
-				check(t, err)
+				errorIs(t, "Read", err, nil)
 			})
 			return true
 		})
@@ -196,7 +196,7 @@ func TestEndWithManyStreams(t *testing.T) {
 			last := dispense(t, protocol)
 			concurrently(t, 50, func(int) {
 				for range instances / 50 {
-					dispense(t, protocol)
+					errorIs(t, "Dispense", dispensing(protocol), nil)
 				}
 			})
 			echo(t, last.Client)

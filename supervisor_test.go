@@ -321,13 +321,8 @@ func TestSupervisorOfAnotherPlugin(t *testing.T) {
 // What cannot be started again is refused at once.
 func TestSupervisorConfig(t *testing.T) {
 	for _, config := range []*plugin.ClientConfig{nil, attachTo(&plugin.ReattachConfig{})} {
-		func() {
-			defer func() {
-				if recover() == nil {
-					t.Errorf("NewSupervisor took %+v", config)
-				}
-			}()
-			plugin.NewSupervisor[*testClient](config, "test")
-		}()
+		if panics(func() { plugin.NewSupervisor[*testClient](config, "test") }) == nil {
+			t.Errorf("NewSupervisor took %+v", config)
+		}
 	}
 }
