@@ -827,7 +827,9 @@ func TestExitedAfterCrash(t *testing.T) {
 		crash := time.AfterFunc(20*time.Millisecond, func() { _ = cfg.Cmd.Process.Kill() })
 		defer crash.Stop()
 		concurrently(t, 20, func(i int) {
-			for failed := 0; failed < 5; time.Sleep(time.Duration(i) * 100 * time.Microsecond) {
+			failed := 0
+			for failed < 5 {
+				time.Sleep(time.Duration(i) * 100 * time.Microsecond) // so that calls begin at all times
 				if err := calls[i%len(calls)](); err != nil {
 					failed++
 					if !c.Exited() {

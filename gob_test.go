@@ -311,7 +311,7 @@ type randomCall struct {
 // newCall returns a random call, and what should become of it.
 func (s source) newCall(host, plugin bool) *randomCall {
 	names := slices.Sorted(maps.Keys(forms))
-	// otherThan returns another name in one of n cases.
+	// otherThan returns any name in one of n cases.
 	otherThan := func(name string, n int) string {
 		if s.IntN(n) == 0 {
 			return names[s.IntN(len(names))]
@@ -463,7 +463,7 @@ func TestBadValues(t *testing.T) {
 		{"Echo", "text", new(Pair), []string{"Pair", "ProtocolVersion"}},
 		{"Echo", "text", new(int), []string{"int", "the peer sent the type string", "ProtocolVersion"}},
 	} {
-		c := wires[0].connect(t, mirror{newTestServer()})
+		c := connectOurs(t, mirror{newTestServer()})
 		err := plugin.Call(boundedContext(t), c, "Plugin."+test.method, test.arg, test.reply)
 		errorSays(t, err, append(test.words, "Plugin."+test.method)...)
 		exchange(t, c)

@@ -208,8 +208,9 @@ func (c *testClient) self(t testing.TB) Self { return mustCall[Self](t, c.Client
 // Call, and returns where their errors arrive.
 func (c *testClient) block(t testing.TB, n int) <-chan error {
 	t.Helper()
-	errs, n := make(chan error, n), n+c.self(t).Waiting
-	for i := range cap(errs) {
+	errs := make(chan error, n)
+	waiting := n + c.self(t).Waiting
+	for i := range n {
 		go func() {
 			if i%2 == 0 {
 				errs <- c.Call("Plugin.Block", "", new(string))
@@ -218,7 +219,7 @@ func (c *testClient) block(t testing.TB, n int) <-chan error {
 			}
 		}()
 	}
-	await(t, "calls in flight", func() bool { return t.Failed() || c.self(t).Waiting >= n })
+	await(t, "calls in flight", func() bool { return t.Failed() || c.self(t).Waiting >= waiting })
 	return errs
 }
 
@@ -262,11 +263,13 @@ const (
 
 // poll calls ok until it returns true, and returns false after a while.
 func poll(within time.Duration, ok func() bool) bool {
+	end := time.Now().Add(within)
 	pause := time.Millisecond
-	for end := time.Now().Add(within); !ok(); time.Sleep(pause) {
+	for !ok() {
 		if time.Now().After(end) {
 			return ok()
 		}
+		time.Sleep(pause)
 		pause = min(2*pause, 5*time.Millisecond)
 	}
 	return true
@@ -322,7 +325,8 @@ func async[T any](f func() T) <-chan T {
 	return ch
 }
 
-// within fails the test if f takes longer than the bound and some slack.
+// within fails the test if f takes longer than the bound and the slack, which is much: it
+// finds what hangs, and does not measure the bound.
 func within(t testing.TB, what string, bound time.Duration, f func()) {
 	t.Helper()
 	select {
@@ -544,6 +548,9 @@ type faultyConn struct {
 	closed  context.Context
 	close   context.CancelFunc
 }
+
+// neverFails is a number of reads and writes that no test comes to.
+const neverFails = 1 << 40
 
 func newFaultyConn(conn net.Conn, left int64, stalls bool) *faultyConn {
 	c := &faultyConn{Conn: conn, stalls: stalls, stalled: make(chan bool, 1000)}
@@ -782,6 +789,13 @@ func (rawControl) Dispense(_ string, id *uint32) error {
 	return nil
 }
 
+// connectOurs returns a client of v, with this package at both ends.
+func connectOurs(t testing.TB, v any) *rpc.Client {
+	t.Helper()
+	host, _ := plugin.TestPluginRPCConn(t, plugin.PluginSet{"test": serves(v)}, nil)
+	return dispense(t, host).Client
+}
+
 // wires are the pairs that this package and net/rpc can form. The field
 // connect returns a client of v; host and plugin tell which end is ours.
 var wires = []struct {
@@ -789,10 +803,7 @@ var wires = []struct {
 	host, plugin bool
 	connect      func(t testing.TB, v any) *rpc.Client
 }{
-	{"plugin to plugin", true, true, func(t testing.TB, v any) *rpc.Client {
-		host, _ := plugin.TestPluginRPCConn(t, plugin.PluginSet{"test": serves(v)}, nil)
-		return dispense(t, host).Client
-	}},
+	{"plugin to plugin", true, true, connectOurs},
 	{"plugin to net/rpc", true, false, func(t testing.TB, v any) *rpc.Client {
 		_, c, st := rawPlugin(t)
 		s := rpc.NewServer()

@@ -131,7 +131,7 @@ func TestDeepValues(t *testing.T) {
 
 // A value above the limit of gob fails before it has been encoded.
 func TestTooLargeValue(t *testing.T) {
-	client := wires[0].connect(t, newTestServer())
+	client := connectOurs(t, newTestServer())
 	pieces := make([]any, 600) // which have 9.4 GiB together
 	piece := strings.Repeat("x", 16<<20)
 	for i := range pieces {

@@ -308,7 +308,8 @@ func TestForeignPipes(t *testing.T) {
 	cfg := l.config("plugin")
 	fifo := filepath.Join(l.notes, "fifo")
 	check(t, syscall.Mkfifo(fifo, 0o600))
-	// Descriptor 3 has an end, 4 and 5 can be written to.
+	// Descriptor 3 reads from the first fifo, which has ended. 4 and 5 write to the second,
+	// from which cat reads. true and cat are there because a fifo opens when both ends do.
 	script := fmt.Sprintf(`true >%s & exec 3<%s; cat %s >%s & exec 4>%s; exec 5>&4; exec "$0"`,
 		fifo, fifo, fifo+"2", filepath.Join(l.notes, "cat"), fifo+"2")
 	check(t, syscall.Mkfifo(fifo+"2", 0o600))

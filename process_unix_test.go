@@ -380,7 +380,7 @@ func TestSocketGroup(t *testing.T) {
 	cfg.UnixSocketConfig = &plugin.UnixSocketConfig{Group: strconv.Itoa(gid), TempDir: "/tmp"}
 	user := &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid), NoSetGroups: true}
 	cfg.Cmd.SysProcAttr = &syscall.SysProcAttr{Credential: user}
-	// So that this user can execute it:
+	// The host opens the binary then, and the user needs no access to its directory.
 	cfg.SecureConfig = &plugin.SecureConfig{Checksum: sumOf(t, cfg.Cmd.Path), Hash: sha256.New()}
 	c, p := startPlugin(t, cfg)
 	addr, err := c.Start()

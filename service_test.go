@@ -162,7 +162,7 @@ func (leaving) Leave(string, *string) error {
 }
 
 // A plain call whose reply does not fit ends its client, as in net/rpc, and
-// nothing else.
+// nothing else. The client can be collected then.
 func TestMisfitReply(t *testing.T) {
 	_, p := startPlugin(t, testConfig("plugin"))
 	test := dispense(t, p)

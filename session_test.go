@@ -222,7 +222,7 @@ func TestFullConnection(t *testing.T) {
 	t.Parallel()
 	const soon = 50 * time.Millisecond
 	a, b := plugin.TestConn(t)
-	line := newFaultyConn(a, 1<<40, true)
+	line := newFaultyConn(a, neverFails, true)
 	host, guest := joinBrokers(t, line, b)
 	stuck, _ := joined(t, host.Dial, guest.Accept)
 	far, other := joined(t, guest.Dial, host.Accept)
@@ -311,12 +311,16 @@ func TestConnectionFaults(t *testing.T) {
 // whether all of it went well.
 func survives(t *testing.T, n int64, host, stalls bool, use func(plugin.ClientProtocol) error) bool {
 	a, b := plugin.TestConn(t)
-	line := newFaultyConn(a, n, stalls)
-	ends := [2]io.ReadWriteCloser{line, b}
-	if !host {
-		line.Conn = b
+	var line *faultyConn
+	var ends [2]io.ReadWriteCloser
+	if host {
+		line = newFaultyConn(a, n, stalls)
+		ends = [2]io.ReadWriteCloser{line, b}
+	} else {
+		line = newFaultyConn(b, n, stalls)
 		ends = [2]io.ReadWriteCloser{a, line}
-	} else if n%2 == 0 {
+	}
+	if host && n%2 == 0 {
 		ends[0] = struct{ io.ReadWriteCloser }{line} // has no deadlines
 	}
 	serving := serve(ends[1], testPlugins(newTestState()))
@@ -425,7 +429,7 @@ func TestBadPeers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			a, b := plugin.TestConn(t)
-			line := newFaultyConn(a, 1<<40, true)
+			line := newFaultyConn(a, neverFails, true)
 			var raw *rawPeer
 			var broker *plugin.MuxBroker
 			if test.toPlugin {
