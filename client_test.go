@@ -269,11 +269,11 @@ func TestStartContext(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	first := async(func() error { return startIn(t, c, ctx) })
 	l.read("plugin")
-	ended, leave := newWatchedContext()
-	second := async(func() error { return startIn(t, c, ended) })
-	receive(t, "the wait of the second start", ended.waits)
-	leave()
-	errorIs(t, "the second start", receive(t, "the second start", second), context.Canceled)
+	deadline := newDeadlineContext()
+	second := async(func() error { return startIn(t, c, deadline) })
+	receive(t, "the wait of the second start", deadline.waits)
+	deadline.pass()
+	errorIs(t, "the second start", receive(t, "the second start", second), context.DeadlineExceeded)
 	if len(first) > 0 || c.Exited() {
 		t.Error("the first start has ended with the context of the second")
 	}

@@ -353,35 +353,26 @@ func boundedContext(t testing.TB) context.Context {
 	return ctx
 }
 
-// watchedContext is a context that tells when something waits for its end.
-type watchedContext struct {
-	context.Context
-	waits chan bool // receives something for each wait
-}
-
-func newWatchedContext() (watchedContext, context.CancelFunc) {
-	ctx, cancel := context.WithCancel(context.Background())
-	return watchedContext{ctx, make(chan bool, 100)}, cancel
-}
-
-// Done is called by what begins to wait.
-func (c watchedContext) Done() <-chan struct{} {
-	c.waits <- true
-	return c.Context.Done()
-}
-
 // deadlineContext has a deadline that passes when the test says so.
 type deadlineContext struct {
 	context.Context
 	passed chan struct{}
+	waits  chan bool // receives something when something begins to wait
 }
 
 func newDeadlineContext() deadlineContext {
-	return deadlineContext{context.Background(), make(chan struct{})}
+	return deadlineContext{context.Background(), make(chan struct{}), make(chan bool, 1)}
 }
 
-func (c deadlineContext) pass()                 { close(c.passed) }
-func (c deadlineContext) Done() <-chan struct{} { return c.passed }
+func (c deadlineContext) pass() { close(c.passed) }
+
+func (c deadlineContext) Done() <-chan struct{} {
+	select {
+	case c.waits <- true:
+	default:
+	}
+	return c.passed
+}
 
 func (c deadlineContext) Err() error {
 	select {
