@@ -121,17 +121,18 @@ func gatedWriter(gate <-chan struct{}, w io.Writer) io.Writer {
 // lives on, and so do its streams.
 func TestCloseInTestMode(t *testing.T) {
 	t.Parallel()
-	var took time.Duration
-	for range 5 {
-		took += closeInTestMode(t)
+	for range 5 { // for a busy machine
+		took, err := closeInTestMode(t)
+		if err == nil && took < quitTimeout*3/4 {
+			return
+		}
+		t.Logf("Close has taken %v, and returned %v", took, err)
 	}
-	if took > 4*quitTimeout {
-		t.Errorf("five times Close has taken %v", took)
-	}
+	t.Error("Close waits for its limit each time")
 }
 
-// closeInTestMode returns how long Close takes with a plugin that ends no output.
-func closeInTestMode(t *testing.T) time.Duration {
+// closeInTestMode returns how long Close takes with a plugin that ends no output, and its error.
+func closeInTestMode(t *testing.T) (time.Duration, error) {
 	t.Helper()
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
@@ -159,10 +160,10 @@ func closeInTestMode(t *testing.T) time.Duration {
 	host, err := client.Client()
 	check(t, err)
 	begun := time.Now()
-	check(t, host.Close())
+	err = host.Close()
 	took := time.Since(begun)
 	checkEqual(t, "the output", stdout.String(), "to be read")
-	return took
+	return took, err
 }
 
 // A host that does not read the plugin's output, and output that does not end,
