@@ -262,7 +262,7 @@ func TestManyDialled(t *testing.T) {
 	}
 	await(t, "dialled streams", func() bool { return len(dialled) == 2*limit })
 	for range 100 {
-		_, err := raw.Ping() // so long it could receive others
+		_, err := raw.Ping() // time enough to receive more
 		check(t, err)
 	}
 	if n := len(dialled); n > 2*limit {
@@ -321,7 +321,7 @@ func TestDialServed(t *testing.T) {
 			})
 			st, err := raw.Accept()
 			check(t, errors.Join(err, st.SetReadDeadline(time.Now().Add(hangs))))
-			_, err = io.ReadFull(st, make([]byte, 20)) // the number, and the begin of a call
+			_, err = io.ReadFull(st, make([]byte, 20)) // the number, and the beginning of a call
 			check(t, err)
 			_, err = st.Write(test.answer)
 			check(t, errors.Join(err, st.Close()))
@@ -340,7 +340,7 @@ func TestLostBeforeAcknowledged(t *testing.T) {
 	})
 	st, err := raw.Accept()
 	check(t, errors.Join(err, st.SetReadDeadline(time.Now().Add(hangs))))
-	_, err = io.ReadFull(st, make([]byte, 20)) // the number, and the begin of a call
+	_, err = io.ReadFull(st, make([]byte, 20)) // the number, and the beginning of a call
 	check(t, errors.Join(err, raw.conn.Close()))
 	err = receive(t, "DialReader", dialling)
 	errorIs(t, "DialReader", err, io.ErrUnexpectedEOF)
@@ -466,7 +466,11 @@ func isFailure(t testing.TB, name string, err error) {
 	}
 }
 
-var sizes = []int{0, 5, 2<<20 + 7}
+// sizeFor returns one of a few sizes for each name, because all sizes for all would take long.
+func sizeFor(name string) int {
+	sizes := []int{0, 5, 2<<20 + 7}
+	return sizes[len(name)%len(sizes)]
+}
 
 // A reader has the bytes and the end of the one that is served.
 func TestReader(t *testing.T) {
@@ -491,7 +495,7 @@ func TestReader(t *testing.T) {
 			return err
 		}
 		for name, fail := range failures() {
-			size := sizes[len(name)%len(sizes)]
+			size := sizeFor(name)
 			check(t, read(bytes.NewReader(noise(size, 1)), size))
 			failing := readerFunc(func([]byte) (int, error) { return 0, fail() })
 			isFailure(t, name, read(io.MultiReader(bytes.NewReader(noise(size, 1)), failing), size))
@@ -533,11 +537,12 @@ func TestWriter(t *testing.T) {
 			return writeErr, closeErr
 		}
 		for name, fail := range failures() {
-			size := sizes[len(name)%len(sizes)]
-			check(t, errors.Join(write(size, size, nil)))
+			size := sizeFor(name)
+			writeErr, closeErr := write(size, size, nil)
+			check(t, errors.Join(writeErr, closeErr))
 			_, err := write(size+10, size, fail)
 			isFailure(t, name, err)
-			writeErr, closeErr := write(size+4<<20, size, fail)
+			writeErr, closeErr = write(size+4<<20, size, fail)
 			isFailure(t, name, writeErr)
 			isFailure(t, name, closeErr)
 		}
@@ -857,12 +862,12 @@ func TestStopOfCalls(t *testing.T) {
 // waits, and streams can be closed. The end of the session, from either side,
 // ends the rest.
 func TestStopWhileStuck(t *testing.T) {
-	for i, kind := range servedKinds {
-		closeHere := i%2 == 0 // and otherwise there
+	for _, kind := range servedKinds {
+		closeHere := kind.name != "writer" // and otherwise there
 		t.Run(kind.name, func(t *testing.T) {
 			leavesNothing(t)
 			a, b := plugin.TestConn(t)
-			line := newFaultyConn(a, 1<<40, true)
+			line := newFaultyConn(a, neverFails, true)
 			here, there := joinBrokers(t, line, b)
 			conn, _ := joined(t, here.Dial, there.Accept)
 			var uses atomic.Int64
@@ -906,7 +911,7 @@ func TestStopWhileStuck(t *testing.T) {
 // write.
 func TestResultWhileStuck(t *testing.T) {
 	a, b := plugin.TestConn(t)
-	line := newFaultyConn(a, 1<<40, true)
+	line := newFaultyConn(a, neverFails, true)
 	k := new(kit)
 	set := plugin.PluginSet{"kit": newKitPlugin(k)}
 	serve(b, set)
@@ -914,17 +919,19 @@ func TestResultWhileStuck(t *testing.T) {
 	check(t, err)
 	defer host.Close()
 	r := dispenseKit(t, host)
-	ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
-	defer cancel()
+	deadline := newDeadlineContext()
 	opening := async(func() error {
-		_, err := plugin.Invoke[io.ReadCloser](ctx, r, "Open", "late")
+		_, err := plugin.Invoke[io.ReadCloser](deadline, r, "Open", "late")
 		return err
 	})
 	receive(t, "a call", k.event("opening"))
 	line.left.Store(0)
 	pinging := async(host.Ping)
 	receive(t, "a Write that stalls", line.stalled)
+	before := line.left.Load()
 	send(t, "the signal", k.event("open"), struct{}{})
+	await(t, "the Read behind the answer", func() bool { return line.left.Load() < before })
+	deadline.pass()
 	errorIs(t, "Invoke", receive(t, "Invoke", opening), context.DeadlineExceeded)
 	check(t, line.Close())
 	if err := receive(t, "Ping", pinging); err == nil {

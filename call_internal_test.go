@@ -66,8 +66,10 @@ func TestCallsWaitForReason(t *testing.T) {
 			t.Errorf("call %d returned %v", i, call.Error)
 		}
 	}
-	for err := error(nil); err != rpc.ErrShutdown; {
-		if err = c.Call("Plugin.Echo", "", new(string)); err != rpc.ErrShutdown && !errors.Is(err, errLoss) {
+	var err error
+	for err != rpc.ErrShutdown {
+		err = c.Call("Plugin.Echo", "", new(string))
+		if err != rpc.ErrShutdown && !errors.Is(err, errLoss) {
 			t.Fatalf("a later call returned %v", err)
 		}
 	}
@@ -81,22 +83,24 @@ func TestClientsAreCollected(t *testing.T) {
 	}
 	conn := &brokenConn{written: make(chan struct{}, 1000), known: make(chan struct{})}
 	close(conn.known)
-	clients := make([]*rpc.Client, 1000)
-	for i := range clients {
-		clients[i] = newCallClient(conn, anyPeer, spawn)
+	ended := make([]*rpc.Client, 1000)
+	for i := range ended {
+		ended[i] = newCallClient(conn, anyPeer, spawn)
 	}
-	for _, c := range clients {
+	for _, c := range ended {
 		if err := Call(context.Background(), c, "Plugin.Echo", "", new(string)); !errors.Is(err, errLoss) {
 			t.Fatal(err)
 		}
 	}
-	if n := kept(); n < len(clients) {
-		t.Fatalf("of %d clients, %d are kept", len(clients), n)
+	if n := kept(); n < len(ended) {
+		t.Fatalf("of %d clients, %d are kept", len(ended), n)
 	}
-	clients = nil
-	for deadline := time.Now().Add(hangs); kept() > 100; runtime.GC() { // others are of other tests
+	ended = nil
+	deadline := time.Now().Add(hangs)
+	for kept() > 100 { // some are of other tests that run now
 		if time.Now().After(deadline) {
 			t.Fatalf("%d clients are kept", kept())
 		}
+		runtime.GC()
 	}
 }

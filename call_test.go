@@ -33,7 +33,7 @@ func TestCallEndsBetweenHeaderAndBody(t *testing.T) {
 		"error": {Error: "test: an error without a body"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, client, stream := rawPlugin(t)
+			raw, client, stream := rawPlugin(t)
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
 			call := async(func() error { return callIn(ctx, client.Client, "Echo") })
@@ -41,8 +41,9 @@ func TestCallEndsBetweenHeaderAndBody(t *testing.T) {
 			check(t, gob.NewDecoder(stream).Decode(&request))
 			header.Seq = request.Seq
 			check(t, gob.NewEncoder(stream).Encode(header))
-			// The host reads the header before what follows on another stream.
-			time.AfterFunc(50*time.Millisecond, cancel)
+			_, err := raw.Ping() // the header has arrived
+			check(t, err)
+			cancel()
 			errorIs(t, "Call", receive(t, "the end of Call", call), context.Canceled)
 		})
 	}

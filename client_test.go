@@ -269,10 +269,11 @@ func TestStartContext(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	first := async(func() error { return startIn(t, c, ctx) })
 	l.read("plugin")
-	ended, leave := context.WithCancel(context.Background())
-	second := async(func() error { return startIn(t, c, ended) })
-	leave()
-	errorIs(t, "the second start", receive(t, "the second start", second), context.Canceled)
+	deadline := newDeadlineContext()
+	second := async(func() error { return startIn(t, c, deadline) })
+	receive(t, "the wait of the second start", deadline.waits)
+	deadline.pass()
+	errorIs(t, "the second start", receive(t, "the second start", second), context.DeadlineExceeded)
 	if len(first) > 0 || c.Exited() {
 		t.Error("the first start has ended with the context of the second")
 	}
@@ -446,36 +447,21 @@ func TestQuiet(t *testing.T) {
 	}
 }
 
-// Writers of the host's that fail or block stop neither the plugin nor Kill.
+// Writers of the host's that fail stop neither the plugin nor Kill.
 func TestBadWriters(t *testing.T) {
 	t.Parallel()
-	for name, size := range map[string]int{
-		"failing":  3 * streamWindow,
-		"blocking": 1, // as more would fill what is between
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			cfg := newLab(t).config("plugin")
-			cfg.KillTimeout = time.Second
-			release := make(chan struct{})
-			t.Cleanup(func() { close(release) })
-			bad := writerFunc(func([]byte) (int, error) {
-				if name == "blocking" {
-					<-release
-				}
-				return 0, io.ErrClosedPipe
-			})
-			cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = bad, bad, bad
-			c, p := startPlugin(t, cfg)
-			test := dispense(t, p)
-			text := strings.Repeat("x", size)
-			mustCall[struct{}](t, test.Client, "Print", Output{Stdout: text, Stderr: text, Raw: text})
-			echo(t, test.Client)
-			within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
-			if !c.Exited() || c.Err() != nil || cfg.Cmd.Process.Signal(os.Kill) == nil {
-				t.Error("the plugin lives:", c.Exited(), c.Err())
-			}
-		})
+	cfg := newLab(t).config("plugin")
+	cfg.KillTimeout = time.Second
+	bad := writerFunc(func([]byte) (int, error) { return 0, io.ErrClosedPipe })
+	cfg.SyncStdout, cfg.SyncStderr, cfg.Stderr = bad, bad, bad
+	c, p := startPlugin(t, cfg)
+	test := dispense(t, p)
+	text := strings.Repeat("x", 3*streamWindow)
+	mustCall[struct{}](t, test.Client, "Print", Output{Stdout: text, Stderr: text, Raw: text})
+	echo(t, test.Client)
+	within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
+	if !c.Exited() || c.Err() != nil || cfg.Cmd.ProcessState == nil {
+		t.Error("the plugin lives:", c.Exited(), c.Err())
 	}
 }
 
@@ -731,16 +717,27 @@ func TestCleanupClients(t *testing.T) {
 		clients = append(clients, c)
 	}
 	clients[1].Kill()
-	silent := l.silent("s")
-	for range 10 { // which take a second each
-		cfg := attachTo(newTestRunner(t, true).config(silent))
-		cfg.Managed, cfg.KillTimeout = true, 100*time.Millisecond
-		c := plugin.NewClient(cfg)
+	var finishing []*lab // of plugins of which each waits until all have been asked to quit
+	for range 3 {
+		l := newLab(t)
+		cfg := l.config("plugin finishing")
+		cfg.Managed, cfg.KillTimeout = true, forever
+		c, _ := startPlugin(t, cfg)
+		t.Cleanup(func() { l.write("finish", "") })
 		clients = append(clients, c)
-		_, err := c.Client()
-		check(t, err)
+		finishing = append(finishing, l)
 	}
-	within(t, "CleanupClients", 2*time.Second, plugin.CleanupClients)
+	cleaned := async(func() bool {
+		plugin.CleanupClients()
+		return true
+	})
+	for _, l := range finishing {
+		l.read("finishing")
+	}
+	for _, l := range finishing {
+		l.write("finish", "")
+	}
+	receive(t, "the end of CleanupClients", cleaned)
 	for i, c := range clients {
 		if !c.Exited() || c.Err() != nil {
 			t.Errorf("client %d: %v, %v", i, c.Exited(), c.Err())
@@ -830,7 +827,9 @@ func TestExitedAfterCrash(t *testing.T) {
 		crash := time.AfterFunc(20*time.Millisecond, func() { _ = cfg.Cmd.Process.Kill() })
 		defer crash.Stop()
 		concurrently(t, 20, func(i int) {
-			for failed := 0; failed < 5; time.Sleep(time.Duration(i) * 100 * time.Microsecond) {
+			failed := 0
+			for failed < 5 {
+				time.Sleep(time.Duration(i) * 100 * time.Microsecond) // so that calls begin at all times
 				if err := calls[i%len(calls)](); err != nil {
 					failed++
 					if !c.Exited() {

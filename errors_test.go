@@ -147,7 +147,7 @@ func TestUnanswered(t *testing.T) {
 	errorIs(t, "the call in flight", inFlight, io.ErrUnexpectedEOF)
 	receive(t, "Done", c.Done())
 	for range 3 {
-		later := errorOf[string](t, kit.remote, "Fail", "nil")
+		later := errorOf[string](t, kit.remote, "Fail", "again")
 		checkEqual(t, "a later call", later.Error(), crash)
 		errorIs(t, "a later call", later, rpc.ErrShutdown)
 		errorIs(t, "a later call", later, c.Err())
@@ -212,7 +212,8 @@ func TestUnansweredByLivingProcess(t *testing.T) {
 	_, client, _ := joinEnds(t, hostEnd, pluginEnd)
 	echo(t, client.Client)
 	check(t, pluginEnd.Close())
-	for err := error(nil); !errors.Is(err, rpc.ErrShutdown); { // until a call begins when the end is known
+	var err error
+	for !errors.Is(err, rpc.ErrShutdown) { // until a call begins when the end is known
 		err = plugin.Call(boundedContext(t), client.Client, "Plugin.Echo", "", new(string))
 		errorSays(t, err, "plugin: Echo: the connection was lost")
 	}
@@ -329,7 +330,7 @@ func TestRegisterError(t *testing.T) {
 	first, second := errors.New(text), errors.New(text)
 	plugin.RegisterError(first, second)
 	plugin.RegisterError(second)
-	c := wires[0].connect(t, failing{"first": fmt.Errorf("failing: %w", first), "second": second})
+	c := connectOurs(t, failing{"first": fmt.Errorf("failing: %w", first), "second": second})
 	for name, want := range map[string]bool{"first": true, "second": false} {
 		err := plugin.Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
 		isFirst, isSecond := errors.Is(err, first), errors.Is(err, second)
@@ -341,12 +342,9 @@ func TestRegisterError(t *testing.T) {
 
 // Registering a nil error panics.
 func TestRegisterNil(t *testing.T) {
-	defer func() {
-		if recover() == nil {
-			t.Error("a nil error does not panic")
-		}
-	}()
-	plugin.RegisterError(nil)
+	if panics(func() { plugin.RegisterError(nil) }) == nil {
+		t.Error("a nil error does not panic")
+	}
 }
 
 // nilError panics when it is asked for its text.
@@ -363,7 +361,7 @@ func (oddIs) Is(error) bool { panic("odd Is") }
 // An error with odd methods, or without a text, is still an error.
 func TestOddErrors(t *testing.T) {
 	odd := failing{"nil": (*nilError)(nil), "empty": errors.New(""), "panics": oddIs{}}
-	c := wires[0].connect(t, odd)
+	c := connectOurs(t, odd)
 	for name := range odd {
 		err := plugin.Call(boundedContext(t), c, "Plugin.Fail", name, new(string))
 		var remote rpc.ServerError

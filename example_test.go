@@ -458,9 +458,9 @@ func (Kettle) Brew(_ context.Context, cup, attempt int) (string, error) {
 // A host serves many requests with one plugin. When the plugin dies, the requests that it
 // was working on are tried again, and the first of them starts it again.
 func ExampleSupervisor() {
-	config := config("brewer", NewBrewerPlugin(Kettle{}))
-	config.Logger = hclog.NewNullLogger() // it would show the panic
-	brewers := plugin.NewSupervisor[Brewer](config, "brewer")
+	settings := config("brewer", NewBrewerPlugin(Kettle{}))
+	settings.Logger = hclog.NewNullLogger() // it would show the panic
+	brewers := plugin.NewSupervisor[Brewer](settings, "brewer")
 	defer brewers.Kill()
 
 	serve := func(ctx context.Context, cup int) (string, error) {
@@ -507,9 +507,9 @@ func ExampleNewSlogLogger() {
 			return a
 		},
 	})
-	config := config("logging", NewGreeterPlugin(English{}))
-	config.Logger = plugin.NewSlogLogger(handler)
-	greeters := plugin.NewSupervisor[Greeter](config, "logging")
+	settings := config("logging", NewGreeterPlugin(English{}))
+	settings.Logger = plugin.NewSlogLogger(handler)
+	greeters := plugin.NewSupervisor[Greeter](settings, "logging")
 
 	greeter, err := greeters.Get(context.Background())
 	if err != nil {

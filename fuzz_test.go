@@ -129,9 +129,13 @@ func FuzzRPCClient(f *testing.F) {
 	addStreams(f, response{Seq: 1, Error: "failed", Is: "io.EOF\nunknown"})
 	raw, host, _ := rawPlugin(f)
 	f.Fuzz(func(t *testing.T, sent []byte) {
-		dialling := async(func() *rpc.Client { c, err := host.broker.DialRPC(7); check(t, err); return c })
+		var c *rpc.Client
+		dialling := async(func() (err error) {
+			c, err = host.broker.DialRPC(7)
+			return err
+		})
 		stream, _ := raw.accept(t)
-		c := receive(t, "a client", dialling)
+		check(t, receive(t, "a client", dialling))
 		defer c.Close()
 		first := c.Go("Plugin.Box", Box{}, new(Box), nil)
 		second := async(func() error {
@@ -161,13 +165,13 @@ func FuzzBroker(f *testing.F) {
 		goroutines := runtime.NumGoroutine()
 		a, b := plugin.TestConn(t)
 		host, client, server := joinEnds(t, a, b)
-		z := &brokerFuzz{t: t, ends: [2]*plugin.MuxBroker{client.broker, server.broker}}
-		z.ctx, z.cancel = context.WithCancel(context.Background())
+		fuzz := &brokerFuzz{t: t, ends: [2]*plugin.MuxBroker{client.broker, server.broker}}
+		fuzz.ctx, fuzz.cancel = context.WithCancel(context.Background())
 		for ; len(data) >= 2; data = data[2:] {
 			op := brokerOps[int(data[0])%len(brokerOps)]
-			op(z, int(data[1]))
+			op(fuzz, int(data[1]))
 		}
-		z.end()
+		fuzz.end()
 		_ = host.Close()
 		if !poll(hangs, func() bool { return runtime.NumGoroutine() <= goroutines }) {
 			t.Errorf("there were %d goroutines, and now %d\n%s", goroutines, runtime.NumGoroutine(), stacks())
@@ -177,7 +181,7 @@ func FuzzBroker(f *testing.F) {
 
 // brokerOps are what is done to a broker. The number says to which of its streams and
 // how.
-var brokerOps = []func(z *brokerFuzz, n int){
+var brokerOps = []func(fuzz *brokerFuzz, n int){
 	(*brokerFuzz).accept,
 	(*brokerFuzz).dial,
 	(*brokerFuzz).meet,
@@ -216,22 +220,22 @@ type servedNumber struct {
 }
 
 // addConn keeps a stream that was opened.
-func (z *brokerFuzz) addConn(conn net.Conn, err error) {
+func (fuzz *brokerFuzz) addConn(conn net.Conn, err error) {
 	if err != nil {
 		return
 	}
-	z.mu.Lock()
-	defer z.mu.Unlock()
-	z.conns = append(z.conns, conn)
-	if z.over {
+	fuzz.mu.Lock()
+	defer fuzz.mu.Unlock()
+	fuzz.conns = append(fuzz.conns, conn)
+	if fuzz.over {
 		_ = conn.Close()
 	}
 }
 
 // pick returns one of several.
-func pick[T any](z *brokerFuzz, list *[]T, n int) (v T, ok bool) {
-	z.mu.Lock()
-	defer z.mu.Unlock()
+func pick[T any](fuzz *brokerFuzz, list *[]T, n int) (v T, ok bool) {
+	fuzz.mu.Lock()
+	defer fuzz.mu.Unlock()
 	if len(*list) == 0 {
 		return v, false
 	}
@@ -239,31 +243,31 @@ func pick[T any](z *brokerFuzz, list *[]T, n int) (v T, ok bool) {
 }
 
 // accept accepts one of a few numbers.
-func (z *brokerFuzz) accept(n int) {
-	z.all.Go(func() { z.addConn(z.ends[n%2].AcceptContext(z.ctx, uint32(n/2%brokerNumbers))) })
+func (fuzz *brokerFuzz) accept(n int) {
+	fuzz.all.Go(func() { fuzz.addConn(fuzz.ends[n%2].AcceptContext(fuzz.ctx, uint32(n/2%brokerNumbers))) })
 }
 
 // dial dials one of a few numbers.
-func (z *brokerFuzz) dial(n int) {
-	z.all.Go(func() { z.addConn(z.ends[n%2].DialContext(z.ctx, uint32(n/2%brokerNumbers))) })
+func (fuzz *brokerFuzz) dial(n int) {
+	fuzz.all.Go(func() { fuzz.addConn(fuzz.ends[n%2].DialContext(fuzz.ctx, uint32(n/2%brokerNumbers))) })
 }
 
 // meet opens a stream, and waits until it is open, so that all before has arrived.
-func (z *brokerFuzz) meet(n int) {
-	here, there := z.ends[n%2], z.ends[1-n%2]
-	a, b := joined(z.t, here.Dial, there.Accept)
-	z.addConn(a, nil)
-	z.addConn(b, nil)
+func (fuzz *brokerFuzz) meet(n int) {
+	here, there := fuzz.ends[n%2], fuzz.ends[1-n%2]
+	a, b := joined(fuzz.t, here.Dial, there.Accept)
+	fuzz.addConn(a, nil)
+	fuzz.addConn(b, nil)
 }
 
 // carry reads or writes on a stream.
-func (z *brokerFuzz) carry(n int) {
-	conn, ok := pick(z, &z.conns, n/2)
+func (fuzz *brokerFuzz) carry(n int) {
+	conn, ok := pick(fuzz, &fuzz.conns, n/2)
 	if !ok {
 		return
 	}
 	buf := make([]byte, n<<12)
-	z.all.Go(func() {
+	fuzz.all.Go(func() {
 		if n%2 == 0 {
 			_, _ = conn.Write(buf)
 		} else {
@@ -272,24 +276,24 @@ func (z *brokerFuzz) carry(n int) {
 	})
 }
 
-func (z *brokerFuzz) closeConn(n int) {
-	if conn, ok := pick(z, &z.conns, n); ok {
+func (fuzz *brokerFuzz) closeConn(n int) {
+	if conn, ok := pick(fuzz, &fuzz.conns, n); ok {
 		_ = conn.Close()
 	}
 }
 
 // serve serves something of one of the kinds.
-func (z *brokerFuzz) serve(n int) {
+func (fuzz *brokerFuzz) serve(n int) {
 	side, kind := n%2, n/2%len(servedKinds)
-	id, stop := servedKinds[kind].serve(z.ends[side], func() {})
-	z.mu.Lock()
-	defer z.mu.Unlock()
-	z.served = append(z.served, servedNumber{side, kind, id, stop})
+	id, stop := servedKinds[kind].serve(fuzz.ends[side], func() {})
+	fuzz.mu.Lock()
+	defer fuzz.mu.Unlock()
+	fuzz.served = append(fuzz.served, servedNumber{side, kind, id, stop})
 }
 
 // dialServed dials what the other end serves, in one of four cases as another kind.
-func (z *brokerFuzz) dialServed(n int) {
-	s, ok := pick(z, &z.served, n/4)
+func (fuzz *brokerFuzz) dialServed(n int) {
+	s, ok := pick(fuzz, &fuzz.served, n/4)
 	if !ok {
 		return
 	}
@@ -297,15 +301,15 @@ func (z *brokerFuzz) dialServed(n int) {
 	if n%4 == 0 {
 		kind = (kind + 1) % len(servedKinds)
 	}
-	z.all.Go(func() {
-		end, err := servedKinds[kind].dial(z.ends[1-s.side], s.id)
+	fuzz.all.Go(func() {
+		end, err := servedKinds[kind].dial(fuzz.ends[1-s.side], s.id)
 		if err != nil {
 			return
 		}
-		z.mu.Lock()
-		z.dialed = append(z.dialed, end)
-		over := z.over
-		z.mu.Unlock()
+		fuzz.mu.Lock()
+		fuzz.dialed = append(fuzz.dialed, end)
+		over := fuzz.over
+		fuzz.mu.Unlock()
 		if over {
 			_ = end.Close()
 		}
@@ -313,9 +317,9 @@ func (z *brokerFuzz) dialServed(n int) {
 }
 
 // use uses what was dialled.
-func (z *brokerFuzz) use(n int) {
-	if end, ok := pick(z, &z.dialed, n/4); ok {
-		z.all.Go(func() {
+func (fuzz *brokerFuzz) use(n int) {
+	if end, ok := pick(fuzz, &fuzz.dialed, n/4); ok {
+		fuzz.all.Go(func() {
 			for range n % 4 {
 				_ = end.next()
 			}
@@ -323,28 +327,27 @@ func (z *brokerFuzz) use(n int) {
 	}
 }
 
-func (z *brokerFuzz) closeEnd(n int) {
-	if end, ok := pick(z, &z.dialed, n); ok {
-		z.all.Go(func() { _ = end.Close() })
+func (fuzz *brokerFuzz) closeEnd(n int) {
+	if end, ok := pick(fuzz, &fuzz.dialed, n); ok {
+		fuzz.all.Go(func() { _ = end.Close() })
 	}
 }
 
 // stop stops what is served. It waits only for what is being used.
-func (z *brokerFuzz) stop(n int) {
-	if s, ok := pick(z, &z.served, n); ok {
-		within(z.t, "stop", 0, s.stop)
+func (fuzz *brokerFuzz) stop(n int) {
+	if s, ok := pick(fuzz, &fuzz.served, n); ok {
+		within(fuzz.t, "stop", 0, s.stop)
 	}
 }
 
-// end stops and closes everything. If all that was begun ends with that, no stream is
-// left but those of the connection. Otherwise something dials what is not served any
-// more, which takes five seconds, and the end of the connection must end it.
-func (z *brokerFuzz) end() {
-	z.cancel()
-	z.mu.Lock()
-	z.over = true
-	conns, served, dialed := z.conns, z.served, z.dialed
-	z.mu.Unlock()
+// end stops and closes everything. Then all that was begun ends, and no stream is left
+// but those of the connection.
+func (fuzz *brokerFuzz) end() {
+	fuzz.cancel()
+	fuzz.mu.Lock()
+	fuzz.over = true
+	conns, served, dialed := fuzz.conns, fuzz.served, fuzz.dialed
+	fuzz.mu.Unlock()
 	for _, conn := range conns {
 		_ = conn.Close()
 	}
@@ -352,40 +355,41 @@ func (z *brokerFuzz) end() {
 		s.stop()
 	}
 	for _, end := range dialed {
-		z.all.Go(func() { _ = end.Close() })
+		fuzz.all.Go(func() { _ = end.Close() })
 	}
 	done := async(func() bool {
-		z.all.Wait()
+		fuzz.all.Wait()
 		return true
 	})
-	ended := poll(100*time.Millisecond, func() bool { return len(done) > 0 })
-	z.drain()
-	if ended && !poll(hangs, func() bool { return plugin.OpenStreams(z.ends[0]) <= connectionStreams }) {
-		z.t.Errorf("%d streams are left", plugin.OpenStreams(z.ends[0]))
-	}
-	check(z.t, z.ends[0].Close())
-	receive(z.t, "the end of what was begun", done)
+	await(fuzz.t, "the end of what was begun", func() bool {
+		fuzz.drain()
+		return len(done) > 0
+	})
+	await(fuzz.t, "the end of all streams", func() bool {
+		return plugin.OpenStreams(fuzz.ends[0]) <= connectionStreams
+	})
+	check(fuzz.t, fuzz.ends[0].Close())
 }
 
 // drain closes the streams that wait to be accepted, which they would do for five
-// seconds.
-func (z *brokerFuzz) drain() {
+// seconds: they dial what nothing accepts, or what is not served any more.
+func (fuzz *brokerFuzz) drain() {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
 	defer cancel()
 	var all sync.WaitGroup
 	closeAll := func(side int, id uint32) {
 		for ctx.Err() == nil {
-			if conn, err := z.ends[side].AcceptContext(ctx, id); err == nil {
+			if conn, err := fuzz.ends[side].AcceptContext(ctx, id); err == nil {
 				_ = conn.Close()
 			}
 		}
 	}
-	for side := range z.ends {
+	for side := range fuzz.ends {
 		for id := range uint32(brokerNumbers) {
 			all.Go(func() { closeAll(side, id) })
 		}
 	}
-	for _, s := range z.served {
+	for _, s := range fuzz.served {
 		all.Go(func() { closeAll(s.side, s.id) })
 	}
 	all.Wait()

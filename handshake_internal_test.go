@@ -19,6 +19,9 @@ func describe(h handshake) string {
 	return text
 }
 
+// sentHandshakes is how many of handshakeLines, from the first, are as this library writes them.
+const sentHandshakes = 5
+
 var handshakeLines = []struct{ line, says string }{
 	// What plugins of this library and of go-plugin send.
 	{"1|3|unix|/tmp/plugin123|netrpc|", "3 unix:/tmp/plugin123 netrpc"},
@@ -40,15 +43,6 @@ var handshakeLines = []struct{ line, says string }{
 	{"1|1|tcp|localhost:80|netrpc|", "1 tcp:127.0.0.1:80 netrpc"},
 }
 
-// writtenHandshakes are lines as this library writes them.
-var writtenHandshakes = []string{
-	"1|3|unix|/tmp/plugin123|netrpc|",
-	"1|3|unix|/tmp/plugin123|netrpc||flushes",
-	"1|0|tcp|127.0.0.1:10000|netrpc|+/8BAg",
-	"1|3|unix|/s|netrpc|+/8BAg|flushes",
-	"1|3|unix|/tmp/with a space|grpc|",
-}
-
 // badHandshakes are lines by a word of their errors.
 var badHandshakes = map[string][]string{
 	"core":    {"2|3|unix|/s|netrpc|", "01|3|unix|/s|netrpc|", "99999999999999999999|3|unix|/s", ""},
@@ -64,7 +58,7 @@ var badHandshakes = map[string][]string{
 
 // A handshake line is read as it is meant, or the error says what is wrong.
 func TestHandshakeLine(t *testing.T) {
-	for _, test := range handshakeLines {
+	for i, test := range handshakeLines {
 		h, err := parseHandshake(test.line)
 		check(t, err)
 		if describe(h) != test.says {
@@ -72,15 +66,8 @@ func TestHandshakeLine(t *testing.T) {
 		}
 		again, err := parseHandshake(h.String())
 		check(t, err)
-		if describe(again) != test.says {
+		if describe(again) != test.says || i < sentHandshakes && h.String() != test.line {
 			t.Errorf("%q is written as %q", test.line, h)
-		}
-	}
-	for _, line := range writtenHandshakes {
-		h, err := parseHandshake(line)
-		check(t, err)
-		if h.String() != line {
-			t.Errorf("%q is written as %q", line, h)
 		}
 	}
 	for word, lines := range badHandshakes {

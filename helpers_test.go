@@ -15,7 +15,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -209,8 +208,9 @@ func (c *testClient) self(t testing.TB) Self { return mustCall[Self](t, c.Client
 // Call, and returns where their errors arrive.
 func (c *testClient) block(t testing.TB, n int) <-chan error {
 	t.Helper()
-	errs, n := make(chan error, n), n+c.self(t).Waiting
-	for i := range cap(errs) {
+	errs := make(chan error, n)
+	waiting := n + c.self(t).Waiting
+	for i := range n {
 		go func() {
 			if i%2 == 0 {
 				errs <- c.Call("Plugin.Block", "", new(string))
@@ -219,7 +219,7 @@ func (c *testClient) block(t testing.TB, n int) <-chan error {
 			}
 		}()
 	}
-	await(t, "calls in flight", func() bool { return t.Failed() || c.self(t).Waiting >= n })
+	await(t, "calls in flight", func() bool { return t.Failed() || c.self(t).Waiting >= waiting })
 	return errs
 }
 
@@ -263,14 +263,29 @@ const (
 
 // poll calls ok until it returns true, and returns false after a while.
 func poll(within time.Duration, ok func() bool) bool {
+	end := time.Now().Add(within)
 	pause := time.Millisecond
-	for end := time.Now().Add(within); !ok(); time.Sleep(pause) {
+	for !ok() {
 		if time.Now().After(end) {
 			return ok()
 		}
+		time.Sleep(pause)
 		pause = min(2*pause, 5*time.Millisecond)
 	}
 	return true
+}
+
+// standsStill waits until a number has not changed for a while, and returns it.
+func standsStill(t testing.TB, what string, number func() int64) int64 {
+	t.Helper()
+	before := number()
+	await(t, what+" to stand still", func() bool {
+		time.Sleep(300 * time.Millisecond)
+		last := before
+		before = number()
+		return before == last
+	})
+	return before
 }
 
 // await waits for ok to return true.
@@ -310,7 +325,8 @@ func async[T any](f func() T) <-chan T {
 	return ch
 }
 
-// within fails the test if f takes longer than the bound and some slack.
+// within fails the test if f takes longer than the bound and the slack, which is much: it
+// finds what hangs, and does not measure the bound.
 func within(t testing.TB, what string, bound time.Duration, f func()) {
 	t.Helper()
 	select {
@@ -337,6 +353,36 @@ func boundedContext(t testing.TB) context.Context {
 	return ctx
 }
 
+// deadlineContext has a deadline that passes when the test says so.
+type deadlineContext struct {
+	context.Context
+	passed chan struct{}
+	waits  chan bool // receives something when something begins to wait
+}
+
+func newDeadlineContext() deadlineContext {
+	return deadlineContext{context.Background(), make(chan struct{}), make(chan bool, 1)}
+}
+
+func (c deadlineContext) pass() { close(c.passed) }
+
+func (c deadlineContext) Done() <-chan struct{} {
+	select {
+	case c.waits <- true:
+	default:
+	}
+	return c.passed
+}
+
+func (c deadlineContext) Err() error {
+	select {
+	case <-c.passed:
+		return context.DeadlineExceeded
+	default:
+		return nil
+	}
+}
+
 // isClosed reports whether a channel is closed.
 func isClosed[T any](ch <-chan T) bool {
 	select {
@@ -355,26 +401,12 @@ func stacks() string {
 
 // ---- Checks, logs, buffers ----
 
-// check ends the test if there is an error.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// errorSays checks that an error contains these words.
-func errorSays(t testing.TB, err error, words ...string) {
-	t.Helper()
-	if err == nil {
-		t.Fatal("there is no error")
-	}
-	for _, word := range words {
-		if !strings.Contains(err.Error(), word) {
-			t.Errorf("the error does not say %q:\n%v", word, err)
-		}
-	}
-}
+// check ends the test if there is an error, and errorSays unless there is one. That must
+// contain some words.
+var (
+	check     = plugin.Check
+	errorSays = plugin.ErrorSays
+)
 
 // errorIs checks an error.
 func errorIs(t testing.TB, what string, err, want error) {
@@ -392,6 +424,13 @@ func checkEqual[T comparable](t testing.TB, what string, got, want T) {
 	}
 }
 
+// panics returns what f panics with, or nil.
+func panics(f func()) (value any) {
+	defer func() { value = recover() }()
+	f()
+	return nil
+}
+
 // isA reports whether an error is or wraps an E.
 func isA[E error](err error) bool {
 	var target E
@@ -406,20 +445,7 @@ type logRecord struct {
 	args  []any
 }
 
-// String returns a record as "level: message | key=value key=value". Strings
-// have quotes.
-func (r logRecord) String() string {
-	text, separator := r.level.String()+": "+r.msg, " | "
-	for i := 0; i+1 < len(r.args); i += 2 {
-		value := fmt.Sprint(r.args[i+1])
-		if s, ok := r.args[i+1].(string); ok {
-			value = strconv.Quote(s)
-		}
-		text += fmt.Sprintf("%s%v=%s", separator, r.args[i], value)
-		separator = " "
-	}
-	return text
-}
+func (r logRecord) String() string { return plugin.RecordText(r.level, r.msg, r.args) }
 
 // logRecords collects the records of a logger.
 type logRecords struct {
@@ -513,6 +539,9 @@ type faultyConn struct {
 	closed  context.Context
 	close   context.CancelFunc
 }
+
+// neverFails is a number of reads and writes that no test comes to.
+const neverFails = 1 << 40
 
 func newFaultyConn(conn net.Conn, left int64, stalls bool) *faultyConn {
 	c := &faultyConn{Conn: conn, stalls: stalls, stalled: make(chan bool, 1000)}
@@ -751,6 +780,13 @@ func (rawControl) Dispense(_ string, id *uint32) error {
 	return nil
 }
 
+// connectOurs returns a client of v, with this package at both ends.
+func connectOurs(t testing.TB, v any) *rpc.Client {
+	t.Helper()
+	host, _ := plugin.TestPluginRPCConn(t, plugin.PluginSet{"test": serves(v)}, nil)
+	return dispense(t, host).Client
+}
+
 // wires are the pairs that this package and net/rpc can form. The field
 // connect returns a client of v; host and plugin tell which end is ours.
 var wires = []struct {
@@ -758,10 +794,7 @@ var wires = []struct {
 	host, plugin bool
 	connect      func(t testing.TB, v any) *rpc.Client
 }{
-	{"plugin to plugin", true, true, func(t testing.TB, v any) *rpc.Client {
-		host, _ := plugin.TestPluginRPCConn(t, plugin.PluginSet{"test": serves(v)}, nil)
-		return dispense(t, host).Client
-	}},
+	{"plugin to plugin", true, true, connectOurs},
 	{"plugin to net/rpc", true, false, func(t testing.TB, v any) *rpc.Client {
 		_, c, st := rawPlugin(t)
 		s := rpc.NewServer()

@@ -1,14 +1,18 @@
 package plugin
 
 import (
+	"fmt"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
 )
 
 // These are the helpers of the tests of unexported functions. All other tests
-// are in package plugin_test and use the helpers there.
+// are in package plugin_test and use the helpers there, and some of these.
 
 // hangs bounds everything that takes no time unless it hangs.
 const hangs = time.Minute
@@ -44,4 +48,20 @@ func receive[T any](t testing.TB, what string, ch <-chan T) (v T) {
 		t.Fatalf("waited in vain for %s\n%s", what, stacks[:runtime.Stack(stacks, true)])
 	}
 	return v
+}
+
+// recordText returns a record of a logger as "level: message | key=value key=value".
+// Strings have quotes.
+func recordText(level hclog.Level, msg string, args []any) string {
+	text := level.String() + ": " + msg
+	separator := " | "
+	for i := 0; i+1 < len(args); i += 2 {
+		value := fmt.Sprint(args[i+1])
+		if s, ok := args[i+1].(string); ok {
+			value = strconv.Quote(s)
+		}
+		text += separator + fmt.Sprint(args[i]) + "=" + value
+		separator = " "
+	}
+	return text
 }

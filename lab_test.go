@@ -38,7 +38,7 @@ func leavesNothing(t testing.TB) {
 func takeStock(tmp string) (left func() string) {
 	goroutines, before := runtime.NumGoroutine(), held(tmp)
 	return func() (left string) {
-		poll(5*time.Second, func() bool {
+		poll(hangs, func() bool {
 			more := slices.DeleteFunc(held(tmp), func(s string) bool { return slices.Contains(before, s) })
 			if n := runtime.NumGoroutine(); n > goroutines {
 				more = append(more, fmt.Sprintf("%d goroutines:\n%s", n-goroutines, stacks()))

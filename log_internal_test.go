@@ -6,7 +6,6 @@ import (
 	"io"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -31,22 +30,11 @@ func logged(t testing.TB, limit int, stderr ...string) (records []string, text s
 	return *recorded, out.String()
 }
 
-// recordTexts collects the records of a logger as "level: message | key=value
-// key=value". Strings have quotes.
+// recordTexts collects the records of a logger.
 type recordTexts []string
 
 func (r *recordTexts) Accept(_ string, level hclog.Level, msg string, args ...any) {
-	text := level.String() + ": " + msg
-	separator := " | "
-	for i := 0; i+1 < len(args); i += 2 {
-		value := fmt.Sprint(args[i+1])
-		if s, ok := args[i+1].(string); ok {
-			value = strconv.Quote(s)
-		}
-		text += separator + fmt.Sprint(args[i]) + "=" + value
-		separator = " "
-	}
-	*r = append(*r, text)
+	*r = append(*r, recordText(level, msg, args))
 }
 
 // stderrLines are lines that a plugin may write to its stderr, and their

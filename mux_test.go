@@ -23,7 +23,8 @@ type shakyListener struct {
 }
 
 func (l *shakyListener) Accept() (net.Conn, error) {
-	if l.failed = !l.failed; l.failed {
+	l.failed = !l.failed
+	if l.failed {
 		return nil, errors.New("too many open files")
 	}
 	return l.Listener.Accept()
@@ -50,8 +51,11 @@ func TestRPCServer(t *testing.T) {
 		if err := host.Close(); err != nil {
 			t.Errorf("a second Close returned %v", err)
 		}
-		if _, err := host.Dispense("test"); err == nil || host.Ping() == nil {
-			t.Errorf("after Close, Dispense returned %v", err)
+		if dispensing(host) == nil {
+			t.Error("after Close, Dispense returned no error")
+		}
+		if host.Ping() == nil {
+			t.Error("after Close, Ping returned no error")
 		}
 		receive(t, "DoneCh", done)
 	}
@@ -117,6 +121,19 @@ func gatedWriter(gate <-chan struct{}, w io.Writer) io.Writer {
 // lives on, and so do its streams.
 func TestCloseInTestMode(t *testing.T) {
 	t.Parallel()
+	for range 5 { // for a busy machine
+		took, err := closeInTestMode(t)
+		if err == nil && took < quitTimeout*3/4 {
+			return
+		}
+		t.Logf("Close has taken %v, and returned %v", took, err)
+	}
+	t.Error("Close waits for its limit each time")
+}
+
+// closeInTestMode returns how long Close takes with a plugin that ends no output, and its error.
+func closeInTestMode(t *testing.T) (time.Duration, error) {
+	t.Helper()
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
 	defer lis.Close()
@@ -143,11 +160,10 @@ func TestCloseInTestMode(t *testing.T) {
 	host, err := client.Client()
 	check(t, err)
 	begun := time.Now()
-	check(t, host.Close())
-	if took := time.Since(begun); took > quitTimeout*3/4 {
-		t.Errorf("Close has taken %v", took)
-	}
+	err = host.Close()
+	took := time.Since(begun)
 	checkEqual(t, "the output", stdout.String(), "to be read")
+	return took, err
 }
 
 // A host that does not read the plugin's output, and output that does not end,
@@ -182,7 +198,7 @@ func TestOutputWithoutReader(t *testing.T) {
 	if !poll(slack, func() bool { return len(got.String()) >= 2*streamWindow }) {
 		t.Errorf("the host has got %d bytes", len(got.String()))
 	}
-	within(t, "Close", outputTimeout, func() { check(t, host.Close()) })
+	within(t, "Close", outputTimeout, func() { errorIs(t, "Close", host.Close(), nil) })
 	check(t, stopped.Close())
 	receive(t, "output without a host", print())
 }

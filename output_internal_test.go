@@ -42,7 +42,7 @@ func TestCloseOfWriters(t *testing.T) {
 
 		taken := newHostWriters(io.Discard, nil, nil)
 		taken.stdout.pending = []byte("output")
-		_ = taken.stdout.next() // in the place of deliver, which has not come to Write
+		_ = taken.stdout.next() // as deliver, which has not called Write yet
 		ended := make(chan struct{})
 		go func() {
 			taken.close()

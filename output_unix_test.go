@@ -296,6 +296,9 @@ func TestPassedIsNotInherited(t *testing.T) {
 	list := fmt.Sprintf("ls -l /dev/fd/ >%s; mv %s %s", tmp, tmp, filepath.Join(l.notes, "fds"))
 	mustCall[int](t, dispense(t, p).Client, "Fork", []string{"sh", "-c", list})
 	fds := l.read("fds")
+	if !regexp.MustCompile(`(?m) 0( ->|$)`).MatchString(fds) {
+		t.Fatalf("the list has no stdin: %s", fds)
+	}
 	if regexp.MustCompile(`(?m) ([3-9]|1\d) -> (pipe:|/.*test)`).MatchString(fds) {
 		t.Errorf("a child process has %s", fds)
 	}
@@ -309,7 +312,8 @@ func TestForeignPipes(t *testing.T) {
 	cfg := l.config("plugin")
 	fifo := filepath.Join(l.notes, "fifo")
 	check(t, syscall.Mkfifo(fifo, 0o600))
-	// Descriptor 3 has an end, 4 and 5 can be written to.
+	// Descriptor 3 reads from the first fifo, which has ended. 4 and 5 write to the second,
+	// from which cat reads. true and cat are there because a fifo opens when both ends do.
 	script := fmt.Sprintf(`true >%s & exec 3<%s; cat %s >%s & exec 4>%s; exec 5>&4; exec "$0"`,
 		fifo, fifo, fifo+"2", filepath.Join(l.notes, "cat"), fifo+"2")
 	check(t, syscall.Mkfifo(fifo+"2", 0o600))

@@ -535,8 +535,11 @@ func failsAfterCrash(t *testing.T, p plugin.ClientProtocol, clients ...*testClie
 		}
 	}
 	within(t, "a later Dispense and Ping", 0, func() {
-		if dispensing(p) == nil || p.Ping() == nil {
-			t.Error("a later Dispense or Ping did not fail")
+		if dispensing(p) == nil {
+			t.Error("a later Dispense did not fail")
+		}
+		if p.Ping() == nil {
+			t.Error("a later Ping did not fail")
 		}
 	})
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"os"
 	"os/exec"
-	"syscall"
 	"testing"
 )
 
@@ -30,8 +29,5 @@ func TestReapedElsewhere(t *testing.T) {
 	err = cmd.Wait()
 	if !errors.As(err, &exit) {
 		t.Errorf("Wait returned %v", err)
-	}
-	if p.cmd.Process.Signal(syscall.Signal(0)) == nil {
-		t.Error("the process lives")
 	}
 }

@@ -356,14 +356,7 @@ func TestReattachFuncFails(t *testing.T) {
 func TestReattachFuncPanics(t *testing.T) {
 	t.Parallel()
 	c := findingBy(t, func() (plugin.AttachedRunner, error) { panic(errBox) })
-	func() {
-		defer func() {
-			if p := recover(); p != errBox {
-				t.Error("Start panicked with", p)
-			}
-		}()
-		_, _ = c.Start()
-	}()
+	checkEqual[any](t, "the panic of Start", panics(func() { _, _ = c.Start() }), errBox)
 	within(t, "Kill", 0, c.Kill)
 	_, err := c.Start()
 	errorSays(t, err, "panicked")

@@ -17,7 +17,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/muxplug/plugin"
 )
@@ -413,7 +412,7 @@ func TestSequenceWithBlockedWrite(t *testing.T) {
 	out := newUses()
 	within(t, "leaving the loop", callbackTimeout, func() {
 		for range plugin.InvokeSeq[Number](context.Background(), r, "Log", out) {
-			receive(t, "a Write", out.began)
+			<-out.began
 			break
 		}
 	})
@@ -459,28 +458,6 @@ func TestSequenceCanceled(t *testing.T) {
 	errorIs(t, "afterwards", err, context.DeadlineExceeded)
 }
 
-// deadlineContext has a deadline that passes when the test says so.
-type deadlineContext struct {
-	context.Context
-	passed chan struct{}
-}
-
-func newDeadlineContext() deadlineContext {
-	return deadlineContext{context.Background(), make(chan struct{})}
-}
-
-func (c deadlineContext) pass()                 { close(c.passed) }
-func (c deadlineContext) Done() <-chan struct{} { return c.passed }
-
-func (c deadlineContext) Err() error {
-	select {
-	case <-c.passed:
-		return context.DeadlineExceeded
-	default:
-		return nil
-	}
-}
-
 // A slow loop holds the method back, and the method a sequence of the caller.
 func TestSlowLoop(t *testing.T) {
 	t.Parallel()
@@ -493,9 +470,8 @@ func TestSlowLoop(t *testing.T) {
 	}
 	for _, err := range plugin.InvokeSeq[Number](boundedContext(t), r, "Double", endless) {
 		check(t, err)
-		for before := int64(-1); before != pulled.Load(); time.Sleep(100 * time.Millisecond) {
-			before = pulled.Load()
-		}
+		await(t, "values that are sent ahead", func() bool { return pulled.Load()*10 >= streamWindow })
+		standsStill(t, "the sequence", pulled.Load)
 		break
 	}
 	// Two streams and their buffers; a row has ten bytes at least.
@@ -540,13 +516,14 @@ func TestEndOfParameter(t *testing.T) {
 	leavesNothing(t)
 	_, _, r := startKit(t)
 	for _, how := range []string{"break", "ignore", "timeout"} {
-		ctx, cancel := context.WithTimeout(context.Background(), hangs)
-		if how == "timeout" {
-			ctx, cancel = context.WithTimeout(context.Background(), 50*time.Millisecond)
-		}
+		deadline := newDeadlineContext()
+		ctx, cancel := context.WithTimeout(deadline, hangs)
 		begun, ended := false, false
 		rows := Numbers(func(yield func(Number, error) bool) {
 			begun = true
+			if how == "timeout" {
+				deadline.pass()
+			}
 			defer func() { ended = true }()
 			for yield(Number{}, nil) {
 			}
@@ -859,20 +836,6 @@ func (tr trial) check(t testing.TB, r *plugin.Remote) {
 	}
 }
 
-// checkCut runs a trial whose plugin ends meanwhile.
-func (tr trial) checkCut(t testing.TB, r *plugin.Remote, isRight func(error) bool) {
-	tr.leave, tr.plan.Take, tr.plan.Yield = "", 0, math.MaxInt
-	values, err := tr.run(t, r)
-	for i, row := range values {
-		if row.N != i {
-			t.Fatalf("%+v: value %d is %d", tr, i, row.N)
-		}
-	}
-	if !isRight(err) {
-		t.Errorf("%+v: the error is %v", tr, err)
-	}
-}
-
 // Sequences that end at random, in all ways, have the values and errors that they should,
 // and nothing is left of 1,000 of them, at either side.
 func TestRandomSequences(t *testing.T) {
@@ -889,25 +852,29 @@ func TestRandomSequences(t *testing.T) {
 	await(t, "the goroutines of the plugin to end", func() bool {
 		return invoke[int](t, r, "Goroutines") <= before
 	})
-	for round := range 40 {
-		c, _, r := startKit(t)
-		end := func() { c.Kill() }
-		isRight := func(err error) bool { return err != nil }
-		if round%2 == 1 {
-			end = func() {
-				_, _ = collectFrom[Number](t, r, "Follow", Plan{End: "panic"}, nil)
-			}
-			isRight = func(err error) bool { return errors.As(err, new(*plugin.ExitError)) }
+}
+
+// A sequence that the end of the plugin cuts has no gap, and says how the plugin has ended.
+func TestCutSequence(t *testing.T) {
+	t.Parallel()
+	_, _, r := startKit(t)
+	next := 0
+	var end error
+	endless := Plan{Yield: math.MaxInt}
+	for row, err := range plugin.InvokeSeq[Number](boundedContext(t), r, "Follow", endless, nil) {
+		if err != nil {
+			end = err
+			break
 		}
-		concurrently(t, 5, func(i int) {
-			rnd := rand.New(rand.NewPCG(2, uint64(5*round+i)))
-			if i == 0 {
-				time.Sleep(time.Duration(rnd.IntN(int(3 * time.Millisecond))))
-				end()
-				return
-			}
-			newTrial(rnd).checkCut(t, r, isRight)
-		})
-		c.Kill()
+		if row.N != next {
+			t.Fatalf("value %d is %d", next, row.N)
+		}
+		if next == 100 {
+			_, _ = collectFrom[Number](t, r, "Follow", Plan{End: "panic"}, nil)
+		}
+		next++
+	}
+	if !isA[*plugin.ExitError](end) {
+		t.Errorf("after %d values, the error is %v", next, end)
 	}
 }

@@ -60,13 +60,13 @@ func init() {
 			refusal{name: "no-group", env: noGroup, says: "no-group"})
 	}
 	for _, r := range refusals {
-		modes[r.name] = func() {
-			if r.edit == nil {
-				r.edit = func(*plugin.ServeConfig) {}
-			}
-			servePlugin(r.edit)
+		edit := r.edit
+		if edit == nil {
+			edit = func(*plugin.ServeConfig) {}
 		}
+		modes[r.name] = func() { servePlugin(edit) }
 	}
+	// In place of a mode that calls Serve.
 	modes["mux"] = func() {
 		set := make(plugin.ServeMuxMap)
 		for _, name := range []string{"first", "second"} {

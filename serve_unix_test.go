@@ -28,7 +28,8 @@ func callWait(c *testClient) error {
 }
 
 // SIGTERM and SIGHUP end a plugin as Kill does. A call in flight fails with the end of the
-// plugin, when main has finished. SIGINT is left to the host.
+// plugin, when main has finished. SIGINT is left to the host, and SIGHUP has no effect on a
+// plugin that was started to ignore it.
 func TestServeSignals(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP} {
 		t.Run(sig.String(), func(t *testing.T) {
@@ -90,6 +91,7 @@ func init() {
 					break
 				}
 			}
+			// No descriptor is left to create a file.
 			notes := os.Getenv(notesEnv)
 			_ = os.Rename(filepath.Join(notes, "filling"), filepath.Join(notes, "filled"))
 		}()

@@ -8,7 +8,6 @@ import (
 	"runtime"
 	"strings"
 	"testing"
-	"time"
 	"weak"
 
 	"github.com/hashicorp/go-hclog"
@@ -30,16 +29,16 @@ func TestServedContext(t *testing.T) {
 			bothWays(t, func(t *testing.T, here, there *plugin.MuxBroker) {
 				s := newTestServer()
 				c := dialled(t, here, there, s)
-				ctx, cancel := context.WithCancel(context.Background())
-				if name == "deadline" {
-					ctx, cancel = context.WithTimeout(ctx, 300*time.Millisecond)
-				}
+				deadline := newDeadlineContext()
+				ctx, cancel := context.WithCancel(deadline)
 				defer cancel()
 				done := async(func() error { return callIn(ctx, c, "Wait") })
 				receive(t, "the call", s.started)
 				switch name {
 				case "cancel":
 					cancel()
+				case "deadline":
+					deadline.pass()
 				case "client closed":
 					c.Close()
 				case "session closed":
@@ -163,7 +162,7 @@ func (leaving) Leave(string, *string) error {
 }
 
 // A plain call whose reply does not fit ends its client, as in net/rpc, and
-// nothing else.
+// nothing else. The client can be collected then.
 func TestMisfitReply(t *testing.T) {
 	_, p := startPlugin(t, testConfig("plugin"))
 	test := dispense(t, p)

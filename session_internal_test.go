@@ -5,12 +5,22 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"math"
 	"strings"
 	"testing"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/yamux"
 )
+
+// A process that is stopped keeps its connection, for however long.
+func TestMuxHasNoTimeouts(t *testing.T) {
+	config := new(session).muxConfig()
+	limits := config.StreamOpenTimeout + config.StreamCloseTimeout // 0 is none
+	if config.EnableKeepAlive || config.ConnectionWriteTimeout < math.MaxInt64 || limits > 0 {
+		t.Errorf("it has timeouts: %+v", config)
+	}
+}
 
 // A peer that opens far more streams than a session may have ends the session.
 func TestTooManyStreams(t *testing.T) {

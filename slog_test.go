@@ -122,9 +122,11 @@ func TestSlogLogger(t *testing.T) {
 			fmt.Fprintln(l.With("k", 1).StandardWriter(infer), "[ERROR] x")
 		}, []string{"INFO x logger=n", "WARN x", "ERROR x k=1"}},
 	} {
-		logger, records := newSlogRecorder()
-		test.log(logger)
-		t.Run(test.name, func(t *testing.T) { checkTaken(t, records, test.want...) })
+		t.Run(test.name, func(t *testing.T) {
+			logger, records := newSlogRecorder()
+			test.log(logger)
+			checkTaken(t, records, test.want...)
+		})
 	}
 }
 
@@ -170,12 +172,9 @@ func TestSlogLoggerLevel(t *testing.T) {
 
 // Without a handler there is nothing to log to.
 func TestSlogLoggerWithoutHandler(t *testing.T) {
-	defer func() {
-		if recover() == nil {
-			t.Error("NewSlogLogger took nil")
-		}
-	}()
-	plugin.NewSlogLogger(nil)
+	if panics(func() { plugin.NewSlogLogger(nil) }) == nil {
+		t.Error("NewSlogLogger took nil")
+	}
 }
 
 // What a plugin logs has its own time, which is not an attribute as well, and values.
