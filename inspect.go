@@ -175,7 +175,7 @@ type contentKind int
 
 const (
 	fixedContent contentKind = iota // nothing that makes one value larger than another
-	plainContent                    // strings, slices and maps
+	plainContent                    // strings and slices
 	deepContent                     // interfaces, or values of the same type
 )
 
@@ -214,7 +214,6 @@ func findContent(t reflect.Type, found map[reflect.Type]*content) *content {
 		kind = plainContent
 		c.parts = []*content{findContent(t.Elem(), found)}
 	case reflect.Map:
-		kind = plainContent
 		c.parts = []*content{findContent(t.Key(), found), findContent(t.Elem(), found)}
 	case reflect.Struct:
 		c.parts = findFields(t, found)
