@@ -61,6 +61,7 @@ func TestProcessFaults(t *testing.T) {
 			if n < 3*together {
 				t.Errorf("everything works with %d reads and writes", n)
 			}
+			t.Logf("it needs at most %d reads and writes, and each of them has failed", n)
 		})
 	}
 }

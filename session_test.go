@@ -302,6 +302,7 @@ func TestConnectionFaults(t *testing.T) {
 				if n < 20 {
 					t.Errorf("everything works with %d reads and writes", n)
 				}
+				t.Logf("it needs %d reads and writes, and each of them has failed", n)
 			})
 		}
 	}
