@@ -5,6 +5,7 @@ package plugin_test
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -130,5 +131,21 @@ func TestTestModeSignals(t *testing.T) {
 	}
 	if isClosed(closed) {
 		t.Error("the serving has ended")
+	}
+}
+
+// A plugin whose host names no directory for its socket makes a private one, and removes it.
+func TestOwnDirectory(t *testing.T) {
+	leavesNothing(t)
+	rc, stop, _ := serveTestMode(t, plugin.ServeTestConfig{})
+	dir := filepath.Dir(rc.Addr.String())
+	info, err := os.Stat(dir)
+	check(t, err)
+	if filepath.Dir(dir) != filepath.Clean(os.TempDir()) || info.Mode().Perm() != 0o700 {
+		t.Errorf("the directory is %s, with the mode %v", dir, info.Mode())
+	}
+	stop()
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory is still there: %v", err)
 	}
 }
