@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/rpc"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -321,4 +322,34 @@ func TestOutputToLog(t *testing.T) {
 			}
 		}
 	}
+}
+
+// countingControl is the control RPC of a plugin whose output ends when it is asked to quit.
+type countingControl struct {
+	raw   *rawPeer
+	pings atomic.Int32
+}
+
+func (c *countingControl) Ping(bool, *struct{}) error {
+	c.pings.Add(1)
+	return nil
+}
+
+func (c *countingControl) Quit(bool, *struct{}) error {
+	return errors.Join(c.raw.stdout.Close(), c.raw.stderr.Close())
+}
+
+// A plugin that may use go-plugin, and exits when it has answered, gets a few round trips to
+// send its output before it is asked to quit.
+func TestPingsBeforeQuit(t *testing.T) {
+	t.Parallel()
+	hostEnd, pluginEnd := plugin.TestConn(t)
+	host, err := plugin.NewRPCClient(hostEnd, nil)
+	check(t, err)
+	control := &countingControl{raw: newRawPeer(t, pluginEnd, false)}
+	server := rpc.NewServer()
+	check(t, server.RegisterName("Control", control))
+	go server.ServeConn(control.raw.control) // ends with the connection
+	check(t, host.Close())
+	checkEqual(t, "pings", control.pings.Load(), 3)
 }
