@@ -4,4 +4,8 @@ package plugin
 
 import "syscall"
 
-func duplicate(from, to int) error { return syscall.Dup2(from, to) }
+func duplicate(from, to int) error {
+	err := syscall.Dup2(from, to)
+	keepToItself(to)
+	return err
+}

@@ -45,7 +45,5 @@ func replace(old, with *os.File) {
 	if old == nil {
 		return
 	}
-	to := int(old.Fd())
-	_ = duplicate(int(with.Fd()), to) // both are open
-	keepToItself(to)
+	_ = duplicate(int(with.Fd()), int(old.Fd())) // both are open
 }
