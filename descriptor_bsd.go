@@ -6,6 +6,6 @@ import "syscall"
 
 func duplicate(from, to int) error {
 	err := syscall.Dup2(from, to)
-	keepToItself(to)
+	syscall.CloseOnExec(to)
 	return err
 }
