@@ -203,7 +203,7 @@ func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
 		b.session.logger.Error("a service was not dialled", "error", err)
 		return
 	}
-	b.session.answerCalls(b.session.calls, conn, svc)
+	b.session.answerCalls(b.session.methods, conn, svc)
 }
 
 // ServeRPC serves the methods of v to the peer, which passes id to [MuxBroker.DialRPC]
@@ -370,7 +370,7 @@ type offer struct {
 // offer offers svc to the peer, which must dial it in time.
 func (b *MuxBroker) offer(svc *service, uses *group, timeout time.Duration) *offer {
 	o := &offer{broker: b, id: b.NextId(), service: svc, uses: uses}
-	o.ctx, o.cancel = context.WithCancelCause(b.session.calls)
+	o.ctx, o.cancel = context.WithCancelCause(b.session.methods)
 	o.expiry = time.AfterFunc(timeout, o.end)
 	if timeout == untilStopped {
 		o.expiry.Stop() // a timer would keep o in memory

@@ -678,7 +678,7 @@ func TestOddPeers(t *testing.T) {
 	}
 }
 
-// A peer cannot use a reader or writer twice at a time.
+// A peer can use a reader or writer once.
 func TestServedOnce(t *testing.T) {
 	raw, c, _ := rawPlugin(t)
 	for i, method := range []string{"Plugin.Read", "Plugin.Write"} {

@@ -261,7 +261,8 @@ func (c *clientCodec) ReadResponseHeader(resp *rpc.Response) error {
 	}
 	c.mu.Unlock()
 	isCancel := resp.Seq&cancelBit != 0 // of a stock server, to which it is a call
-	if !wasMade && !isCancel {          // net/rpc and WriteRequest would use the call concurrently
+	if !wasMade && !isCancel {
+		// net/rpc may know this call, and WriteRequest not yet: both would use it at once.
 		return c.finish(errors.New("plugin: the peer answers a call that was not made"))
 	}
 	return nil
@@ -376,8 +377,8 @@ func (c *clientCodec) discardRest() {
 // Close closes the stream. Calls in flight fail with rpc.ErrShutdown.
 func (c *clientCodec) Close() error {
 	c.mu.Lock()
+	defer c.mu.Unlock() // for finishCalls, which may be about to store nil
 	c.closed = true
-	c.mu.Unlock()
 	if c.state.codec.Load() != nil { // otherwise it is closed, and discardRest may read
 		abort(c.w.conn)
 	}

@@ -229,7 +229,7 @@ func (c *Client) quit(deadline time.Time) {
 	// than the wait for the end of the process.
 	go c.process.Kill(c.finished.ctx)
 	c.config.Logger.Warn("the plugin does not exit by itself and is killed", "pid", c.ID(), "error", err)
-	waitFor(reapTimeout-graceTimeout, c.exited.done())
+	waitFor(reapTimeout-graceTimeout, c.exited.done()) // graceTimeout may have passed
 }
 
 // logExit logs the end of the process, if it has ended.
@@ -240,7 +240,7 @@ func (c *Client) logExit(expected bool) {
 	level, reason := hclog.Error, any(c.exit)
 	switch {
 	case expected:
-		level, reason = hclog.Debug, c.exit.State
+		level, reason = hclog.Debug, c.exit.State.String() // that of nil is "<nil>"
 	case c.exit.State != nil && c.exit.State.Success():
 		level = hclog.Info
 	}

@@ -227,17 +227,18 @@ func TestStartError(t *testing.T) {
 	late := context.DeadlineExceeded
 	cookie := "the cookie " + testHandshake.MagicCookieKey
 	for name, test := range map[string]startFailure{
-		"exits":               {mode: "exit3", state: "exit status 3", word: "Serve"},
-		"panics":              {mode: "panic", state: "exit status 2", word: "panic: boom"},
-		"stdout, and exits":   {mode: "say exit0", say: "jungle", state: "exit status 0", word: "jungle"},
-		"stderr, and exits":   {mode: "cry exit3", say: "jungle", state: "exit status 3", word: "jungle"},
-		"stdout, and stays":   {mode: "say wait", say: "jungle", edit: impatient, word: "jungle", is: late},
-		"stays":               {mode: "wait", edit: impatient, word: "Serve", is: late},
-		"too late":            {mode: "wait", edit: impatient, word: "StartTimeout", without: "interpreter"},
-		"another cookie":      {mode: "plugin", edit: wrongCookie, state: "exit status 1", word: cookie},
-		"gRPC":                {mode: "say wait", say: "1|3|unix|/s|grpc|", word: "gRPC"},
-		"another core":        {mode: "say wait", say: "2|3|unix|/s|netrpc|", word: `"2|3|unix|/s|netrpc|"`},
-		"behind other text":   {mode: "say wait", say: "loading 2|3|unix|/s", word: `"2|3|unix|/s"`},
+		"exits":             {mode: "exit3", state: "exit status 3", word: "Serve"},
+		"panics":            {mode: "panic", state: "exit status 2", word: "panic: boom"},
+		"stdout, and exits": {mode: "say exit0", say: "jungle", state: "exit status 0", word: "jungle"},
+		"stderr, and exits": {mode: "cry exit3", say: "jungle", state: "exit status 3", word: "jungle"},
+		"stdout, and stays": {mode: "say wait", say: "jungle", edit: impatient, word: "jungle", is: late},
+		"stays":             {mode: "wait", edit: impatient, word: "Serve", is: late},
+		"too late":          {mode: "wait", edit: impatient, word: "StartTimeout", without: "interpreter"},
+		"another cookie":    {mode: "plugin", edit: wrongCookie, state: "exit status 1", word: cookie},
+		"gRPC":              {mode: "say wait", say: "1|3|unix|/s|grpc|", word: "gRPC"},
+		"another core":      {mode: "say wait", say: "2|3|unix|/s|netrpc|", word: `"2|3|unix|/s|netrpc|"`},
+		"behind other text": {mode: "say wait", say: "loading 2|3|unix|/s", word: `"2|3|unix|/s"`,
+			without: "is no handshake"},
 		"gibberish":           {mode: "say wait", say: "1|three|unix|/s", word: `"1|three|unix|/s"`},
 		"numbers":             {mode: "say wait", say: "50|100", word: `"50|100"`},
 		"a long handshake":    {mode: "say wait", say: endless, word: "handshake"},
@@ -772,9 +773,9 @@ func TestEndIsLogged(t *testing.T) {
 		"exit3":  {"say plugin", do("exit3"), hclog.Error, "exit status 3"},
 		"killed": {"say plugin", do("killed"), hclog.Error, killedState},
 		"exit0":  {"say plugin", do("exit0"), hclog.Info, "exit status 0"},
-		"Kill":   {"say plugin", kill, hclog.Debug, ""},
-		"Close":  {"say plugin", closeIt, hclog.Debug, ""},
-		"start":  {"say exit3", nil, hclog.Debug, ""},
+		"Kill":   {"say plugin", kill, hclog.Debug, `reason="exit status 0"`},
+		"Close":  {"say plugin", closeIt, hclog.Debug, `reason="exit status 0"`},
+		"start":  {"say exit3", nil, hclog.Debug, `reason="exit status 3"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

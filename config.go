@@ -71,8 +71,8 @@ type ClientConfig struct {
 	// Managed makes CleanupClients kill the plugin.
 	Managed bool
 
-	// MinPort and MaxPort limit the TCP port of the plugin on Windows. If MaxPort
-	// is zero, it is any free port. It is an error of Start if MinPort is above
+	// MinPort and MaxPort limit the TCP port of the plugin on Windows. If both are
+	// zero, it is any free port. It is an error of Start if MinPort is above
 	// MaxPort. Other systems use Unix sockets.
 	MinPort, MaxPort uint
 

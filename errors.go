@@ -287,7 +287,7 @@ func (c *callErrors) find(name string) error {
 	return c.byName[name]
 }
 
-// anyPeer is how errors name a peer that has no name.
+// anyPeer stands for a peer that has no name, on either side: it begins most errors here.
 const anyPeer = "plugin"
 
 // unanswered is the error of a call that was not answered, because its context has ended

@@ -37,8 +37,8 @@ var examplePlugins = map[string]func(){
 	"adder":    ExampleHandshakeConfig_versions,
 }
 
-// init runs an example as the main function that it is where godoc shows it:
-// the test binary stands in for its plugin.
+// init makes the test binary the plugin of an example: it runs the example, which godoc shows
+// as a main function.
 func init() {
 	if main := examplePlugins[os.Getenv("EXAMPLE_PLUGIN")]; main != nil {
 		main()

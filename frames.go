@@ -39,8 +39,8 @@ import (
 //     data is sent. It is closed after its data, because finish is called before yamux
 //     queues the end, and no data is sent after finish.
 //   - Only a Write of data waits for the connection, and one that waits for its turn can be
-//     interrupted. yamux never waits here. So neither does who reads, opens, accepts or
-//     closes a stream. A peer that lets the queue grow above its limit loses the connection.
+//     interrupted. yamux never waits here. So reading, opening, accepting and closing a stream
+//     do not wait for the connection, either. A peer that lets the queue grow above its limit loses the connection.
 //
 // An error of writing is not returned: the peer is gone, but data from it may not have
 // been read. The session ends when reading ends, which has a limit from then on.
@@ -49,7 +49,7 @@ const (
 	streamWindow    = 1 << 20 // how many bytes a stream holds that have not been read
 	socketBuffer    = 1 << 20 // the size of the system's send buffer
 	maxJoined       = 4 << 10 // the longest body that is copied behind its header
-	maxControlQueue = 1 << 20 // how many bytes may be queued; maxStreams ends are fewer
+	maxControlQueue = 1 << 20 // how many bytes may be queued: more than closing maxStreams takes
 	maxOpening      = 256     // how many opened streams may wait to be accepted, as in go-plugin
 	maxPings        = 1 << 14 // how many pings yamux may be answering
 	// flushTimeout limits reading after an error of writing, and writing the queue when
@@ -300,7 +300,7 @@ func (c *frameConn) queueData(f *flow, p []byte) error {
 		return err
 	}
 	if n < uint32(len(p)) {
-		return errors.New("the peer leaves no room for its number")
+		return errors.New("the peer leaves no room for what is to be sent")
 	}
 	c.queueLocked(append(appendDataHeader(nil, f.id, n), p...))
 	return nil

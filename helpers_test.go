@@ -401,8 +401,8 @@ func stacks() string {
 
 // ---- Checks, logs, buffers ----
 
-// check ends the test if there is an error, and errorSays unless there is one. That must
-// contain some words.
+// check ends the test if there is an error. errorSays ends it if there is none, and checks
+// that the error contains some words.
 var (
 	check     = plugin.Check
 	errorSays = plugin.ErrorSays

@@ -33,11 +33,11 @@ func behaviourHint(e *StartError, cookie string) string {
 		return fmt.Sprintf("it did not accept the cookie %s: "+
 			"it is a plugin of another program, or its HandshakeConfig is another one", cookie)
 	}
-	if e.Stdout != "" {
+	late := errors.Is(e.Err, context.DeadlineExceeded)
+	if e.Stdout != "" && (e.State != nil || late) { // otherwise there was a handshake, too
 		return "what it printed to stdout is no handshake: " +
 			"does its main call plugin.Serve, and print nothing before?"
 	}
-	late := errors.Is(e.Err, context.DeadlineExceeded)
 	if e.Stderr == "" && (e.State != nil || late) {
 		return "does its main call plugin.Serve?"
 	}

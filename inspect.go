@@ -174,7 +174,7 @@ type content struct {
 type contentKind int
 
 const (
-	fixedContent contentKind = iota // nothing that makes one value larger than another
+	fixedContent contentKind = iota // nothing to look at; the size of a map is left to gob
 	plainContent                    // strings and slices
 	deepContent                     // interfaces, or values of the same type
 )

@@ -179,7 +179,7 @@ func newLab(t testing.TB) *lab {
 // env is the environment of a process in the lab.
 func (l *lab) env() []string { return []string{"TMPDIR=" + l.tmp, notesEnv + "=" + l.notes} }
 
-// testConfig returns a configuration that starts a mode in the lab.
+// config returns a configuration that starts a mode in the lab.
 func (l *lab) config(mode string, env ...string) *plugin.ClientConfig {
 	cfg := testConfig(mode, append(l.env(), env...)...)
 	if runtime.GOOS != "windows" {

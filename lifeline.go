@@ -127,12 +127,13 @@ func watchHost(info hostInfo, dir string, logger hclog.Logger) *hostWatch {
 // both. They are for the plugin of that host, and not for one further down. Without a
 // lifeline, the plugin could not be told to leave them.
 func (w *hostWatch) takePipes(hostIsParent bool) (pipes [2]*os.File) {
+	// A nil *os.File can be closed.
 	_ = w.info.Binary.take().Close() // the process needs it no more
 	stdout, stderr := w.info.Stdout.take(), w.info.Stderr.take()
 	if hostIsParent && w.lifeline != nil && stdout != nil && stderr != nil {
 		return [2]*os.File{stdout, stderr}
 	}
-	_ = stdout.Close() // a nil *os.File can be closed
+	_ = stdout.Close()
 	_ = stderr.Close()
 	return pipes
 }

@@ -122,14 +122,16 @@ func parseRecord(line []byte) (level hclog.Level, message string, args []any) {
 	fields := parseObject(line)
 	levelText, hasLevel := fields.takeText("@level")
 	message, hasMessage := fields.takeText("@message")
-	at, _ := fields.takeText("@timestamp")
+	at, hasTime := fields.takeText("@timestamp")
 	if !hasLevel && !hasMessage {
 		levelText, hasLevel = fields.takeText("level")
 		message, hasMessage = fields.takeText("msg")
 		if !hasMessage {
 			message, hasMessage = fields.takeText("message") // zerolog's
 		}
-		at, _ = fields.takeText("time")
+		if !hasTime {
+			at, _ = fields.takeText("time")
+		}
 	}
 	if !hasLevel || !hasMessage {
 		return hclog.NoLevel, "", nil

@@ -85,6 +85,8 @@ var stderrLines = []struct{ line, record string }{
 	{`{"level":"info","a":1,"time":"2024-05-06T07:08:09Z","message":"x"}`,
 		`info: x | a=1 timestamp=2024-05-06T07:08:09.000Z`},
 	{`{"level":"info","message":"an attribute","msg":"x"}`, `info: x | message="an attribute"`},
+	{`{"@timestamp":"2024-05-06T07:08:09Z","level":"info","message":"x"}`,
+		`info: x | timestamp=2024-05-06T07:08:09.000Z`},
 	{`time="2024-05-06T07:08:09Z" level=warning msg=x`,
 		`warn: time="2024-05-06T07:08:09Z" level=warning msg=x`},
 

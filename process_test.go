@@ -221,7 +221,6 @@ type boxed struct {
 // the plugin's end if it is told.
 func startBoxed(t *testing.T, mode string, told bool) boxed {
 	t.Helper()
-	t.Parallel()
 	cfg := detached(newLab(t).config(mode))
 	first, _ := startPlugin(t, cfg)
 	r := newTestRunner(t, false)
@@ -242,6 +241,7 @@ func startBoxed(t *testing.T, mode string, told bool) boxed {
 // A plugin that a runner knows is asked to quit, and the runner is not to kill it.
 // The wait for it is cancelled.
 func TestRunnerIsNotAskedToKill(t *testing.T) {
+	t.Parallel()
 	b := startBoxed(t, "plugin", true)
 	waiting := receive(t, "Wait", b.runner.waits)
 	b.client.Kill()
@@ -255,6 +255,7 @@ func TestRunnerIsNotAskedToKill(t *testing.T) {
 
 // A plugin that does not quit is killed through its runner, which is waited for.
 func TestRunnerKills(t *testing.T) {
+	t.Parallel()
 	b := startBoxed(t, "plugin endless", true)
 	waiting := receive(t, "Wait", b.runner.waits)
 	killing := async(func() bool {
@@ -278,6 +279,7 @@ func TestRunnerKills(t *testing.T) {
 // The error of a runner is that of the calls in flight when its plugin exits, and
 // of Err.
 func TestRunnerTellsOfCrash(t *testing.T) {
+	t.Parallel()
 	b := startBoxed(t, "plugin", true)
 	for _, err := range []error{b.test.Call("Plugin.Do", "exit3", new(string)), b.client.Err()} {
 		errorSays(t, err, errBox.Error())
@@ -290,6 +292,7 @@ func TestRunnerTellsOfCrash(t *testing.T) {
 // The end of a process ends its connection, which may outlive it: a child may have
 // it.
 func TestRunnerEndsConnection(t *testing.T) {
+	t.Parallel()
 	b := startBoxed(t, "plugin", false)
 	errs := b.test.block(t, 4)
 	b.runner.ended <- errBox
@@ -304,6 +307,7 @@ func TestRunnerEndsConnection(t *testing.T) {
 // A plugin whose connection is lost is not taken for dead while its runner says
 // nothing.
 func TestRunnerOutlivesConnection(t *testing.T) {
+	t.Parallel()
 	b := startBoxed(t, "plugin", false)
 	_ = b.process.Kill()
 	err := b.test.Call("Plugin.Block", "", new(string))

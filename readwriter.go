@@ -33,7 +33,7 @@ import (
 // has not been.
 
 // useTimeout is how long a Read or Write that is running delays the Close of its reader or
-// writer, and a Read the end of Invoke.
+// writer. A Read that is running delays the end of Invoke as long.
 const useTimeout = 100 * time.Millisecond
 
 // ServeReader lets the peer read from r. The peer passes id to [MuxBroker.DialReader]
@@ -106,8 +106,9 @@ func (b *MuxBroker) offerWriter(w io.Writer, timeout time.Duration, closer func(
 // peer.
 type servedStream struct {
 	broker *MuxBroker
-	// copy copies all to or from conn. A sequence needs ctx, which ends with the call. A
-	// reader or writer does not: then conn is aborted, which ends the copying.
+	// copy copies all to or from conn, which is aborted when the call ends. That ends the
+	// copying of a reader or writer. A sequence may be elsewhere: it needs ctx, which ends
+	// with the call, too.
 	copy   func(ctx context.Context, conn io.ReadWriter) error
 	copied atomic.Bool // copying has begun
 	uses   group       // closed when the offer ends
@@ -161,7 +162,8 @@ func (s *servedStream) copyFor(ctx context.Context, id, _ reflect.Value) error {
 	if ctx.Err() != nil {
 		return contextError(ctx) // that conn has been aborted says less
 	}
-	// Before the user has conn, it would take err for a refusal to serve.
+	// Wait until the user has conn, which it acknowledges at the end of dialStream. An answer
+	// before that would be a refusal there, and the bytes before err would be lost.
 	_ = conn.waitAcknowledged() // err is what matters
 	return err
 }
@@ -220,8 +222,8 @@ func (b *MuxBroker) dialWriter(ctx context.Context, id uint32, owned bool) (*dia
 	if err != nil {
 		return nil, err
 	}
-	// When the peer has copied, it reads no more, which ends a Write that waits for it.
-	// Ends with the copying, at the latest when the session ends.
+	// When the peer has copied, it reads no more. This ends a Write that would wait for it.
+	// The goroutine ends with the copying, at the latest when the session ends.
 	b.session.spawn(func() {
 		<-s.copied
 		abort(s.conn)

@@ -44,12 +44,12 @@ type RPCServer struct {
 	begun    sync.Once // sets the fields below
 	done     func()    // closes DoneCh
 	outputs  [2]*output
-	calls    context.Context // ends when methods should return
+	methods  context.Context // ends when methods should return
 	endCalls context.CancelCauseFunc
 	conns    context.Context // ends when connections should be closed
 	endConns context.CancelFunc
 
-	connections sync.WaitGroup // ServeConn calls that Serve has started
+	connections sync.WaitGroup // ServeConn calls of Serve, and the Serve of serving.accept
 	windingDown sync.Once
 }
 
@@ -97,7 +97,7 @@ func (s *RPCServer) acceptConnections(lis net.Listener) error {
 // ServeConn serves one connection. It returns when the connection has ended.
 func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 	s.begin()
-	sess, err := newSession(s.calls, conn, false, anyPeer, s.logger, whyHostLost)
+	sess, err := newSession(s.methods, conn, false, anyPeer, s.logger, whyHostLost)
 	if err != nil {
 		s.logger.Debug("a connection could not be served", "error", err)
 		return
@@ -132,7 +132,7 @@ func (s *RPCServer) serveSession(sess *session) error {
 	control, _ := newService(&controlService{server: s, stream: server}) // it has methods
 	dispenser, _ := newService(&dispenseService{plugins: s.Plugins, broker: broker})
 	server.services = map[string]*service{"Control": control, "Dispenser": dispenser}
-	// Not s.calls, whose end would be that of Quit, too: flush ends s.calls.
+	// Not s.methods: windDown, which Quit calls, ends that, and would end Quit's own context.
 	return server.answerCalls(context.Background())
 }
 
@@ -154,7 +154,7 @@ func (s *RPCServer) begin() {
 		if s.logger == nil {
 			s.logger = hclog.NewNullLogger()
 		}
-		s.calls, s.endCalls = context.WithCancelCause(context.Background())
+		s.methods, s.endCalls = context.WithCancelCause(context.Background())
 		s.conns, s.endConns = context.WithCancel(context.Background())
 		for i, src := range []io.Reader{s.Stdout, s.Stderr} {
 			if src == nil {

@@ -149,8 +149,8 @@ func (s *sequenceSender) writeTo(w io.Writer) error {
 	return nil
 }
 
-// take waits for values and returns them. There are none if the sequence has ended. It uses
-// the buffer written again.
+// take waits for values and returns them. When the sequence has ended and all were taken, it
+// returns none. It reuses written, a buffer that has been written.
 func (s *sequenceSender) take(written []byte) []byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -130,7 +130,8 @@ func serve(config *ServeConfig) error {
 	if err != nil {
 		return err
 	}
-	// Only a host of this library sets the variable of info. Another might misread the field.
+	// The parent has set envHost, so it uses this library. Another host might misread the
+	// seventh field of the handshake.
 	s.handshake.sameLibrary = hostIsParent
 	err = s.run(terminate, watch, pipes)
 	s.close()

@@ -24,8 +24,8 @@ type service struct {
 	uncallable map[string]string // exported methods that cannot be called: name to reason
 	err        error             // if not nil, the error of every call
 	calls      group             // that are running; closed when the service is stopped
-	// callErrors are those of the call whose argument this is, or nil. They are set
-	// before the peer learns of the service.
+	// callErrors are those of the call whose argument this is, or nil. They are set before
+	// the peer is told of the service. It is atomic because a peer may guess the number.
 	callErrors atomic.Pointer[callErrors]
 }
 
@@ -252,7 +252,7 @@ func (s *callServer) find(serviceMethod string) (*service, *method, error) {
 // cancel ends the context of a call that is running.
 func (s *callServer) cancel(seq uint64) {
 	var deadline bool
-	_ = s.w.decode(&deadline) // what is no deadline cancels, too
+	_ = s.w.decode(&deadline) // what cannot be decoded cancels, too
 	cause := errCanceled
 	if deadline {
 		cause = errTimedOut

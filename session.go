@@ -29,9 +29,9 @@ type session struct {
 	logger hclog.Logger
 	peer   string // how errors name the peer
 
-	calls  context.Context // ends when methods of this side should return
-	cancel context.CancelFunc
-	ending atomic.Bool // this side ends the session: its loss is no failure
+	methods context.Context // ends when methods of this side should return
+	cancel  context.CancelFunc
+	ending  atomic.Bool // this side ends the session: its loss is no failure
 
 	diagnose func(received bool) error // that of newSession; called by makeLostErr
 	// lostErr returns the error of all that the loss of the connection has ended. The first
@@ -50,7 +50,7 @@ func newSession(
 ) (*session, error) {
 	s := &session{host: host, logger: logger, peer: peer, diagnose: diagnose}
 	s.frames = newFrameConn(conn)
-	s.calls, s.cancel = context.WithCancel(ctx)
+	s.methods, s.cancel = context.WithCancel(ctx)
 	s.lostErr = sync.OnceValue(s.makeLostErr)
 	if b, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
 		_ = b.SetWriteBuffer(socketBuffer) // only for speed

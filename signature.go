@@ -51,8 +51,8 @@ const (
 )
 
 // newSignature returns the signature of a function, or an error that says why it cannot
-// be called. The function is a parameter of the last of the types outer, that of the one
-// before it, and so on.
+// be called. The types outer are those of the functions around it: the function is a parameter
+// of the last one, the last one is a parameter of the one before, and so on.
 func newSignature(t reflect.Type, outer ...reflect.Type) (*signature, error) {
 	if slices.Contains(outer, t) {
 		return nil, fmt.Errorf("the function type %v contains itself", t)
@@ -109,8 +109,9 @@ func checkForm(t reflect.Type) error {
 	return nil
 }
 
-// newSlot describes a parameter or the result of the last of the types functions, which are
-// as in newSignature. In its place, reader and writer are the types of streams.
+// newSlot describes a parameter or the result, of type t, of the last of the functions. The
+// others are around it, as in newSignature. The types of a stream there are reader and writer:
+// io.Reader and io.Writer for a parameter, io.ReadCloser and io.WriteCloser for the result.
 func newSlot(t, reader, writer reflect.Type, functions []reflect.Type) (slot, error) {
 	v := slot{Type: t, sentType: typeOfNumber}
 	switch {
@@ -263,7 +264,7 @@ func checkGob(t reflect.Type) (err error) {
 	return gob.NewDecoder(&buf).DecodeValue(list)
 }
 
-// checkNil returns an error for a nil pointer: gob would send a zero value for it.
+// checkNil returns an error for a nil pointer. gob would only panic.
 func checkNil(v reflect.Value) error {
 	for t := v.Type(); v.Kind() == reflect.Pointer; v = v.Elem() {
 		if v.IsNil() {

@@ -127,7 +127,8 @@ func (s *Supervisor[T]) live(l, last *life[T]) {
 		select {
 		case <-client.Done():
 		case <-l.lost:
-			// The process may be exiting, or else the calls in flight say that it lives.
+			// The process may be exiting. If it is not, the calls in flight say so, after
+			// lostTimeout. Kill waits until they have: they would say that it was Kill.
 			waitFor(lostTimeout+drainTimeout, client.Done())
 		}
 		client.Kill() // waits for nothing if it has exited, but releases the connection
@@ -170,7 +171,7 @@ func (s *Supervisor[T]) newClient() *Client {
 	return s.client
 }
 
-// nextPause returns the pause after a start that had this one before it.
+// nextPause returns the pause after a start. The one before that start was pause.
 func nextPause(pause time.Duration, healthy bool) time.Duration {
 	if healthy {
 		return 0

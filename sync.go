@@ -13,7 +13,7 @@ import (
 // of its output, and closes the writers. The session has ended with the process by then, so
 // closing it waits for nothing, unless the host's own code runs in it.
 const (
-	reapTimeout  = 1400 * time.Millisecond // between the kill of a process and its end
+	reapTimeout  = 1400 * time.Millisecond // between the kill of a process, or goroutine, and its end
 	drainTimeout = 500 * time.Millisecond  // between the end of a process and that of its output
 	closeTimeout = 100 * time.Millisecond  // between the last output and the end of its Write
 
@@ -152,7 +152,7 @@ func (r *result[T]) wait(ctx context.Context) (value T, err error) {
 	return r.value, r.err
 }
 
-// get returns the value, or the zero value if there is none, or an error.
+// get returns the value. It is the zero value if there is an error, or nothing yet.
 func (r *result[T]) get() (value T) {
 	if isClosed(r.ready) {
 		value = r.value

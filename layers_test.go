@@ -15,7 +15,7 @@ import (
 )
 
 // A file uses only files that are below it in the table of CONTRIBUTING.md.
-func TestRooms(t *testing.T) {
+func TestLayers(t *testing.T) {
 	rows := tableOfFiles(t)
 	for _, use := range usesBetweenFiles(t) {
 		from, fromKnown := rows[use.from]
