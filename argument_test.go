@@ -126,3 +126,43 @@ func TestNilInInterface(t *testing.T) {
 		}
 	}
 }
+
+// Taker has a method that takes a reader.
+type Taker interface {
+	Take(ctx context.Context, r io.Reader) error
+}
+
+// taker implements Taker, and reports the error of its Read.
+type taker struct{ read chan error }
+
+func (k taker) Take(_ context.Context, r io.Reader) error {
+	_, err := r.Read(make([]byte, 1))
+	k.read <- err
+	return err
+}
+
+// The end of a call ends a Read of an argument, even if the caller serves the reader on.
+func TestCancelEndsRead(t *testing.T) {
+	t.Parallel()
+	k := taker{read: make(chan error, 1)}
+	set := plugin.PluginSet{"taker": calledByHand{plugin.For[Taker](k, func(*plugin.Remote) Taker { return nil })}}
+	host, _ := plugin.TestPluginRPCConn(t, set, nil)
+	c, err := plugin.Dispense[*testClient](host, "taker")
+	check(t, err)
+	reading, release := make(chan bool), make(chan bool)
+	id, stop := c.broker.ServeReader(readerFunc(func([]byte) (int, error) {
+		reading <- true
+		<-release
+		return 0, io.EOF
+	}))
+	defer stop()
+	defer close(release)
+	ctx, cancel := context.WithCancel(context.Background())
+	called := async(func() error { return plugin.Call(ctx, c.Client, "Plugin.Take", id, nil) })
+	receive(t, "the Read of the caller's reader", reading)
+	cancel()
+	errorIs(t, "the call", receive(t, "the call", called), context.Canceled)
+	if err := receive(t, "the end of Read", k.read); err == nil || err == io.EOF {
+		t.Errorf("Read returned %v", err)
+	}
+}

@@ -454,3 +454,20 @@ func TestSummedIsRun(t *testing.T) {
 		t.Error("the file was not swapped")
 	}
 }
+
+// A plugin that is killed by a host that did not start it leaves neither its socket nor the
+// directory.
+func TestKillLeavesNoSocket(t *testing.T) {
+	t.Parallel()
+	l := newLab(t) // which finds what is left
+	first := l.start("host detaching idle", childEnv+"=plugin endless")
+	receive(t, "the end of the first host", first.ended)
+	cfg := attachTo(&plugin.ReattachConfig{
+		ProtocolVersion: 3,
+		Addr:            parseAddr(l.read("address")),
+		Pid:             l.readPid("plugin"),
+	})
+	cfg.KillTimeout = 100 * time.Millisecond
+	c, _ := startPlugin(t, cfg)
+	c.Kill()
+}

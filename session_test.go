@@ -19,6 +19,7 @@ import (
 	"testing/iotest"
 	"time"
 
+	"github.com/hashicorp/yamux"
 	"github.com/muxplug/plugin"
 )
 
@@ -455,4 +456,33 @@ func TestBadPeers(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A stream that is not accepted, because the peer leaves no room for the answer, is closed.
+func TestNoRoomForAnswer(t *testing.T) {
+	t.Parallel()
+	raw, c, _ := rawPlugin(t)
+	leavesNoStreams(t, c.broker)
+	_, err := raw.conn.Write(slices.Concat(
+		frame(windowFrame, synFlag, 1000, 1<<32-firstWindow),
+		frame(dataFrame, 0, 1000, 4, binary.LittleEndian.AppendUint32(nil, 7)...),
+	))
+	check(t, err)
+	_, err = c.broker.AcceptContext(boundedContext(t), 7)
+	errorSays(t, err, "room")
+	_, err = raw.conn.Write(frame(windowFrame, finFlag, 1000, 0))
+	check(t, err)
+}
+
+// A stream that the peer resets does not end as if all had been sent, and takes nothing.
+func TestReset(t *testing.T) {
+	t.Parallel()
+	raw, c, _ := rawPlugin(t)
+	dialled, accepted := joinedRaw(t, raw, c)
+	_, err := raw.conn.Write(frame(windowFrame, rstFlag, accepted.(*yamux.Stream).StreamID(), 0))
+	check(t, err)
+	_, err = dialled.Read(make([]byte, 1))
+	errorIs(t, "Read", err, yamux.ErrConnectionReset)
+	_, err = dialled.Write(make([]byte, 1))
+	errorIs(t, "Write", err, yamux.ErrConnectionReset)
 }

@@ -21,4 +21,14 @@ func TestPorts(t *testing.T) {
 	}
 	_, err = listenTCP(strconv.Itoa(port), strconv.Itoa(port))
 	errorSays(t, err, strconv.Itoa(port))
+	// Without a lowest port, there is still a highest.
+	lowest, err := listenTCP("", "1")
+	if err != nil {
+		errorSays(t, err, "from 1 to 1")
+		return
+	}
+	defer lowest.Close()
+	if port := lowest.Addr().(*net.TCPAddr).Port; port != 1 {
+		t.Errorf("where 1 is the highest port, it listens at %d", port)
+	}
 }
