@@ -252,7 +252,7 @@ func (f *implementation) callForSequence(
 // number. The context of the function ends with that of the call, if the call fails or is
 // cancelled, or else with the stream.
 func (f *implementation) callForStream(ofCall context.Context, sent, id reflect.Value) error {
-	ctx, cancel := context.WithCancelCause(f.broker.session.methods)
+	ctx, cancel := context.WithCancelCause(f.broker.session.methodsCtx)
 	// detach makes ctx outlive ofCall. It returns false if ofCall has ended.
 	detach := context.AfterFunc(ofCall, func() { cancel(context.Cause(ofCall)) })
 	out, err := f.callWith(ctx, sent)

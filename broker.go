@@ -203,7 +203,7 @@ func (b *MuxBroker) AcceptAndServe(id uint32, v any) {
 		b.session.logger.Error("a service was not dialled", "error", err)
 		return
 	}
-	b.session.answerCalls(b.session.methods, conn, svc)
+	b.session.answerCalls(b.session.methodsCtx, conn, svc)
 }
 
 // ServeRPC serves the methods of v to the peer, which passes id to [MuxBroker.DialRPC]
@@ -243,7 +243,8 @@ func (b *MuxBroker) DialRPC(id uint32) (*rpc.Client, error) {
 	return b.session.client(conn), nil
 }
 
-// Close closes the whole connection, with all of its streams. The error is always nil.
+// Close closes the whole connection, with all of its streams. A host that calls it takes a
+// later end of the plugin for one that it asked for. The error is always nil.
 func (b *MuxBroker) Close() error {
 	b.session.close()
 	return nil
@@ -370,7 +371,7 @@ type offer struct {
 // offer offers svc to the peer, which must dial it in time.
 func (b *MuxBroker) offer(svc *service, uses *group, timeout time.Duration) *offer {
 	o := &offer{broker: b, id: b.NextId(), service: svc, uses: uses}
-	o.ctx, o.cancel = context.WithCancelCause(b.session.methods)
+	o.ctx, o.cancel = context.WithCancelCause(b.session.methodsCtx)
 	o.expiry = time.AfterFunc(timeout, o.end)
 	if timeout == untilStopped {
 		o.expiry.Stop() // a timer would keep o in memory

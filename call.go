@@ -211,7 +211,7 @@ func (c *clientCodec) WriteRequest(req *rpc.Request, body any) error {
 	}
 	c.mu.Unlock()
 	err := c.w.send(req, body)
-	if err == nil || err == errLost {
+	if err == nil || err == errWireFailed {
 		return nil // the call fails with the reason when reading ends
 	}
 	err = fmt.Errorf("plugin: %s cannot be called: the argument, of type %T, cannot be sent: %w",

@@ -36,7 +36,7 @@ type Client struct {
 	connecting    *result[*RPCClient] // for Client or Kill
 	killRequested *event
 
-	process AttachedRunner // constant when launched is closed
+	process AttachedRunner // a *child, or one that was found; constant when launched is closed
 	exit    *ExitError     // constant when exited has happened
 	asked   bool           // to quit, before it exited; constant when exited has happened
 }
@@ -116,7 +116,7 @@ func (c *Client) runStart(ctx context.Context) {
 // startIsOver ends the life of the plugin if the start has failed. Otherwise the life goes on.
 func (c *Client) startIsOver(h handshake, err error) {
 	if err != nil {
-		c.logExit(true)
+		c.logExit(true) // at Debug: the caller has the error
 		c.finish(err)
 	}
 	c.starting.set(h, err)
@@ -189,7 +189,7 @@ func (c *Client) watch() {
 
 // live is the life of a plugin that has started, to its end.
 func (c *Client) live() {
-	patience := graceTimeout // not longer, for a slow writer
+	patience := graceTimeout // for a slow writer; after Kill, what is left of KillTimeout
 	select {
 	case <-c.exited.done():
 	case <-c.killRequested.done():

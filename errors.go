@@ -307,7 +307,7 @@ func (e *unanswered) Error() string {
 
 func (e *unanswered) Unwrap() error { return e.err }
 
-// lostError is the error of calls and streams when the connection has ended. It is kind, too:
+// lostError is the error of calls and streams when the connection has ended. errors.Is finds the field kind in it, too:
 // io.ErrUnexpectedEOF of what was in use then, and rpc.ErrShutdown of calls that begin later.
 type lostError struct {
 	cause error
@@ -317,8 +317,8 @@ type lostError struct {
 func (e *lostError) Error() string   { return e.cause.Error() }
 func (e *lostError) Unwrap() []error { return []error{e.cause, e.kind} }
 
-// errLost is the error of a message that cannot be sent because the stream has ended.
-var errLost = errors.New("plugin: the stream has ended")
+// errWireFailed is the error of a message that cannot be sent because the stream has ended.
+var errWireFailed = errors.New("plugin: the stream has ended")
 
 // errStopped is the error of calls, Reads and Writes of what the peer has stopped serving.
 var errStopped = errors.New("plugin: the peer has stopped serving this")

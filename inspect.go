@@ -61,8 +61,8 @@ func (i *inspection) visit(v reflect.Value, c *content) error {
 	case fixedContent:
 		return nil
 	case plainContent:
-		// It cannot hold itself, so only its size matters: in most large values, the first
-		// plain values have it. gob finds the rest, but late.
+		// It cannot hold itself, so only its size matters. Most values that are too large
+		// show it within these. gob refuses the others, but when it has encoded them.
 		i.plainValues++
 		if i.plainValues > maxPlainValues {
 			return nil
@@ -171,12 +171,13 @@ type content struct {
 	parts []*content
 }
 
+// contentKind is the kind of a type's content, which is the highest of its parts'.
 type contentKind int
 
 const (
 	fixedContent contentKind = iota // nothing to look at; the size of a map is left to gob
 	plainContent                    // strings and slices
-	deepContent                     // interfaces, or values of the same type
+	deepContent                     // interfaces, and types that contain themselves
 )
 
 var contents sync.Map // reflect.Type to *content

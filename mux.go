@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/rpc"
 	"time"
 
@@ -173,6 +174,9 @@ func (c *RPCClient) quit(ctx context.Context) error {
 // askToQuit asks the plugin to quit and waits for its answer.
 func (c *RPCClient) askToQuit(ctx context.Context) error {
 	c.session.ending.Store(true)
+	if isClosed(c.session.ended()) {
+		return net.ErrClosed // the reason would take a while to find out
+	}
 	if !c.sameLibrary {
 		// A go-plugin plugin exits when it has answered Quit. A few round trips
 		// give it time to send its output before.

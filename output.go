@@ -74,7 +74,7 @@ type hostWriter struct {
 	sources    int  // that have output
 	inLine     bool // the output ends without a line feed
 	hurried    bool // no source waits for room
-	closed     bool // there is no Write of w any more
+	closed     bool // no Write of w begins any more
 }
 
 // newHostWriter returns a hostWriter for w, which may be nil.

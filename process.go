@@ -26,7 +26,7 @@ const (
 	busyPause    = 10 * time.Millisecond // between two attempts to start it
 )
 
-// child is the process of a plugin that this host has started.
+// child is the process of a plugin that this host has started. It is an AttachedRunner, too.
 type child struct {
 	config *ClientConfig
 	cmd    *exec.Cmd // a copy of shared
@@ -248,7 +248,7 @@ func (p *child) redirect() error {
 		newOutputPipe(p.writers.stderr, &p.log.tail),
 	}
 	if p.lifeline == nil {
-		p.pipes = p.pipes[:2] // The plugin may outlive this host, and sends the rest.
+		p.pipes = p.pipes[:2] // It is detached, or on Windows, and sends the rest.
 	}
 	var writers []*os.File
 	for _, pipe := range p.pipes {

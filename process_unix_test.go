@@ -455,19 +455,20 @@ func TestSummedIsRun(t *testing.T) {
 	}
 }
 
-// A plugin that is killed by a host that did not start it leaves neither its socket nor the
+// A plugin that dies under a host that did not start it leaves neither its socket nor the
 // directory.
-func TestKillLeavesNoSocket(t *testing.T) {
+func TestAttachedLeavesNoSocket(t *testing.T) {
 	t.Parallel()
 	l := newLab(t) // which finds what is left
-	first := l.start("host detaching idle", childEnv+"=plugin endless")
+	first := l.start("host detaching idle", childEnv+"=plugin")
 	receive(t, "the end of the first host", first.ended)
+	pid := l.readPid("plugin")
 	cfg := attachTo(&plugin.ReattachConfig{
 		ProtocolVersion: 3,
 		Addr:            parseAddr(l.read("address")),
-		Pid:             l.readPid("plugin"),
+		Pid:             pid,
 	})
-	cfg.KillTimeout = 100 * time.Millisecond
 	c, _ := startPlugin(t, cfg)
-	c.Kill()
+	signalTo(t, pid, syscall.SIGKILL)
+	receive(t, "Done", c.Done())
 }

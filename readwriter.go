@@ -109,9 +109,9 @@ type servedStream struct {
 	// copy copies all to or from conn, which is aborted when the call ends. That ends the
 	// copying of a reader or writer. A sequence may be elsewhere: it needs ctx, which ends
 	// with the call, too.
-	copy   func(ctx context.Context, conn io.ReadWriter) error
-	copied atomic.Bool // copying has begun
-	uses   group       // closed when the offer ends
+	copy  func(ctx context.Context, conn io.ReadWriter) error
+	begun atomic.Bool // copyFor has been called
+	uses  group       // closed when the offer ends
 }
 
 // offer offers s to the peer, which lets it copy with the method of that name.
@@ -145,7 +145,7 @@ func (s *servedStream) close(closer func() error) (err error) {
 // copyFor copies to or from the stream that the peer expects as id, until ctx, the context
 // of the call, ends.
 func (s *servedStream) copyFor(ctx context.Context, id, _ reflect.Value) error {
-	if s.copied.Swap(true) {
+	if s.begun.Swap(true) {
 		return errors.New("plugin: the peer uses the stream twice")
 	}
 	conn, err := s.broker.dial(ctx, uint32(id.Uint()))

@@ -41,15 +41,15 @@ type RPCServer struct {
 	logger    hclog.Logger
 	endOutput func() // ends Stdout and Stderr; may be nil
 
-	begun    sync.Once // sets the fields below
-	done     func()    // closes DoneCh
-	outputs  [2]*output
-	methods  context.Context // ends when methods should return
-	endCalls context.CancelCauseFunc
-	conns    context.Context // ends when connections should be closed
-	endConns context.CancelFunc
+	begun      sync.Once // sets the fields below
+	done       func()    // closes DoneCh
+	outputs    [2]*output
+	methodsCtx context.Context // ends when methods should return
+	endCalls   context.CancelCauseFunc
+	connsCtx   context.Context // ends when connections should be closed
+	endConns   context.CancelFunc
 
-	connections sync.WaitGroup // ServeConn calls of Serve, and the Serve of serving.accept
+	connections sync.WaitGroup // ServeConn of accepted connections, and acceptConnections of serving.accept
 	windingDown sync.Once
 }
 
@@ -97,12 +97,12 @@ func (s *RPCServer) acceptConnections(lis net.Listener) error {
 // ServeConn serves one connection. It returns when the connection has ended.
 func (s *RPCServer) ServeConn(conn io.ReadWriteCloser) {
 	s.begin()
-	sess, err := newSession(s.methods, conn, false, anyPeer, s.logger, whyHostLost)
+	sess, err := newSession(s.methodsCtx, conn, false, anyPeer, s.logger, whyHostLost)
 	if err != nil {
 		s.logger.Debug("a connection could not be served", "error", err)
 		return
 	}
-	stop := context.AfterFunc(s.conns, sess.close)
+	stop := context.AfterFunc(s.connsCtx, sess.close)
 	err = s.serveSession(sess)
 	if err != io.EOF {
 		sess.debug("a connection ended", "error", err)
@@ -132,7 +132,7 @@ func (s *RPCServer) serveSession(sess *session) error {
 	control, _ := newService(&controlService{server: s, stream: server}) // it has methods
 	dispenser, _ := newService(&dispenseService{plugins: s.Plugins, broker: broker})
 	server.services = map[string]*service{"Control": control, "Dispenser": dispenser}
-	// Not s.methods: windDown, which Quit calls, ends that, and would end Quit's own context.
+	// Not s.methodsCtx: windDown, which Quit calls, ends that, and would end Quit's own context.
 	return server.answerCalls(context.Background())
 }
 
@@ -154,8 +154,8 @@ func (s *RPCServer) begin() {
 		if s.logger == nil {
 			s.logger = hclog.NewNullLogger()
 		}
-		s.methods, s.endCalls = context.WithCancelCause(context.Background())
-		s.conns, s.endConns = context.WithCancel(context.Background())
+		s.methodsCtx, s.endCalls = context.WithCancelCause(context.Background())
+		s.connsCtx, s.endConns = context.WithCancel(context.Background())
 		for i, src := range []io.Reader{s.Stdout, s.Stderr} {
 			if src == nil {
 				src = strings.NewReader("")

@@ -330,10 +330,10 @@ func (s *serving) accept() {
 	s.server.connections.Go(func() { s.failed <- s.server.acceptConnections(s.listener) })
 }
 
-// close sends the rest of the output and restores os.Stdout and os.Stderr. It ends the
-// connections without waiting for them, as the process is about to exit.
+// close sends the rest of the output, restores os.Stdout and os.Stderr, and ends the
+// connections. It does not wait for them: the process is about to exit, or serveTest waits.
 func (s *serving) close() {
-	_ = s.listener.Close() // the process is about to exit
+	_ = s.listener.Close() // it is not needed any more
 	s.server.windDown()
 	s.server.endConns()
 	if s.capture != nil {
@@ -405,7 +405,7 @@ func (c *capture) leavePipes() {
 	}
 }
 
-// restore brings output to the process's own again. The pipes end when they have been read.
+// restore sends output to stdout and stderr of the process again. So the pipes reach their end.
 func (c *capture) restore() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -417,8 +417,9 @@ func (c *capture) restore() {
 		if c.keepsFiles {
 			replace(c.files[i], c.process[i])
 		}
-		// If the files are the writers, replace has made the descriptor of w that of the
-		// process, and to close it would close stdout. Otherwise w is still a pipe.
+		// With keepsFiles and without pipes of the host, os.Stdout is still w, which replace
+		// has led to the stdout of the process: it must stay open. In all other cases, w is
+		// the end of a pipe that nobody needs any more.
 		if c.files[i] != w || !c.keepsFiles {
 			_ = w.Close() // nothing is buffered in it
 		}

@@ -343,7 +343,7 @@ func (s *callServer) release(call *servedCall) {
 // instead.
 func (s *callServer) respond(req *rpc.Request, reply any) {
 	err := s.w.send(&response{Seq: req.Seq}, reply)
-	if err == nil || err == errLost {
+	if err == nil || err == errWireFailed {
 		return
 	}
 	err = fmt.Errorf("plugin: the reply of %s, of type %T, cannot be sent: %w", req.ServiceMethod, reply, err)

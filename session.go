@@ -29,9 +29,9 @@ type session struct {
 	logger hclog.Logger
 	peer   string // how errors name the peer
 
-	methods context.Context // ends when methods of this side should return
-	cancel  context.CancelFunc
-	ending  atomic.Bool // this side ends the session: its loss is no failure
+	methodsCtx context.Context // ends when methods of this side should return
+	cancel     context.CancelFunc
+	ending     atomic.Bool // this side ends the session: its loss is no failure
 
 	diagnose func(received bool) error // that of newSession; called by makeLostErr
 	// lostErr returns the error of all that the loss of the connection has ended. The first
@@ -50,7 +50,7 @@ func newSession(
 ) (*session, error) {
 	s := &session{host: host, logger: logger, peer: peer, diagnose: diagnose}
 	s.frames = newFrameConn(conn)
-	s.methods, s.cancel = context.WithCancel(ctx)
+	s.methodsCtx, s.cancel = context.WithCancel(ctx)
 	s.lostErr = sync.OnceValue(s.makeLostErr)
 	if b, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
 		_ = b.SetWriteBuffer(socketBuffer) // only for speed
@@ -96,7 +96,7 @@ func (s *session) open(ctx context.Context) (*stream, error) {
 	case <-s.ended():
 		return nil, s.explain(yamux.ErrSessionShutdown)
 	}
-	st, err := s.mux.OpenStream() // does not wait for the peer: it counts like opening
+	st, err := s.mux.OpenStream() // does not wait for the peer: yamux counts like frames.opening
 	if err == yamux.ErrRemoteGoAway {
 		// Nothing has been opened. With ErrStreamsExhausted, yamux does not give back its
 		// own slot, and would block when all are used up: so this keeps its slot, too.
@@ -270,8 +270,8 @@ func (st *stream) readArrived(p []byte) (int, error) {
 	return n, err
 }
 
-// unexplained is a stream whose Read does not find out why the session was lost, because
-// that waits for the end of what is read.
+// unexplained is a stream of a plugin's output. Its Read does not find out why the session was
+// lost: Client.whyLost waits for the end of the output.
 type unexplained struct{ *stream }
 
 func (u unexplained) Read(p []byte) (int, error) { return u.read(p) }

@@ -127,8 +127,8 @@ func (s *Supervisor[T]) live(l, last *life[T]) {
 		select {
 		case <-client.Done():
 		case <-l.lost:
-			// The process may be exiting. If it is not, the calls in flight say so, after
-			// lostTimeout. Kill waits until they have: they would say that it was Kill.
+			// The process may be exiting. If it is not, the calls in flight say so after
+			// lostTimeout. Wait until they have: after Kill, they would blame it.
 			waitFor(lostTimeout+drainTimeout, client.Done())
 		}
 		client.Kill() // waits for nothing if it has exited, but releases the connection

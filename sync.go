@@ -10,10 +10,10 @@ import (
 
 // These bound the end of a plugin. After KillTimeout, Client.Kill takes the first three at
 // most, which are the two seconds that it promises: it waits for the end of the process and
-// of its output, and closes the writers. The session has ended with the process by then, so
-// closing it waits for nothing, unless the host's own code runs in it.
+// of its output, and closes the writers. The session has been disconnected by then, so closing
+// it waits for nothing, unless the host's own code runs in it.
 const (
-	reapTimeout  = 1400 * time.Millisecond // between the kill of a process, or goroutine, and its end
+	reapTimeout  = 1400 * time.Millisecond // between the kill of a process, or the end of a session, and the end of all in it
 	drainTimeout = 500 * time.Millisecond  // between the end of a process and that of its output
 	closeTimeout = 100 * time.Millisecond  // between the last output and the end of its Write
 
