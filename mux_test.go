@@ -300,6 +300,7 @@ func TestOutputToLog(t *testing.T) {
 	want := strings.Split(lines.String(), "\n")
 	for _, discarded := range []bool{false, true} {
 		cfg := newLab(t).config("plugin")
+		cfg.KillTimeout = hangs // which is how long Kill waits for what is logged
 		logger, records := recorder()
 		cfg.Logger = logger
 		copies := 2

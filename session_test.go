@@ -31,10 +31,10 @@ func writeTo(w io.Writer, size int) error {
 	return err
 }
 
-// carry sends random data from a to b and back, and closes both.
-func carry(t testing.TB, a, b net.Conn) {
+// carry sends random data, up to so many bytes, from a to b and back, and closes both.
+func carry(t testing.TB, a, b net.Conn, most int) {
 	t.Helper()
-	data := noise(rand.IntN(700<<10)>>rand.IntN(15), rand.Uint64())
+	data := noise(rand.IntN(most)>>rand.IntN(15), rand.Uint64())
 	piece := 1 + rand.IntN(400<<10)>>rand.IntN(10)
 	for range 2 {
 		sent := async(func() error {
@@ -71,14 +71,14 @@ func TestTraffic(t *testing.T) {
 			host, guest := joinBrokers(t, a, b)
 			ends := [2]*plugin.MuxBroker{host, guest}
 			leavesNoStreams(t, host)
-			streams := 16
+			streams, most := 16, 700<<10
 			if name == "single bytes" {
-				streams = 4 // each byte costs a system call or two
+				streams, most = 4, 20<<10 // each byte costs a system call or two
 			}
 			concurrently(t, streams, func(i int) {
 				for range 3 {
 					a, b := joined(t, ends[i%2].Dial, ends[1-i%2].Accept)
-					carry(t, a, b)
+					carry(t, a, b, most)
 				}
 			})
 		})
@@ -88,9 +88,9 @@ func TestTraffic(t *testing.T) {
 		leavesNoStreams(t, c.broker)
 		for range 5 {
 			a, b := joinedRaw(t, raw, c)
-			carry(t, a, b)
+			carry(t, a, b, 700<<10)
 			b, a = joinedRaw(t, raw, c)
-			carry(t, a, b)
+			carry(t, a, b, 700<<10)
 		}
 	})
 }
