@@ -145,7 +145,8 @@ func (k taker) Take(_ context.Context, r io.Reader) error {
 func TestCancelEndsRead(t *testing.T) {
 	t.Parallel()
 	k := taker{read: make(chan error, 1)}
-	set := plugin.PluginSet{"taker": calledByHand{plugin.For[Taker](k, func(*plugin.Remote) Taker { return nil })}}
+	client := func(*plugin.Remote) Taker { return nil } // it is called by hand
+	set := plugin.PluginSet{"taker": calledByHand{plugin.For[Taker](k, client)}}
 	host, _ := plugin.TestPluginRPCConn(t, set, nil)
 	c, err := plugin.Dispense[*testClient](host, "taker")
 	check(t, err)

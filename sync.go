@@ -13,7 +13,7 @@ import (
 // of its output, and closes the writers. The session has been disconnected by then, so closing
 // it waits for nothing, unless the host's own code runs in it.
 const (
-	reapTimeout  = 1400 * time.Millisecond // between the kill of a process, or the end of a session, and the end of all in it
+	reapTimeout  = 1400 * time.Millisecond // from killing a process, or ending a session, to its end
 	drainTimeout = 500 * time.Millisecond  // between the end of a process and that of its output
 	closeTimeout = 100 * time.Millisecond  // between the last output and the end of its Write
 
