@@ -132,10 +132,14 @@ type Taker interface {
 	Take(ctx context.Context, r io.Reader) error
 }
 
-// taker implements Taker, and reports the error of its Read.
-type taker struct{ read chan error }
+// taker implements Taker, and reports its call and the error of its Read.
+type taker struct {
+	called chan bool
+	read   chan error
+}
 
 func (k taker) Take(_ context.Context, r io.Reader) error {
+	k.called <- true
 	_, err := r.Read(make([]byte, 1))
 	k.read <- err
 	return err
@@ -144,15 +148,14 @@ func (k taker) Take(_ context.Context, r io.Reader) error {
 // The end of a call ends a Read of an argument, even if the caller serves the reader on.
 func TestCancelEndsRead(t *testing.T) {
 	t.Parallel()
-	k := taker{read: make(chan error, 1)}
+	k := taker{called: make(chan bool, 1), read: make(chan error, 1)}
 	client := func(*plugin.Remote) Taker { return nil } // it is called by hand
 	set := plugin.PluginSet{"taker": calledByHand{plugin.For[Taker](k, client)}}
 	host, _ := plugin.TestPluginRPCConn(t, set, nil)
 	c, err := plugin.Dispense[*testClient](host, "taker")
 	check(t, err)
-	reading, release := make(chan bool), make(chan bool)
+	release := make(chan bool)
 	id, stop := c.broker.ServeReader(readerFunc(func([]byte) (int, error) {
-		reading <- true
 		<-release
 		return 0, io.EOF
 	}))
@@ -160,7 +163,7 @@ func TestCancelEndsRead(t *testing.T) {
 	defer close(release)
 	ctx, cancel := context.WithCancel(context.Background())
 	called := async(func() error { return plugin.Call(ctx, c.Client, "Plugin.Take", id, nil) })
-	receive(t, "the Read of the caller's reader", reading)
+	receive(t, "the method", k.called)
 	cancel()
 	errorIs(t, "the call", receive(t, "the call", called), context.Canceled)
 	if err := receive(t, "the end of Read", k.read); err == nil || err == io.EOF {
