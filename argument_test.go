@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net/rpc"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -169,4 +170,53 @@ func TestCancelEndsRead(t *testing.T) {
 	if err := receive(t, "the end of Read", k.read); err == nil || err == io.EOF {
 		t.Errorf("Read returned %v", err)
 	}
+}
+
+// ---- Instances that are released ----
+
+// Close fails the calls in flight and later ones. Streams that were results go on.
+func TestRemoteClose(t *testing.T) {
+	leavesNothing(t)
+	_, p, r := startKit(t)
+	other := dispenseKit(t, p)
+	in := invoke[io.ReadCloser](t, r, "Open", "good")
+	calls := make(chan error, 2)
+	for range cap(calls) {
+		go func() {
+			_, err := plugin.Invoke[struct{}](context.Background(), r, "Await", "never")
+			calls <- err
+		}()
+	}
+	invoke[string](t, r, "Call", func(context.Context, int) (string, error) { return "", nil }, 1)
+	concurrently(t, 5, func(int) { errorIs(t, "Close", r.Close(), nil) })
+	for range cap(calls) {
+		errorIs(t, "a call in flight", receive(t, "a call in flight", calls), rpc.ErrShutdown)
+	}
+	errorIs(t, "a later call", errorOf[int](t, r, "Add", 1, 2), rpc.ErrShutdown)
+	check(t, r.Close())
+	data, err := io.ReadAll(in)
+	check(t, err)
+	checkEqual(t, "a stream that was a result", string(data), "content")
+	check(t, in.Close())
+	checkEqual(t, "another instance", invoke[int](t, other, "Add", 1, 2), 3)
+	check(t, (*plugin.Remote)(nil).Close())
+	check(t, new(plugin.Remote).Close())
+}
+
+// The plugin's side is released with the host's: nothing is left of 2,000 instances.
+func TestManyInstances(t *testing.T) {
+	leavesNothing(t)
+	_, p, first := startKit(t)
+	here, there := runtime.NumGoroutine(), invoke[int](t, first, "Goroutines")
+	concurrently(t, 10, func(int) {
+		for range 200 {
+			r := dispenseKit(t, p)
+			_, err := plugin.Invoke[int](context.Background(), r, "Goroutines")
+			errorIs(t, "Invoke and Close", errors.Join(err, r.Close()), nil)
+		}
+	})
+	await(t, "the host to release them", func() bool { return runtime.NumGoroutine() <= here })
+	await(t, "the plugin to release them", func() bool {
+		return invoke[int](t, first, "Goroutines") <= there
+	})
 }

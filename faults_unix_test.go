@@ -73,17 +73,7 @@ func livesWith(t *testing.T, fault string) bool {
 	cfg := l.config("faulty", faultEnv+"="+fault)
 	cfg.KillTimeout = 100 * time.Millisecond
 	c := plugin.NewClient(cfg)
-	doing := async(func() error {
-		p, err := c.Client()
-		if err != nil {
-			return err
-		}
-		test, err := plugin.Dispense[*testClient](p, "test")
-		if err != nil {
-			return err
-		}
-		return test.echoOf("text")
-	})
+	doing := async(func() error { return startAndCall(c) })
 	var err error
 	done := false
 	await(t, "the end of what is done, or a fault: "+fault, func() bool {
@@ -94,7 +84,7 @@ func livesWith(t *testing.T, fault string) bool {
 		}
 		return done || l.noted("stalled")
 	})
-	within(t, "Kill", killBound, c.Kill)
+	within(t, "Kill", cfg.KillTimeout+2*time.Second, c.Kill)
 	if !done {
 		err = receive(t, "what is done: "+fault, doing)
 	}
@@ -103,9 +93,6 @@ func livesWith(t *testing.T, fault string) bool {
 	}
 	return err == nil && !l.noted("stalled")
 }
-
-// killBound is how long Kill may take, besides KillTimeout.
-const killBound = 3 * time.Second
 
 func init() {
 	// Starts plugins with ever more free descriptors, until one can be used. Prints how many
@@ -156,6 +143,11 @@ func withDescriptors(free int, f func() error) error {
 func startAndKill(cfg *plugin.ClientConfig) error {
 	c := plugin.NewClient(cfg)
 	defer c.Kill()
+	return startAndCall(c)
+}
+
+// startAndCall starts a plugin and calls it.
+func startAndCall(c *plugin.Client) error {
 	p, err := c.Client()
 	if err != nil {
 		return err

@@ -76,7 +76,10 @@ type inputPipe struct {
 
 func newInputPipe(from io.Reader) (*inputPipe, error) {
 	reader, writer, err := os.Pipe()
-	return &inputPipe{from: from, reader: reader, writer: writer}, err
+	if err != nil {
+		return nil, err
+	}
+	return &inputPipe{from: from, reader: reader, writer: writer}, nil
 }
 
 // copy copies the input until its end, or until the process has closed the pipe.

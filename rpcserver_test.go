@@ -46,16 +46,13 @@ func TestAcceptFailsLater(t *testing.T) {
 	host, err := plugin.NewRPCClient(hostEnd, testPlugins(nil))
 	check(t, err)
 	dispenseAndEcho(t, host)
-	for range 2 * acceptTries {
+	for range 40 { // twice as often as before the first connection
 		receive(t, "a failed Accept", listener.failed)
 	}
 	check(t, host.Close())
 	close(listener.closed)
 	receive(t, "the end of Serve", serving)
 }
-
-// acceptTries is how often Accept may fail before the first connection.
-const acceptTries = 20
 
 // A plugin that is asked to quit does not end before its answer has been written, or only
 // after a while.
